@@ -1,0 +1,2 @@
+//! The `ring3` command.
+fn main() {}

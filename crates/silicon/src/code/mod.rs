@@ -1,0 +1,409 @@
+//! Decoded code: blocks keyed by guest-physical page, offset and mode, per CPU.
+//!
+//! A block stays valid as long as the bytes that it was decoded from do not change. Guest stores to a page that
+//! holds decoded code take the MMU's slow path and call [`Cpu::code_written`]. Writes that nobody tells us of
+//! (devices, other threads, the host kernel) become visible at an *epoch* change: an entry to guest mode, an
+//! interrupt, a new executable mapping. The first use of a block in a new epoch compares its bytes.
+#![expect(unsafe_code, reason = "blocks are referenced by raw pointer while they run; see `BlockRef`")]
+
+pub mod lower;
+pub mod op;
+
+use std::collections::HashMap;
+use std::ptr::NonNull;
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
+
+use crate::code::lower::{LowerCtx, op_base};
+use crate::code::op::{Flow, Op};
+use crate::cpu::Cpu;
+use crate::exception::{Abort, Exception};
+use crate::mmu::access::ExecPage;
+use crate::state::{CodeSize, reg};
+
+/// Instructions in a block at most.
+const BLOCK_MAX: usize = 48;
+/// Operations in all blocks of a CPU at most; past that the cache is emptied (about 30 MiB).
+const CACHE_OPS_MAX: usize = 400_000;
+/// Entries of the jump cache.
+const JUMP_ENTRIES: usize = 1 << 12;
+/// Bytes in a page.
+const PAGE: u64 = 4096;
+
+/// A run of decoded instructions that ends at a control transfer, a page end, or an instruction that needs a
+/// fresh look at the machine.
+#[derive(Debug)]
+pub(crate) struct Block {
+    ops: Box<[Op]>,
+    /// The bytes that were decoded.
+    source: Box<[u8]>,
+    /// Where those bytes are in host memory (the part in the first page).
+    host: u64,
+    /// Epoch in which `source` was last compared.
+    checked: u64,
+    /// The last instruction reaches into the next page: never cached in the jump cache, compared at each use.
+    crossing: bool,
+}
+
+/// A block that outlives its use: blocks are only freed by [`CodeCache::reclaim`], which runs between blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockRef(NonNull<Block>);
+
+impl BlockRef {
+    /// The block.
+    #[inline(always)]
+    pub(crate) fn ops(&self) -> &[Op] {
+        // SAFETY: blocks are freed only in `reclaim`, which the engine calls while it holds no `BlockRef`.
+        unsafe { &self.0.as_ref().ops }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct JumpEntry {
+    lin: u64,
+    context: u64,
+    epoch: u64,
+    block: Option<BlockRef>,
+}
+
+#[derive(Default)]
+struct CodePage {
+    /// Key: page offset | code size << 12 | single << 14.
+    blocks: HashMap<u16, Box<Block>, BuildMixer>,
+    /// Other CPUs may still write this page without telling: compare at each use.
+    unstable: bool,
+}
+
+/// Multiplicative hasher for small integer keys.
+#[derive(Clone, Default)]
+pub(crate) struct Mixer(u64);
+type BuildMixer = std::hash::BuildHasherDefault<Mixer>;
+
+impl std::hash::Hasher for Mixer {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u16(&mut self, value: u16) {
+        self.write_u64(u64::from(value));
+    }
+    fn write_u64(&mut self, value: u64) {
+        let mixed = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
+/// All decoded code of one CPU.
+pub(crate) struct CodeCache {
+    pages: HashMap<u64, CodePage, BuildMixer>,
+    jump: Box<[JumpEntry]>,
+    epoch: u64,
+    ops: usize,
+    graveyard: Vec<Box<Block>>,
+}
+
+// SAFETY: the raw pointers lead into boxes that the cache itself owns; a CPU is used by one thread at a time.
+unsafe impl Send for CodeCache {}
+
+impl CodeCache {
+    pub(crate) fn new() -> CodeCache {
+        let empty = JumpEntry { lin: 0, context: 0, epoch: 0, block: None };
+        CodeCache {
+            pages: HashMap::default(),
+            jump: vec![empty; JUMP_ENTRIES].into_boxed_slice(),
+            epoch: 1,
+            ops: 0,
+            graveyard: Vec::new(),
+        }
+    }
+
+    /// Memory may have changed behind our back: compare each block's bytes at its next use.
+    #[inline]
+    pub(crate) fn new_epoch(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        for (_, page) in self.pages.drain() {
+            for (_, block) in page.blocks {
+                retire(&mut self.graveyard, block);
+            }
+        }
+        self.ops = 0;
+        self.epoch += 1;
+    }
+
+    /// Frees dropped blocks. No [`BlockRef`] may be held.
+    fn reclaim(&mut self) {
+        if !self.graveyard.is_empty() {
+            self.graveyard.clear();
+        }
+    }
+
+    /// Whether any code of page `gfn` is decoded here.
+    pub(crate) fn holds(&self, gfn: u64) -> bool {
+        self.pages.contains_key(&gfn)
+    }
+
+    /// Other CPUs hold write mappings of `gfn`: its blocks are compared at each use until this is taken back.
+    pub(crate) fn set_unstable(&mut self, gfn: u64, unstable: bool) {
+        if let Some(page) = self.pages.get_mut(&gfn)
+            && page.unstable != unstable
+        {
+            page.unstable = unstable;
+            self.epoch += 1;
+        }
+    }
+
+    /// Drops the blocks of `gfn` that bytes `from..to` of the page belong to; the number dropped.
+    pub(crate) fn written(&mut self, gfn: u64, from: usize, to: usize) -> usize {
+        let Some(page) = self.pages.get_mut(&gfn) else { return 0 };
+        let stale: Vec<u16> = (page.blocks.iter())
+            .filter(|(key, block)| {
+                let start = usize::from(**key & 0xfff);
+                start < to && start + block.source.len() > from
+            })
+            .map(|(key, _)| *key)
+            .collect();
+        for key in &stale {
+            if let Some(block) = page.blocks.remove(key) {
+                self.ops -= block.ops.len();
+                retire(&mut self.graveyard, block);
+            }
+        }
+        if !stale.is_empty() {
+            self.epoch += 1;
+        }
+        stale.len()
+    }
+}
+
+/// Makes a dropped block stop at its next instruction if it is running, and keeps it until `reclaim`.
+fn retire(graveyard: &mut Vec<Box<Block>>, block: Box<Block>) {
+    for op in &block.ops {
+        op.handler.set(resync);
+    }
+    graveyard.push(block);
+}
+
+/// The block that held this operation was dropped: look the code up again.
+fn resync(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.state.rip = cpu.ip_of(op);
+    cpu.counters.instructions -= 1;
+    Ok(Flow::End)
+}
+
+/// The block ended without a control transfer.
+fn fall_through(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    resync(cpu, op)
+}
+
+/// #GP(0): instruction longer than 15 bytes.
+fn too_long(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+    Err(cpu.raise(Exception::gp(0)))
+}
+
+impl Cpu {
+    /// Linear address of the next instruction.
+    #[inline(always)]
+    pub(crate) fn code_linear(&self) -> u64 {
+        match self.state.code_size {
+            CodeSize::Bits64 => self.state.rip,
+            _ => self.state.rip.wrapping_add(self.state.segs[1].base) & 0xffff_ffff,
+        }
+    }
+
+    /// The block at RIP; `single` asks for a block of one instruction.
+    #[inline(always)]
+    pub(crate) fn find_block(&mut self, single: bool) -> Result<BlockRef, Abort> {
+        let lin = self.code_linear();
+        self.state.regs[usize::from(reg::IP_BASE)] = self.state.rip.wrapping_sub(lin & (PAGE - 1));
+        let entry = &self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)];
+        if entry.lin == lin
+            && entry.context == self.fetch_context()
+            && entry.epoch == self.code.epoch
+            && !single
+            && let Some(block) = entry.block
+        {
+            return Ok(block);
+        }
+        self.find_block_slow(lin, single)
+    }
+
+    /// Identifies the address space and mode that instruction fetches use.
+    #[inline(always)]
+    fn fetch_context(&self) -> u64 {
+        let user = u64::from(self.state.cpl == 3);
+        (self.mmu.address_space() << 3) | ((self.state.code_size as u64) << 1) | user
+    }
+
+    #[inline(never)]
+    fn find_block_slow(&mut self, lin: u64, single: bool) -> Result<BlockRef, Abort> {
+        self.code.reclaim();
+        if self.code.ops > CACHE_OPS_MAX {
+            self.code.clear();
+            self.code.reclaim();
+        }
+        if self.state.code_size != CodeSize::Bits64 && self.state.rip > u64::from(self.state.segs[1].limit) {
+            return Err(self.raise(Exception::gp(0)));
+        }
+        let page = self.fetch_page(lin)?;
+        let offset = (lin & (PAGE - 1)) as u16;
+        let key = offset | ((self.state.code_size as u16) << 12) | (u16::from(single) << 14);
+        if let Some(found) = self.cached_block(page, key, lin)? {
+            return Ok(found);
+        }
+        let block = self.decode_block(page, lin, offset, single)?;
+        self.code.ops += block.ops.len();
+        self.counters.blocks_decoded += 1;
+        let crossing = block.crossing;
+        let code = &mut self.code;
+        let code_page = code.pages.entry(page.gfn).or_default();
+        let fresh = code_page.blocks.is_empty();
+        if let Some(old) = code_page.blocks.insert(key, Box::new(block)) {
+            code.ops -= old.ops.len();
+            retire(&mut code.graveyard, old);
+        }
+        if fresh {
+            // Marked after decoding, so what was written in between is found by the comparison that the
+            // first use makes.
+            self.mark_code_page(page.gfn);
+        }
+        let found = self.code.pages.get_mut(&page.gfn).and_then(|p| p.blocks.get_mut(&key));
+        let Some(block) = found else { return Err(self.retry()) };
+        block.checked = 0;
+        let reference = BlockRef(NonNull::from(&mut **block));
+        if crossing {
+            Ok(reference)
+        } else {
+            self.cached_block(page, key, lin)?.map_or_else(|| Err(self.retry()), Ok)
+        }
+    }
+
+    /// The cached block for `key`, if its bytes are what they were; enters it into the jump cache.
+    fn cached_block(&mut self, page: ExecPage, key: u16, lin: u64) -> Result<Option<BlockRef>, Abort> {
+        let context = self.fetch_context();
+        let Some(code_page) = self.code.pages.get_mut(&page.gfn) else { return Ok(None) };
+        let unstable = code_page.unstable;
+        let Some(block) = code_page.blocks.get_mut(&key) else { return Ok(None) };
+        let (reference, crossing) = (BlockRef(NonNull::from(&mut **block)), block.crossing);
+        if block.checked != self.code.epoch || unstable || crossing {
+            let valid = if crossing {
+                let source = block.source.clone();
+                let mut now = [0; 16];
+                self.fetch_bytes(lin, &mut now[..source.len()])? && now[..source.len()] == *source
+            } else {
+                // SAFETY: `fetch_page` gave the page's host address just now, and a block that does not cross
+                // lies within it.
+                let now = unsafe {
+                    std::slice::from_raw_parts(
+                        (page.host + (lin & (PAGE - 1))) as *const u8,
+                        block.source.len(),
+                    )
+                };
+                block.host == page.host + (lin & (PAGE - 1)) && now == &*block.source
+            };
+            let code = &mut self.code;
+            let Some(code_page) = code.pages.get_mut(&page.gfn) else { return Ok(None) };
+            if !valid {
+                if let Some(old) = code_page.blocks.remove(&key) {
+                    code.ops -= old.ops.len();
+                    retire(&mut code.graveyard, old);
+                    self.counters.blocks_invalidated += 1;
+                }
+                return Ok(None);
+            }
+            if let Some(block) = code_page.blocks.get_mut(&key) {
+                block.checked = code.epoch;
+            }
+        }
+        if !unstable && !crossing && key & (1 << 14) == 0 {
+            let epoch = self.code.epoch;
+            self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)] =
+                JumpEntry { lin, context, epoch, block: Some(reference) };
+        }
+        Ok(Some(reference))
+    }
+
+    /// Copies instruction bytes that may cross into the next page. False if the next page cannot be fetched
+    /// (its fault is the instruction's fault, found when it is decoded again).
+    fn fetch_bytes(&mut self, lin: u64, out: &mut [u8]) -> Result<bool, Abort> {
+        let first = ((PAGE - (lin & (PAGE - 1))) as usize).min(out.len());
+        let page = self.fetch_page(lin)?;
+        copy_code(page.host + (lin & (PAGE - 1)), &mut out[..first]);
+        if first < out.len() {
+            let Ok(next) = self.fetch_page(lin.wrapping_add(first as u64)) else { return Ok(false) };
+            copy_code(next.host, &mut out[first..]);
+        }
+        Ok(true)
+    }
+
+    /// Decodes the block at page offset `offset`.
+    fn decode_block(&mut self, page: ExecPage, lin: u64, offset: u16, single: bool) -> Result<Block, Abort> {
+        let start = usize::from(offset);
+        let mut bytes = [0u8; PAGE as usize + 16];
+        let mut available = PAGE as usize;
+        copy_code(page.host + offset as u64, &mut bytes[start..available]);
+        let code_size = self.state.code_size;
+        let mut ops: Vec<Op> = Vec::new();
+        let mut at = start;
+        let mut crossing = false;
+        let limit = if single { 1 } else { BLOCK_MAX };
+        loop {
+            let ctx = LowerCtx { code_size, features: &self.features };
+            let (ins, truncated) = decode_one(&bytes[at..available], at, code_size);
+            if truncated {
+                if !ops.is_empty() {
+                    break;
+                }
+                if available - at < 15 && !crossing {
+                    // The instruction goes on in the next page: fetching that may fault.
+                    let next = self.fetch_page((lin & !(PAGE - 1)).wrapping_add(PAGE))?;
+                    copy_code(next.host, &mut bytes[PAGE as usize..PAGE as usize + 15]);
+                    available = PAGE as usize + 15;
+                    crossing = true;
+                    continue;
+                }
+                ops.push(op_base(&ins, &ctx, too_long));
+                at += 1;
+                break;
+            }
+            ops.push(lower::lower(&ins, &ctx));
+            at += ins.len().max(1);
+            // Instructions that change the machine end the block by what their handlers return.
+            let ends = ins.flow_control() != FlowControl::Next;
+            if ends || crossing || ops.len() >= limit || at >= PAGE as usize {
+                break;
+            }
+        }
+        let mut tail =
+            op_base(&Instruction::default(), &LowerCtx { code_size, features: &self.features }, fall_through);
+        tail.page_offset = at as u16;
+        ops.push(tail);
+        Ok(Block {
+            ops: ops.into_boxed_slice(),
+            source: bytes[start..at].into(),
+            host: page.host + u64::from(offset),
+            checked: 0,
+            crossing,
+        })
+    }
+}
+
+fn copy_code(host: u64, out: &mut [u8]) {
+    // SAFETY: callers pass an address inside a page that `fetch_page` returned and a length within it.
+    unsafe { std::ptr::copy_nonoverlapping(host as *const u8, out.as_mut_ptr(), out.len()) };
+}
+
+/// Decodes one instruction; true if only missing bytes kept it from being decoded.
+fn decode_one(bytes: &[u8], at: usize, code_size: CodeSize) -> (Instruction, bool) {
+    let bytes = &bytes[..bytes.len().min(15)];
+    let mut decoder = Decoder::with_ip(code_size.bits(), bytes, at as u64, DecoderOptions::NONE);
+    let ins = decoder.decode();
+    (ins, decoder.last_error() == DecoderError::NoMoreBytes)
+}

@@ -1,0 +1,238 @@
+//! One logical processor: its architectural state and everything that executes on it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::code::CodeCache;
+use crate::code::op::Op;
+use crate::exception::{Abort, Exception};
+use crate::mmu::Mmu;
+use crate::mmu::ept::Ept;
+use crate::model::Features;
+use crate::state::{CodeSize, CpuState, cr0, reg};
+use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
+
+/// Why the current instruction did not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pending {
+    /// Nothing is pending.
+    None,
+    /// A fault to deliver at the instruction's address.
+    Exception(Exception),
+    /// An exit to the hypervisor; RIP is left at the instruction.
+    Exit(Exit),
+    /// Nothing happened that the guest could see: look at the requests, then execute the instruction again.
+    Retry,
+}
+
+/// Things that a CPU looks at between blocks. Other threads set bits; see [`Requests::post`].
+#[derive(Debug, Default)]
+pub struct Requests(AtomicU32);
+
+impl Requests {
+    /// Leave guest mode ([`Exit::ExternalInterrupt`]).
+    pub const KICK: u32 = 1 << 0;
+    /// Drop all cached translations and code.
+    pub const FLUSH: u32 = 1 << 1;
+    /// Messages wait in the MMU's mailbox (code pages written, write permissions to drop).
+    pub const MAIL: u32 = 1 << 2;
+    /// Own state needs care: single step, an interrupt shadow, a window to watch, an instruction limit.
+    /// Only the owning thread sets and clears it.
+    pub const LOCAL: u32 = 1 << 3;
+    /// Pause until an exclusive operation of another CPU is over.
+    pub const EXCLUSIVE: u32 = 1 << 4;
+
+    /// Asks for attention at the next block boundary.
+    pub fn post(&self, bits: u32) {
+        self.0.fetch_or(bits, Ordering::SeqCst);
+    }
+    /// Whether anything is asked for.
+    #[inline(always)]
+    pub fn any(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != 0
+    }
+    /// Current bits.
+    pub fn get(&self) -> u32 {
+        self.0.load(Ordering::SeqCst)
+    }
+    /// Clears `bits` and returns those of them that were set.
+    pub fn take(&self, bits: u32) -> u32 {
+        self.0.fetch_and(!bits, Ordering::SeqCst) & bits
+    }
+}
+
+/// Accesses that the running instruction has already made outside guest mode, so that executing it again
+/// repeats none of them.
+#[derive(Clone, Debug, Default)]
+pub struct Replay {
+    /// Completed accesses, in program order, with the value read (0 for writes).
+    pub(crate) done: Vec<(BusAccess, u64)>,
+    /// How many of them the current attempt has consumed.
+    pub(crate) cursor: usize,
+    /// The access that the last exit carried and that awaits [`Cpu::complete_read`].
+    pub(crate) waiting: Option<BusAccess>,
+}
+
+/// Counts that silicon keeps of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Instructions completed (each REP iteration is part of one).
+    pub instructions: u64,
+    /// Exceptions delivered through the IDT.
+    pub exceptions: u64,
+    /// External interrupts and NMIs delivered.
+    pub interrupts: u64,
+    /// Basic blocks decoded.
+    pub blocks_decoded: u64,
+    /// Blocks dropped because their bytes changed.
+    pub blocks_invalidated: u64,
+    /// Software-TLB refills by a page walk.
+    pub page_walks: u64,
+}
+
+/// A logical processor executing guest code.
+pub struct Cpu {
+    /// Architectural state.
+    pub state: CpuState,
+    /// What this CPU offers.
+    pub features: Features,
+    /// VM-execution controls; the hypervisor sets them before [`Cpu::run`].
+    pub controls: Controls,
+    /// Event to inject at the next entry.
+    pub injection: Option<Injection>,
+    /// Guest-physical memory.
+    pub ept: Arc<Ept>,
+    /// Requests of other threads.
+    pub requests: Arc<Requests>,
+    /// Counters.
+    pub counters: Counters,
+    /// Why the last instruction did not complete.
+    pub pending: Pending,
+    /// Length in bytes of the instruction that the last exit interrupted.
+    pub exit_instruction_length: u8,
+    pub(crate) replay: Replay,
+    pub(crate) code: CodeCache,
+    pub(crate) mmu: Mmu,
+}
+
+impl Cpu {
+    /// A CPU after reset.
+    pub fn new(features: Features, ept: Arc<Ept>) -> Cpu {
+        let mut cpu = Cpu {
+            state: CpuState::reset(0x000c_06f2),
+            features,
+            controls: Controls::default(),
+            injection: None,
+            ept,
+            requests: Arc::default(),
+            counters: Counters::default(),
+            pending: Pending::None,
+            exit_instruction_length: 0,
+            replay: Replay::default(),
+            code: CodeCache::new(),
+            mmu: Mmu::default(),
+        };
+        cpu.refresh_mode();
+        cpu
+    }
+
+    /// Instructions completed since creation.
+    pub fn instructions(&self) -> u64 {
+        self.counters.instructions
+    }
+
+    /// Recomputes what is derived from control registers, EFER, RFLAGS.VM and segment registers. Everything
+    /// that writes one of those calls it before the next instruction runs.
+    pub fn refresh_mode(&mut self) {
+        let state = &mut self.state;
+        let cs = state.segs[1];
+        state.code_size = if state.long_mode() && cs.long() {
+            CodeSize::Bits64
+        } else if state.cr0 & cr0::PE != 0 && !state.v8086() && cs.big() {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        };
+        state.stack32 = state.segs[2].big();
+        let flat = state.code_size == CodeSize::Bits64;
+        for (i, seg) in state.segs.iter().enumerate() {
+            state.ea_base[i] = if flat && i < 4 { 0 } else { seg.base };
+        }
+    }
+
+    /// Stores a fault to be delivered and returns the token that unwinds the instruction.
+    #[cold]
+    pub fn raise(&mut self, exception: Exception) -> Abort {
+        self.pending = Pending::Exception(exception);
+        Abort::stored()
+    }
+
+    /// Stores an exit and returns the token that unwinds the instruction.
+    #[cold]
+    pub fn exit(&mut self, exit: Exit) -> Abort {
+        self.pending = Pending::Exit(exit);
+        Abort::stored()
+    }
+
+    /// Unwinds the instruction so that requests are looked at; it is executed again afterwards.
+    #[cold]
+    pub fn retry(&mut self) -> Abort {
+        self.pending = Pending::Retry;
+        Abort::stored()
+    }
+
+    /// Makes one port or MMIO access: from the replay log if this instruction already made it, else by an exit.
+    pub fn bus(&mut self, access: BusAccess) -> Result<u64, Abort> {
+        let cursor = self.replay.cursor;
+        if let Some(&(done, value)) = self.replay.done.get(cursor)
+            && (done.space, done.address, done.size) == (access.space, access.address, access.size)
+        {
+            self.replay.cursor += 1;
+            return Ok(value);
+        }
+        self.replay.done.truncate(cursor);
+        self.replay.waiting = Some(access);
+        Err(match access.space {
+            Space::Port => self.exit(Exit::Io(access)),
+            Space::Memory => self.exit(Exit::EptViolation(access)),
+        })
+    }
+
+    /// Gives the result of the access that the last exit carried (ignored for a write). The next entry
+    /// executes the instruction again and finds the access done.
+    pub fn complete_read(&mut self, value: u64) {
+        if let Some(access) = self.replay.waiting.take() {
+            self.replay.done.push((access, value));
+        }
+    }
+
+    /// The instruction, or one iteration of a REP instruction, is complete: accesses made for it are forgotten.
+    #[inline(always)]
+    pub(crate) fn commit_bus(&mut self) {
+        if self.replay.cursor != 0 {
+            self.replay.done.clear();
+            self.replay.cursor = 0;
+        }
+    }
+
+    /// Moves RIP past the instruction that exited; for exits that the hypervisor completes itself (CPUID, MSRs …).
+    pub fn skip_instruction(&mut self) {
+        let next = self.state.rip.wrapping_add(u64::from(self.exit_instruction_length));
+        self.state.rip = next & self.state.ip_mask();
+        self.replay.done.clear();
+        self.replay.cursor = 0;
+    }
+
+    /// Instruction pointer of `op`, which must belong to the running block.
+    #[inline(always)]
+    pub(crate) fn ip_of(&self, op: &Op) -> u64 {
+        self.state.regs[reg::IP_BASE as usize].wrapping_add(u64::from(op.page_offset)) & self.state.ip_mask()
+    }
+
+    /// Instruction pointer after `op`.
+    #[inline(always)]
+    pub(crate) fn next_ip(&self, op: &Op) -> u64 {
+        let next = u64::from(op.page_offset) + u64::from(op.length);
+        self.state.regs[reg::IP_BASE as usize].wrapping_add(next) & self.state.ip_mask()
+    }
+}

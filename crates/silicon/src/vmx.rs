@@ -1,0 +1,259 @@
+//! Guest mode as VMX defines it: [`Controls`] in, [`Exit`] out. Names and numbers are from the Intel SDM,
+//! vol. 3C, chapters 25 to 28 and appendix C.
+//!
+//! Two things differ from the hardware's VMCS, for a hypervisor's convenience: a port or MMIO exit carries the
+//! access itself, and the result goes in with [`Cpu::complete_read`](crate::Cpu::complete_read) before the
+//! next entry, which then executes the instruction again.
+
+use crate::exception::Exception;
+
+/// What the hypervisor wants to be told of, and what it sets for the guest (the VMCS control fields).
+#[derive(Clone, Debug)]
+pub struct Controls {
+    /// Exception bitmap: a set bit makes that vector exit instead of being delivered.
+    pub exception_bitmap: u32,
+    /// Interrupt-window exiting: exit as soon as an external interrupt could be delivered.
+    pub interrupt_window_exiting: bool,
+    /// NMI-window exiting: exit as soon as an NMI could be delivered.
+    pub nmi_window_exiting: bool,
+    /// HLT exiting.
+    pub hlt_exiting: bool,
+    /// PAUSE exiting.
+    pub pause_exiting: bool,
+    /// MWAIT and MONITOR exiting.
+    pub mwait_exiting: bool,
+    /// RDTSC, RDTSCP exiting.
+    pub rdtsc_exiting: bool,
+    /// RDPMC exiting.
+    pub rdpmc_exiting: bool,
+    /// MOV DR exiting.
+    pub mov_dr_exiting: bool,
+    /// MOV to/from CR8 exiting.
+    pub cr8_exiting: bool,
+    /// MSR bitmap: the MSRs of [`crate::model`]'s pass-through set that exit all the same.
+    pub msr_exiting: bool,
+    /// Added to the scaled TSC.
+    pub tsc_offset: u64,
+    /// TSC scaling: 16.48 fixed-point multiplier (1 << 48 = one).
+    pub tsc_multiplier: u64,
+    /// Exit after every instruction (monitor trap flag).
+    pub monitor_trap_flag: bool,
+    /// Exit with [`Exit::Budget`] once this many instructions have completed (`u64::MAX`: never). Counted
+    /// from the CPU's life-time count, [`Cpu::instructions`](crate::Cpu::instructions).
+    pub instruction_limit: u64,
+}
+
+impl Default for Controls {
+    fn default() -> Controls {
+        Controls {
+            exception_bitmap: 0,
+            interrupt_window_exiting: false,
+            nmi_window_exiting: false,
+            hlt_exiting: true,
+            pause_exiting: false,
+            mwait_exiting: true,
+            rdtsc_exiting: false,
+            rdpmc_exiting: true,
+            mov_dr_exiting: false,
+            cr8_exiting: true,
+            msr_exiting: false,
+            tsc_offset: 0,
+            tsc_multiplier: 1 << 48,
+            monitor_trap_flag: false,
+            instruction_limit: u64::MAX,
+        }
+    }
+}
+
+/// An event that VM entry injects (VM-entry interruption information, SDM vol. 3C, 25.8.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Injection {
+    /// External interrupt with this vector. The hypervisor has checked that the guest can take it.
+    Interrupt(u8),
+    /// Non-maskable interrupt; blocks NMIs until IRET.
+    Nmi,
+    /// Hardware exception.
+    Exception(Exception),
+    /// Software interrupt or exception (INT n, INT3, INTO) whose delivery was cut short by an exit.
+    Software {
+        /// Vector.
+        vector: u8,
+        /// Length of the instruction, added to RIP for the return address.
+        length: u8,
+    },
+}
+
+/// Address space of a [`BusAccess`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Space {
+    /// I/O ports.
+    Port,
+    /// Guest-physical memory that no region backs.
+    Memory,
+}
+
+/// One access that guest mode could not do itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BusAccess {
+    /// Ports or memory.
+    pub space: Space,
+    /// Port number or guest-physical address.
+    pub address: u64,
+    /// Bytes: 1, 2, 4 or 8.
+    pub size: u8,
+    /// The value of a write, zero-extended; `None` for a read.
+    pub write: Option<u64>,
+}
+
+/// Why guest mode was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// An exception that the exception bitmap selects (reason 0).
+    Exception(Exception),
+    /// Another thread asked for the CPU (reason 1, external interrupt).
+    ExternalInterrupt,
+    /// Triple fault (reason 2).
+    TripleFault,
+    /// An interrupt can be delivered now (reason 7).
+    InterruptWindow,
+    /// An NMI can be delivered now (reason 8).
+    NmiWindow,
+    /// CPUID (reason 10).
+    Cpuid,
+    /// HLT (reason 12).
+    Hlt,
+    /// INVD (reason 13).
+    Invd,
+    /// RDPMC (reason 15).
+    Rdpmc,
+    /// RDTSC or RDTSCP with RDTSC exiting (reason 16).
+    Rdtsc,
+    /// VMCALL, or VMMCALL (reason 18).
+    Vmcall,
+    /// Another VMX instruction; the value is the SDM's exit reason (19 to 27).
+    VmxInstruction(u16),
+    /// MOV CR8 (reason 28): register number, and whether the guest reads it.
+    Cr8 {
+        /// General register, 0 to 15.
+        register: u8,
+        /// MOV from CR8.
+        read: bool,
+    },
+    /// MOV DR (reason 29).
+    MovDr {
+        /// Debug register number.
+        dr: u8,
+        /// General register.
+        register: u8,
+        /// MOV from DR.
+        read: bool,
+    },
+    /// Port I/O (reason 30).
+    Io(BusAccess),
+    /// RDMSR of an MSR that the hypervisor keeps (reason 31).
+    Rdmsr {
+        /// MSR number.
+        index: u32,
+    },
+    /// WRMSR of an MSR that the hypervisor keeps (reason 32).
+    Wrmsr {
+        /// MSR number.
+        index: u32,
+        /// EDX:EAX.
+        value: u64,
+    },
+    /// MWAIT (reason 36).
+    Mwait,
+    /// Monitor trap flag (reason 37).
+    MonitorTrap,
+    /// MONITOR (reason 39).
+    Monitor,
+    /// PAUSE (reason 40).
+    Pause,
+    /// Access to guest-physical memory that no region allows (reason 48, EPT violation).
+    EptViolation(BusAccess),
+    /// WBINVD or WBNOINVD (reason 54).
+    Wbinvd,
+    /// XSETBV (reason 55): the hypervisor validates and stores.
+    Xsetbv {
+        /// ECX.
+        index: u32,
+        /// EDX:EAX.
+        value: u64,
+    },
+    /// The instruction at RIP cannot be executed in this machine state (an instruction fetch from MMIO).
+    /// The SDM has no such exit; KVM reports it as an emulation failure.
+    FetchFailed {
+        /// Guest-physical address of the fetch.
+        gpa: u64,
+    },
+    /// [`Controls::instruction_limit`] was reached (the SDM's VMX-preemption timer, reason 52, counted in
+    /// instructions).
+    Budget,
+}
+
+impl Exit {
+    /// Basic exit reason (SDM vol. 3D, appendix C).
+    pub fn reason(&self) -> u16 {
+        match self {
+            Exit::Exception(_) => 0,
+            Exit::ExternalInterrupt => 1,
+            Exit::TripleFault => 2,
+            Exit::InterruptWindow => 7,
+            Exit::NmiWindow => 8,
+            Exit::Cpuid => 10,
+            Exit::Hlt => 12,
+            Exit::Invd => 13,
+            Exit::Rdpmc => 15,
+            Exit::Rdtsc => 16,
+            Exit::Vmcall => 18,
+            Exit::VmxInstruction(reason) => *reason,
+            Exit::Cr8 { .. } => 28,
+            Exit::MovDr { .. } => 29,
+            Exit::Io(_) => 30,
+            Exit::Rdmsr { .. } => 31,
+            Exit::Wrmsr { .. } => 32,
+            Exit::Mwait => 36,
+            Exit::MonitorTrap => 37,
+            Exit::Monitor => 39,
+            Exit::Pause => 40,
+            Exit::EptViolation(_) => 48,
+            Exit::FetchFailed { .. } => 49,
+            Exit::Budget => 52,
+            Exit::Wbinvd => 54,
+            Exit::Xsetbv { .. } => 55,
+        }
+    }
+
+    /// The SDM's name of the basic exit reason, in the short form that statistics print.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Exit::Exception(_) => "exception",
+            Exit::ExternalInterrupt => "external_interrupt",
+            Exit::TripleFault => "triple_fault",
+            Exit::InterruptWindow => "interrupt_window",
+            Exit::NmiWindow => "nmi_window",
+            Exit::Cpuid => "cpuid",
+            Exit::Hlt => "hlt",
+            Exit::Invd => "invd",
+            Exit::Rdpmc => "rdpmc",
+            Exit::Rdtsc => "rdtsc",
+            Exit::Vmcall => "vmcall",
+            Exit::VmxInstruction(_) => "vmx_instruction",
+            Exit::Cr8 { .. } => "cr8_access",
+            Exit::MovDr { .. } => "dr_access",
+            Exit::Io(_) => "io_instruction",
+            Exit::Rdmsr { .. } => "rdmsr",
+            Exit::Wrmsr { .. } => "wrmsr",
+            Exit::Mwait => "mwait",
+            Exit::MonitorTrap => "monitor_trap",
+            Exit::Monitor => "monitor",
+            Exit::Pause => "pause",
+            Exit::EptViolation(_) => "ept_violation",
+            Exit::FetchFailed { .. } => "fetch_failed",
+            Exit::Budget => "budget",
+            Exit::Wbinvd => "wbinvd",
+            Exit::Xsetbv { .. } => "xsetbv",
+        }
+    }
+}
