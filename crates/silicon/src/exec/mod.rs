@@ -9,7 +9,15 @@ use crate::code::op::Op;
 mod address;
 pub mod alu;
 
+/// A family's `lower`: the operation for an instruction of its own, `None` for any other.
+type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;
+
+/// The families, the most frequent first.
+const FAMILIES: &[Lower] = &[
+    alu::lower, //
+];
+
 /// Asks the families in turn.
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
-    alu::lower(ins, ctx)
+    FAMILIES.iter().find_map(|family| family(ins, ctx))
 }
