@@ -1,0 +1,125 @@
+//! What must be equal after a test case, and how a difference is told.
+
+use iced_x86::{Instruction, OpKind, RflagsBits};
+
+use crate::forms::{Tolerance, tolerance};
+use crate::generate::Case;
+use crate::machine::{Event, Machine};
+
+const NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
+];
+
+/// RFLAGS bits that are compared: all that user code sees and can change. IF and IOPL are the operating
+/// system's, TF is never set, RF is only ever seen in saved images.
+const COMPARED_FLAGS: u64 = 0x24_4cd5;
+
+/// iced-x86's flag bits, RFLAGS bits.
+const FLAG_BITS: [(u32, u64); 8] = [
+    (RflagsBits::OF, 1 << 11),
+    (RflagsBits::SF, 1 << 7),
+    (RflagsBits::ZF, 1 << 6),
+    (RflagsBits::AF, 1 << 4),
+    (RflagsBits::CF, 1 << 0),
+    (RflagsBits::PF, 1 << 2),
+    (RflagsBits::DF, 1 << 10),
+    (RflagsBits::AC, 1 << 18),
+];
+
+/// iced-x86's condition code bits of the x87 status word, and theirs.
+const CONDITION_BITS: [(u32, u16); 4] = [
+    (RflagsBits::C0, 1 << 8),
+    (RflagsBits::C1, 1 << 9),
+    (RflagsBits::C2, 1 << 10),
+    (RflagsBits::C3, 1 << 14),
+];
+
+/// The outcome of a comparison.
+#[derive(Clone, Debug, Default)]
+pub struct Difference {
+    /// What must be equal and is not, one item each: `name host guest`.
+    pub defined: Vec<String>,
+    /// Whether bits that the architecture leaves undefined differ.
+    pub undefined: bool,
+}
+
+/// Compares how the host and the guest ended `case`; memory is compared by the caller.
+pub fn compare(case: &Case, host: &(Event, Machine), guest: &(Event, Machine)) -> Difference {
+    let mut difference = Difference::default();
+    let out = &mut difference.defined;
+    if host.0 != guest.0 {
+        out.push(format!("end {} / {}", host.0, guest.0));
+    }
+    let (h, g) = (&host.1, &guest.1);
+    let allowed = tolerance(case.instruction.mnemonic());
+    number(out, "rip", h.rip, g.rip);
+    for i in 0..16 {
+        if !tolerated(&allowed, &case.instruction, i) {
+            number(out, NAMES[i], h.gpr[i], g.gpr[i]);
+        }
+    }
+    number(out, "fs_base", h.fs_base, g.fs_base);
+    number(out, "gs_base", h.gs_base, g.gs_base);
+    let undefined = case.instruction.rflags_undefined();
+    let loose = bits(&FLAG_BITS, undefined) | allowed.flags;
+    let flags = (h.rflags ^ g.rflags) & COMPARED_FLAGS;
+    if flags & !loose != 0 {
+        out.push(format!("rflags {:#x} / {:#x}", h.rflags & COMPARED_FLAGS, g.rflags & COMPARED_FLAGS));
+    }
+    let conditions =
+        CONDITION_BITS.iter().filter(|(bit, _)| undefined & bit != 0).fold(0, |all, (_, bit)| all | bit);
+    let status = h.vectors.fsw ^ g.vectors.fsw;
+    if status & !conditions != 0 {
+        out.push(format!("fsw {:#x} / {:#x}", h.vectors.fsw, g.vectors.fsw));
+    }
+    vectors(out, h, g);
+    difference.undefined = flags & loose & !allowed.flags != 0 || status & conditions != 0;
+    difference
+}
+
+fn tolerated(allowed: &Tolerance, instruction: &Instruction, register: usize) -> bool {
+    let destination = allowed.destination
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register().full_register().number() == register;
+    destination || allowed.gpr & (1 << register) != 0
+}
+
+fn bits(table: &[(u32, u64)], set: u32) -> u64 {
+    table.iter().filter(|(bit, _)| set & bit != 0).fold(0, |all, (_, bit)| all | bit)
+}
+
+fn number(out: &mut Vec<String>, name: &str, host: u64, guest: u64) {
+    if host != guest {
+        out.push(format!("{name} {host:#x} / {guest:#x}"));
+    }
+}
+
+fn vectors(out: &mut Vec<String>, h: &Machine, g: &Machine) {
+    let (h, g) = (&h.vectors, &g.vectors);
+    if h == g {
+        return;
+    }
+    number(out, "mxcsr", h.mxcsr.into(), g.mxcsr.into());
+    number(out, "fcw", h.fcw.into(), g.fcw.into());
+    number(out, "ftw", h.ftw.into(), g.ftw.into());
+    number(out, "fop", h.fop.into(), g.fop.into());
+    number(out, "fip", h.fip, g.fip);
+    number(out, "fdp", h.fdp, g.fdp);
+    for i in 0..8 {
+        bytes(out, &format!("st({i})"), &h.st[i], &g.st[i]);
+        number(out, &format!("k{i}"), h.k[i], g.k[i]);
+    }
+    for i in 0..32 {
+        bytes(out, &format!("zmm{i}"), &h.zmm[i], &g.zmm[i]);
+    }
+}
+
+/// Tells the part that differs, most significant byte first.
+pub fn bytes(out: &mut Vec<String>, name: &str, host: &[u8], guest: &[u8]) {
+    let Some(first) = host.iter().zip(guest).position(|(h, g)| h != g) else { return };
+    let last = host.iter().zip(guest).rposition(|(h, g)| h != g).unwrap_or(first);
+    let last = last.min(first + 31);
+    let hex = |bytes: &[u8]| bytes[first..=last].iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
+    out.push(format!("{name}[{last}:{first}] {} / {}", hex(host), hex(guest)));
+}

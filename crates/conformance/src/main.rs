@@ -1,0 +1,137 @@
+//! `conformance`: instruction conformance of the software processor against the host's own.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use conformance::bench::Bench;
+use conformance::forms::{self, Form};
+use conformance::generate::Generator;
+use conformance::host::has_fsgsbase;
+use conformance::report;
+use conformance::run::{self, Plan};
+use indicatif::{ProgressBar, ProgressStyle};
+use silicon::model::Features;
+
+/// Runs instructions on the software processor and on the host's own, and compares.
+#[derive(Parser, Debug)]
+#[command(version)]
+struct Arguments {
+    /// Seed of all cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Cases in all, spread evenly over the forms.
+    #[arg(long, default_value_t = 1_000_000)]
+    cases: u64,
+    /// First case number of each form.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// Only forms whose name (iced-x86's, such as `Add_rm32_r32`) or extension contains this; repeatable.
+    #[arg(long)]
+    filter: Vec<String>,
+    /// One case, as a report names it: FORM:NUMBER.
+    #[arg(long)]
+    case: Option<String>,
+    /// Worker processes.
+    #[arg(long, default_value_t = 2)]
+    workers: usize,
+    /// Differences told in full for each form.
+    #[arg(long, default_value_t = 2)]
+    tell: u64,
+    /// Differences told in full in all.
+    #[arg(long, default_value_t = 200)]
+    tell_all: usize,
+    /// Do not print the coverage table.
+    #[arg(long)]
+    no_table: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let features = Features::default();
+    let result = match &arguments.case {
+        Some(case) => one_case(&arguments, &features, case),
+        None => many_cases(&arguments, &features),
+    };
+    match result {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("conformance: {message}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn chosen(form: &Form, filter: &[String]) -> bool {
+    let name = format!("{:?} {}", form.code, form.group()).to_lowercase();
+    filter.is_empty() || filter.iter().any(|f| name.contains(&f.to_lowercase()))
+}
+
+fn many_cases(arguments: &Arguments, features: &Features) -> Result<ExitCode, String> {
+    let all: Vec<Form> =
+        forms::all(features).into_iter().filter(|form| chosen(form, &arguments.filter)).collect();
+    let comparable = run::comparable(&all);
+    if comparable.is_empty() {
+        return Err("no form that can be compared has that name".into());
+    }
+    let plan = Plan {
+        seed: arguments.seed,
+        cases_per_form: arguments.cases.div_ceil(comparable.len() as u64),
+        forms: comparable,
+        workers: arguments.workers.max(1),
+        told_per_form: arguments.tell,
+        first: arguments.first,
+    };
+    let bar = ProgressBar::new(plan.cases_per_form * plan.forms.len() as u64);
+    if let Ok(style) =
+        ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} cases, {per_sec}, {eta}")
+    {
+        bar.set_style(style);
+    }
+    let summary = run::run(&plan, features, |done| bar.set_position(done)).map_err(|e| e.to_string())?;
+    bar.finish_and_clear();
+    for told in summary.told.iter().take(arguments.tell_all) {
+        println!("DIFFERENT {told}");
+    }
+    for crash in &summary.crashes {
+        println!("CRASH {crash}");
+    }
+    if !arguments.no_table {
+        println!("{}", report::coverage(&all, &summary));
+    }
+    let untested = report::untested(&summary);
+    let undefined: u64 = summary.forms.iter().map(|f| f.undefined).sum();
+    println!(
+        "{} cases of {} forms: {} different, {} forms untested, {} workers crashed; \
+         architecturally undefined bits differ in {} cases",
+        summary.cases(),
+        plan.forms.len(),
+        summary.differences(),
+        untested,
+        summary.crashes.len(),
+        undefined,
+    );
+    let good = summary.differences() == 0 && untested == 0 && summary.crashes.is_empty();
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn one_case(arguments: &Arguments, features: &Features, case: &str) -> Result<ExitCode, String> {
+    let (name, number) = case.split_once(':').ok_or("--case wants FORM:NUMBER")?;
+    let number: u64 = number.parse().map_err(|_| format!("{number} is no case number"))?;
+    let code = iced_x86::Code::values()
+        .find(|code| format!("{code:?}") == name)
+        .ok_or_else(|| format!("there is no form {name}"))?;
+    let case = Generator::new(has_fsgsbase())
+        .case(code, arguments.seed, number)
+        .ok_or("this form cannot be encoded")?;
+    println!("{}", report::disassemble(&case));
+    println!("{:#x?}", case.machine.gpr);
+    let mut bench = Bench::new(features.clone(), arguments.seed).map_err(|e| e.to_string())?;
+    let outcome = bench.run(&case);
+    println!("host:  {} at {:#x}", outcome.host.0, outcome.host.1.rip);
+    if let Some((event, machine)) = &outcome.guest {
+        println!("guest: {event} at {:#x}", machine.rip);
+    }
+    println!("{}", report::tell(arguments.seed, number, &case, &outcome));
+    let same = outcome.difference.defined.is_empty();
+    Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
