@@ -1,4 +1,5 @@
-//! Effective addresses and register operands.
+//! Effective addresses, register operands and memory operands.
+#![expect(unsafe_code, reason = "an update in place goes through the host pointer that the MMU gives out")]
 
 use crate::code::op::Op;
 use crate::cpu::Cpu;
@@ -12,6 +13,12 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn ea(&mut self, op: &Op, size: usize, write: bool) -> Result<u64, Abort> {
         let offset = self.offset(op);
+        self.ea_at(op, offset, size, write)
+    }
+
+    /// As [`Cpu::ea`], for an instruction that forms the offset itself.
+    #[inline(always)]
+    pub(crate) fn ea_at(&mut self, op: &Op, offset: u64, size: usize, write: bool) -> Result<u64, Abort> {
         if op.has(Op::SLOW_EA) {
             return self.ea_slow(op, offset & op.addr_mask(), size, write);
         }
@@ -56,5 +63,61 @@ impl Cpu {
             2 => *slot = (*slot & !0xffff) | value.to_u64(),
             _ => *slot = value.to_u64(),
         }
+    }
+
+    /// Loads `op`'s memory operand.
+    #[inline(always)]
+    pub(crate) fn load_operand<T: Word>(&mut self, op: &Op) -> Result<T, Abort> {
+        let lin = self.ea(op, T::SIZE, false)?;
+        self.load(self.op_seg(op), lin)
+    }
+
+    /// Stores to `op`'s memory operand.
+    #[inline(always)]
+    pub(crate) fn store_operand<T: Word>(&mut self, op: &Op, value: T) -> Result<(), Abort> {
+        let lin = self.ea(op, T::SIZE, true)?;
+        self.store(self.op_seg(op), lin, value)
+    }
+
+    /// Reads, changes and writes `op`'s memory operand; not atomic. It faults as a write does. What `change`
+    /// returns beside the new value is returned once the store is done.
+    #[inline(always)]
+    pub(crate) fn update_operand<T: Word, R>(
+        &mut self,
+        op: &Op,
+        change: impl FnOnce(T) -> (T, R),
+    ) -> Result<R, Abort> {
+        let lin = self.ea(op, T::SIZE, true)?;
+        self.update(self.op_seg(op), lin, change)
+    }
+
+    /// [`Cpu::update_operand`] at a linear address.
+    #[inline(always)]
+    pub(crate) fn update<T: Word, R>(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        change: impl FnOnce(T) -> (T, R),
+    ) -> Result<R, Abort> {
+        if let Some(host) = self.host_pointer(seg, lin, T::SIZE, true)? {
+            let host = host.cast::<T>();
+            // SAFETY: the MMU says that `T::SIZE` bytes at `host` are guest memory that may be written until
+            // the end of the instruction.
+            let (value, rest) = change(unsafe { host.read_unaligned() });
+            // SAFETY: as above.
+            unsafe { host.write_unaligned(value) };
+            return Ok(rest);
+        }
+        let old = self.load_for_update(seg, lin)?;
+        let (value, rest) = change(old);
+        self.store(seg, lin, value)?;
+        Ok(rest)
+    }
+
+    /// Loads a word that is stored to next: faults as that store would.
+    #[cold]
+    fn load_for_update<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<T, Abort> {
+        self.probe(seg, lin, T::SIZE, true)?;
+        self.load(seg, lin)
     }
 }

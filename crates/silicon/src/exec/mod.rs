@@ -7,15 +7,19 @@ use crate::code::lower::LowerCtx;
 use crate::code::op::Op;
 
 mod address;
-pub mod alu;
+mod alu;
+mod branch;
+mod mov;
+mod operand;
+pub mod stack;
+#[cfg(test)]
+mod testing;
 
 /// A family's `lower`: the operation for an instruction of its own, `None` for any other.
 type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;
 
 /// The families, the most frequent first.
-const FAMILIES: &[Lower] = &[
-    alu::lower, //
-];
+const FAMILIES: &[Lower] = &[mov::lower, alu::lower, branch::lower, stack::lower];
 
 /// Asks the families in turn.
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
