@@ -1,2 +1,45 @@
-//! Project tasks.
-fn main() {}
+//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`.
+
+mod bench;
+mod demo;
+mod fuzz;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "ring3's project tasks", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot an unmodified Debian kernel on ring3 and show its console.
+    Demo(demo::Options),
+    /// Run everything that CI runs.
+    Test(test::Options),
+    /// Measure against QEMU's TCG in interleaved runs and print ratios.
+    Bench(bench::Options),
+    /// Compare generated instructions with the host's CPU, and run random guest images, for a while.
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Demo(options) => demo::run(&options),
+        Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

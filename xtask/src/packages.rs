@@ -1,0 +1,142 @@
+//! Debian packages: tools that we run, and the kernels and busybox that guests run. Kernels are unpacked under
+//! `target/guest`, never installed.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{Error, at, guest_dir, run};
+
+/// A guest kernel.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// `uname -r`.
+    pub release: String,
+    /// The bzImage.
+    pub image: PathBuf,
+    /// `lib/modules/RELEASE`.
+    pub modules: PathBuf,
+}
+
+/// The kernels that ring3 is tested with: series, and the packages that depend on its newest image.
+const KERNELS: &[(&str, &[&str])] = &[
+    ("6.12", &["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64"]),
+    ("6.1", &["linux-image-6.1-cloud-amd64", "linux-image-cloud-amd64"]),
+];
+
+fn is_root() -> bool {
+    Path::new("/proc/self").metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
+}
+
+/// Makes sure that the programs in `tools` (program, package) are there; installs them if we are root.
+pub fn require(tools: &[(&str, &str)]) -> Result<(), Error> {
+    let missing: Vec<_> = tools.iter().filter(|(tool, _)| find(tool).is_none()).collect();
+    let Some((tool, _)) = missing.first() else { return Ok(()) };
+    let packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
+    if !is_root() {
+        return Err(Error::MissingTool { tool: tool.to_string(), package: packages.join(" ") });
+    }
+    eprintln!("installing {}", packages.join(", "));
+    let install = || {
+        let mut apt = Command::new("apt-get");
+        apt.env("DEBIAN_FRONTEND", "noninteractive");
+        run(apt.args(["install", "-y", "-qq", "--no-install-recommends"]).args(&packages))
+    };
+    if install().is_err() {
+        update()?;
+        install()?;
+    }
+    match missing.iter().find(|(tool, _)| find(tool).is_none()) {
+        None => Ok(()),
+        Some((tool, package)) => {
+            Err(Error::MissingTool { tool: tool.to_string(), package: package.to_string() })
+        }
+    }
+}
+
+/// Finds a program in PATH and in the system directories that PATH may lack, or a file by absolute path.
+pub fn find(tool: &str) -> Option<PathBuf> {
+    if tool.starts_with('/') {
+        return Some(PathBuf::from(tool)).filter(|p| p.exists());
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    (path.split(':').chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"]))
+        .map(|dir| Path::new(dir).join(tool))
+        .find(|candidate| candidate.is_file())
+}
+
+fn update() -> Result<(), Error> {
+    eprintln!("reading package lists");
+    run(Command::new("apt-get").args(["update", "-qq"])).map(|_| ())
+}
+
+/// Names of the packages that `package` depends on; empty if it is unknown.
+fn depends(package: &str) -> Vec<String> {
+    let listed = run(Command::new("apt-cache").args(["depends", "--important", package])).unwrap_or_default();
+    listed.lines().filter_map(|l| l.trim().strip_prefix("Depends: ")).map(str::to_string).collect()
+}
+
+/// Downloads `package` and unpacks it below `into`.
+fn unpack(package: &str, into: &Path) -> Result<(), Error> {
+    let download = into.join("download");
+    at(&download, std::fs::create_dir_all(&download))?;
+    eprintln!("fetching {package}");
+    run(Command::new("apt-get").args(["download", "-qq", package]).current_dir(&download))?;
+    for entry in at(&download, std::fs::read_dir(&download))?.flatten() {
+        run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(into))?;
+    }
+    at(&download, std::fs::remove_dir_all(&download))
+}
+
+/// Debian's cloud kernel of `series` ("6.12" or "6.1"), fetched on first use.
+pub fn kernel(series: &str) -> Result<Kernel, Error> {
+    let dir = guest_dir().join(format!("linux-{series}"));
+    if let Some(found) = unpacked_kernel(&dir) {
+        return Ok(found);
+    }
+    let Some((_, candidates)) = KERNELS.iter().find(|(name, _)| *name == series) else {
+        return Err(Error::Package(format!("linux-image-{series}-cloud-amd64")));
+    };
+    let prefix = format!("linux-image-{series}.");
+    let search = || candidates.iter().flat_map(|c| depends(c)).find(|name| name.starts_with(&prefix));
+    let image = match search() {
+        Some(image) => image,
+        None => {
+            if is_root() {
+                update()?;
+            }
+            search().ok_or_else(|| Error::Package(candidates[0].to_string()))?
+        }
+    };
+    unpack(&image, &dir)?;
+    unpacked_kernel(&dir).ok_or(Error::Package(image))
+}
+
+fn unpacked_kernel(dir: &Path) -> Option<Kernel> {
+    let boot = std::fs::read_dir(dir.join("boot")).ok()?;
+    let image = boot
+        .flatten()
+        .map(|e| e.path())
+        .find(|p| p.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))?;
+    let release = image.file_name()?.to_string_lossy().strip_prefix("vmlinuz-")?.to_string();
+    let modules = ["lib/modules", "usr/lib/modules"]
+        .iter()
+        .map(|base| dir.join(base).join(&release))
+        .find(|p| p.is_dir())?;
+    Some(Kernel { release, image, modules })
+}
+
+/// Debian's statically linked busybox, fetched on first use.
+pub fn busybox() -> Result<PathBuf, Error> {
+    let dir = guest_dir().join("busybox");
+    let found = || ["bin/busybox", "usr/bin/busybox"].iter().map(|p| dir.join(p)).find(|p| p.is_file());
+    if let Some(path) = found() {
+        return Ok(path);
+    }
+    if unpack("busybox-static", &dir).is_err() {
+        if is_root() {
+            update()?;
+        }
+        unpack("busybox-static", &dir)?;
+    }
+    found().ok_or_else(|| Error::Package("busybox-static".into()))
+}

@@ -1,0 +1,70 @@
+//! `cargo xtask test`: everything that CI runs.
+
+use std::process::Command;
+use std::time::Instant;
+
+use clap::Args;
+use xtask::{Error, packages};
+
+/// Options of `cargo xtask test`.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Without the Linux guests, and with fewer generated cases.
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Generated instruction cases that CI compares with the host's CPU, and their seed.
+const CONFORMANCE: [&str; 4] = ["--seed", "1", "--cases", "1000000"];
+const CONFORMANCE_QUICK: [&str; 4] = ["--seed", "1", "--cases", "50000"];
+
+/// One step: what it is, cargo's arguments, and whether `--quick` leaves it out.
+struct Step {
+    title: &'static str,
+    cargo: Vec<&'static str>,
+    slow: bool,
+}
+
+fn steps(quick: bool) -> Vec<Step> {
+    let step = |title, cargo: &[&'static str], slow| Step { title, cargo: cargo.to_vec(), slow };
+    let mut conformance = vec!["run", "--release", "--quiet", "--package", "conformance", "--"];
+    conformance.extend(if quick { CONFORMANCE_QUICK } else { CONFORMANCE });
+    vec![
+        step("formatting", &["fmt", "--all", "--check"], false),
+        step("lints", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"], false),
+        step("build", &["build", "--quiet", "--release", "--workspace"], false),
+        step("unit tests", &["test", "--quiet", "--release", "--workspace", "--exclude", "e2e"], false),
+        Step { title: "instruction conformance", cargo: conformance, slow: false },
+        step("Linux guests", &["test", "--quiet", "--release", "--package", "e2e"], true),
+    ]
+}
+
+pub(crate) fn run(options: &Options) -> Result<(), Error> {
+    packages::require(&[
+        ("cc", "gcc"),
+        ("mke2fs", "e2fsprogs"),
+        ("xz", "xz-utils"),
+        ("dpkg-deb", "dpkg"),
+        ("chroot", "coreutils"),
+    ])?;
+    let mut table = Vec::new();
+    let mut failed = Vec::new();
+    for step in steps(options.quick) {
+        if step.slow && options.quick {
+            continue;
+        }
+        eprintln!("==> {}: cargo {}", step.title, step.cargo.join(" "));
+        let started = Instant::now();
+        let status = Command::new("cargo").args(&step.cargo).current_dir(xtask::root()).status();
+        let passed = status.is_ok_and(|s| s.success());
+        table.push((step.title, passed, started.elapsed().as_secs()));
+        if !passed {
+            failed.push(step.title);
+        }
+    }
+    println!();
+    for (title, passed, seconds) in table {
+        println!("{title:<26} {:<7} {seconds:>5} s", if passed { "ok" } else { "FAILED" });
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::Guest(format!("failed: {}", failed.join(", ")))) }
+}
