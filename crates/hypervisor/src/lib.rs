@@ -1,1 +1,5 @@
 //! ring3 hypervisor.
+
+pub mod irqchip;
+pub mod routing;
+pub mod timer;

@@ -1,0 +1,320 @@
+//! Timers of a VM: one host thread that sleeps in a timerfd until the earliest deadline.
+//!
+//! A device registers once as a [`TimerClient`] and gets a [`Timer`], which is armed with an absolute deadline and
+//! fires once; a periodic device arms it anew when called. Arming costs one `timerfd_settime` and wakes nobody. Time
+//! is a value behind [`TimeSource`]: tests and deterministic runs use [`VirtualTime`] without a thread.
+//!
+//! Locks: the queue's lock is a leaf. No lock is held while a client is called.
+
+#![expect(unsafe_code, reason = "clock_gettime has no safe wrapper that gives the absolute value")]
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
+
+/// A clock in nanoseconds that never goes back, as the kernel's `ktime_get()`.
+pub trait TimeSource: Send + Sync + fmt::Debug {
+    /// The present time in nanoseconds.
+    fn now(&self) -> u64;
+}
+
+/// The host's CLOCK_MONOTONIC.
+#[derive(Debug, Default)]
+pub struct MonotonicTime;
+
+impl TimeSource for MonotonicTime {
+    fn now(&self) -> u64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `time` is a valid place for the result; CLOCK_MONOTONIC always exists.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    }
+}
+
+/// A clock that moves only when told to.
+#[derive(Debug, Default)]
+pub struct VirtualTime(AtomicU64);
+
+impl VirtualTime {
+    /// Moves the clock on by `nanoseconds`.
+    pub fn advance(&self, nanoseconds: u64) {
+        self.0.fetch_add(nanoseconds, Ordering::SeqCst);
+    }
+}
+
+impl TimeSource for VirtualTime {
+    fn now(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// What a timer calls when it fires; the callee may arm its timers again.
+pub trait TimerClient: Send + Sync {
+    /// The deadline has passed. A call can be late: the client checks its own state against the clock.
+    fn timer_expired(&self);
+}
+
+/// One armed or idle timer of a client; gone with its owner.
+pub struct Timer {
+    shared: Arc<Shared>,
+    slot: usize,
+}
+
+/// The timers of one VM. Dropping it ends the thread.
+pub struct Timers {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    clock: Arc<dyn TimeSource>,
+    queue: Mutex<Queue>,
+    stopping: AtomicBool,
+}
+
+#[derive(Default)]
+struct Queue {
+    slots: Vec<Option<Slot>>,
+    /// Armed slots by deadline; bounded by the number of slots, whatever a guest programs.
+    order: BTreeSet<(u64, usize)>,
+    alarm: Option<Alarm>,
+}
+
+struct Slot {
+    client: Weak<dyn TimerClient>,
+    deadline: Option<u64>,
+}
+
+/// The timerfd and the deadline that it is set to.
+struct Alarm {
+    descriptor: TimerFd,
+    set_to: Option<u64>,
+    /// The thread is being told to end: nothing may put the ring off.
+    ending: bool,
+}
+
+impl Timers {
+    /// Timers on the host's clock, with their thread.
+    pub fn start() -> io::Result<Self> {
+        let descriptor = TimerFd::new().map_err(io::Error::from)?;
+        let epoll = Epoll::new()?;
+        let event = EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(ControlOperation::Add, descriptor.as_raw_fd(), event)?;
+        let mut timers = Self::manual(Arc::new(MonotonicTime));
+        timers.shared.queue().alarm = Some(Alarm { descriptor, set_to: None, ending: false });
+        let shared = Arc::clone(&timers.shared);
+        let thread = thread::Builder::new().name("timers".into()).spawn(move || shared.serve(&epoll))?;
+        timers.thread = Some(thread);
+        Ok(timers)
+    }
+
+    /// Timers on `clock` without a thread: whoever moves the clock calls [`Timers::fire_due`].
+    pub fn manual(clock: Arc<dyn TimeSource>) -> Self {
+        let shared = Shared { clock, queue: Mutex::default(), stopping: AtomicBool::new(false) };
+        Self { shared: Arc::new(shared), thread: None }
+    }
+
+    /// The clock that the deadlines are told in.
+    pub fn clock(&self) -> &Arc<dyn TimeSource> {
+        &self.shared.clock
+    }
+
+    /// A new idle timer that calls `client`.
+    pub fn register(&self, client: Weak<dyn TimerClient>) -> Timer {
+        let mut queue = self.shared.queue();
+        let entry = Some(Slot { client, deadline: None });
+        let slot = match queue.slots.iter().position(Option::is_none) {
+            Some(free) => {
+                queue.slots[free] = entry;
+                free
+            }
+            None => {
+                queue.slots.push(entry);
+                queue.slots.len() - 1
+            }
+        };
+        Timer { shared: Arc::clone(&self.shared), slot }
+    }
+
+    /// Calls every client whose deadline has passed; gives the number of calls.
+    pub fn fire_due(&self) -> usize {
+        self.shared.fire_due()
+    }
+
+    /// The earliest armed deadline.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.shared.queue().order.first().map(|&(deadline, _)| deadline)
+    }
+}
+
+impl Drop for Timers {
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        if let Some(alarm) = &mut self.shared.queue().alarm {
+            alarm.ring_at_once();
+        }
+        // A client called by the thread may have held the last reference to us.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            tracing::error!("the timer thread has panicked");
+        }
+    }
+}
+
+impl fmt::Debug for Timers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Timers").field("next_deadline", &self.next_deadline()).finish_non_exhaustive()
+    }
+}
+
+impl Timer {
+    /// Arms the timer for `deadline`, in place of an earlier one.
+    pub fn arm(&self, deadline: u64) {
+        self.set(Some(deadline));
+    }
+
+    /// Disarms the timer. A call that is already under way may still come.
+    pub fn disarm(&self) {
+        self.set(None);
+    }
+
+    /// The deadline that the timer is armed for.
+    pub fn deadline(&self) -> Option<u64> {
+        self.shared.queue().slots.get(self.slot)?.as_ref()?.deadline
+    }
+
+    fn set(&self, deadline: Option<u64>) {
+        let mut queue = self.shared.queue();
+        queue.schedule(self.slot, deadline);
+        queue.set_alarm(&*self.shared.clock);
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let mut queue = self.shared.queue();
+        queue.schedule(self.slot, None);
+        if let Some(slot) = queue.slots.get_mut(self.slot) {
+            *slot = None;
+        }
+    }
+}
+
+impl fmt::Debug for Timer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Timer").field("deadline", &self.deadline()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fire_due(&self) -> usize {
+        let mut fired = 0;
+        loop {
+            let client = {
+                let mut queue = self.queue();
+                match queue.take_due(self.clock.now()) {
+                    Some(client) => client,
+                    None => {
+                        queue.set_alarm(&*self.clock);
+                        return fired;
+                    }
+                }
+            };
+            if let Some(client) = client.upgrade() {
+                client.timer_expired();
+                fired += 1;
+            }
+        }
+    }
+
+    /// The thread: sleeps until the timerfd rings, serves what is due, and sets it again.
+    fn serve(&self, epoll: &Epoll) {
+        let mut events = [EpollEvent::default()];
+        while !self.stopping.load(Ordering::SeqCst) {
+            match epoll.wait(-1, &mut events) {
+                Ok(_) => {
+                    self.fire_due();
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::error!(%error, "the timer thread cannot wait");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Queue {
+    fn schedule(&mut self, slot: usize, deadline: Option<u64>) {
+        let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
+        if let Some(old) = entry.deadline.take() {
+            self.order.remove(&(old, slot));
+        }
+        entry.deadline = deadline;
+        if let Some(new) = deadline {
+            self.order.insert((new, slot));
+        }
+    }
+
+    fn take_due(&mut self, now: u64) -> Option<Weak<dyn TimerClient>> {
+        let &(_, slot) = self.order.first().filter(|&&(deadline, _)| deadline <= now)?;
+        self.schedule(slot, None);
+        self.slots.get(slot)?.as_ref().map(|entry| Weak::clone(&entry.client))
+    }
+
+    fn set_alarm(&mut self, clock: &dyn TimeSource) {
+        let first = self.order.first().map(|&(deadline, _)| deadline);
+        if let Some(alarm) = &mut self.alarm {
+            alarm.set(first, clock);
+        }
+    }
+}
+
+impl Alarm {
+    /// Sets the timerfd; this also takes back a ring that is still unread. A deadline put off is not worth a system
+    /// call: the thread then wakes once for nothing and sets the true one.
+    fn set(&mut self, deadline: Option<u64>, clock: &dyn TimeSource) {
+        let now = clock.now();
+        let rung = self.set_to.is_some_and(|set_to| set_to <= now);
+        let later = match (self.set_to, deadline) {
+            (None, None) => true,
+            (Some(old), Some(new)) => new >= old,
+            (Some(_), None) => true,
+            (None, Some(_)) => false,
+        };
+        if self.ending || (later && !rung) {
+            return;
+        }
+        self.set_to = deadline;
+        let result = match deadline {
+            Some(deadline) => {
+                let wait = Duration::from_nanos(deadline.saturating_sub(now).max(1));
+                self.descriptor.reset(wait, None)
+            }
+            None => self.descriptor.clear(),
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "cannot set the timer descriptor");
+        }
+    }
+
+    fn ring_at_once(&mut self) {
+        self.ending = true;
+        if let Err(error) = self.descriptor.reset(Duration::from_nanos(1), None) {
+            tracing::error!(%error, "cannot wake the timer thread");
+        }
+    }
+}
