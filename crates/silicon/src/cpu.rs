@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::clock::Clock;
 use crate::code::CodeCache;
 use crate::code::op::Op;
 use crate::exception::{Abort, Exception};
@@ -96,6 +97,8 @@ pub struct Cpu {
     pub state: CpuState,
     /// What this CPU offers.
     pub features: Features,
+    /// Where the time-stamp counter comes from.
+    pub clock: Clock,
     /// VM-execution controls; the hypervisor sets them before [`Cpu::run`].
     pub controls: Controls,
     /// Event to inject at the next entry.
@@ -121,6 +124,7 @@ impl Cpu {
         let mut cpu = Cpu {
             state: CpuState::reset(0x000c_06f2),
             features,
+            clock: Clock::default(),
             controls: Controls::default(),
             injection: None,
             ept,

@@ -3,6 +3,7 @@
 //! Guest state, instruction execution, paging, event delivery, and guest mode with the controls and exits of VMX.
 //! This crate knows nothing of KVM: the hypervisor enters guest mode with [`Cpu::run`] and gets a [`vmx::Exit`].
 
+pub mod clock;
 pub(crate) mod code;
 pub mod cpu;
 mod engine;
@@ -13,6 +14,7 @@ pub mod mmu;
 pub mod model;
 pub mod state;
 pub mod system;
+pub mod topology;
 pub mod vmx;
 
 pub use cpu::Cpu;

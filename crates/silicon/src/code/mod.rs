@@ -12,7 +12,7 @@ pub mod op;
 use std::collections::HashMap;
 use std::ptr::NonNull;
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction};
 
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Op};
@@ -356,7 +356,7 @@ impl Cpu {
         let limit = if single { 1 } else { BLOCK_MAX };
         loop {
             let ctx = LowerCtx { code_size, features: &self.features };
-            let (ins, truncated) = decode_one(&bytes[at..available], at, code_size);
+            let (ins, truncated) = decode_one(&bytes[at..available], at, &ctx);
             if truncated {
                 if !ops.is_empty() {
                     break;
@@ -401,9 +401,10 @@ fn copy_code(host: u64, out: &mut [u8]) {
 }
 
 /// Decodes one instruction; true if only missing bytes kept it from being decoded.
-fn decode_one(bytes: &[u8], at: usize, code_size: CodeSize) -> (Instruction, bool) {
+fn decode_one(bytes: &[u8], at: usize, ctx: &LowerCtx) -> (Instruction, bool) {
     let bytes = &bytes[..bytes.len().min(15)];
-    let mut decoder = Decoder::with_ip(code_size.bits(), bytes, at as u64, DecoderOptions::NONE);
+    let options = ctx.features.decoder_options();
+    let mut decoder = Decoder::with_ip(ctx.code_size.bits(), bytes, at as u64, options);
     let ins = decoder.decode();
     (ins, decoder.last_error() == DecoderError::NoMoreBytes)
 }

@@ -9,17 +9,33 @@ use crate::code::op::Op;
 mod address;
 mod alu;
 mod branch;
+mod cache;
+mod control;
+mod misc_system;
 mod mov;
+pub mod msr;
 mod operand;
 pub mod stack;
 #[cfg(test)]
+mod system_tests;
+#[cfg(test)]
 mod testing;
+mod translation;
 
 /// A family's `lower`: the operation for an instruction of its own, `None` for any other.
 type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;
 
 /// The families, the most frequent first.
-const FAMILIES: &[Lower] = &[mov::lower, alu::lower, branch::lower, stack::lower];
+const FAMILIES: &[Lower] = &[
+    mov::lower,
+    alu::lower,
+    branch::lower,
+    stack::lower,
+    control::lower,
+    misc_system::lower,
+    msr::lower,
+    cache::lower,
+];
 
 /// Asks the families in turn.
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {

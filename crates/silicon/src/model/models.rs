@@ -1,0 +1,479 @@
+//! The CPU models.
+
+use crate::model::feature::Means;
+use crate::model::{Feature, FeatureSet, Features, Host};
+
+/// What a cache holds and who shares it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CacheKind {
+    /// First level, data.
+    Data,
+    /// First level, instructions.
+    Instruction,
+    /// Unified, of one core.
+    Private,
+    /// Unified, of the package.
+    Shared,
+}
+
+/// One cache, with 64-byte lines.
+#[derive(Debug)]
+pub(super) struct Cache {
+    pub(super) level: u32,
+    pub(super) kind: CacheKind,
+    pub(super) bytes: u32,
+    pub(super) ways: u32,
+}
+
+/// One model: facts of a part.
+#[derive(Debug)]
+pub struct ModelRow {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// Brand string, 47 characters at most.
+    pub brand: &'static str,
+    /// Family, model, stepping.
+    version: (u32, u32, u32),
+    /// The model that this one adds to.
+    base: Option<&'static ModelRow>,
+    adds: FeatureSet,
+    drops: FeatureSet,
+    pub(super) caches: &'static [Cache],
+    physical_bits: u8,
+    pub(super) max_leaf: u32,
+    pub(super) base_mhz: u32,
+    pub(super) turbo_mhz: u32,
+    /// IA32_ARCH_CAPABILITIES, for parts that have it.
+    pub arch_capabilities: u64,
+}
+
+impl ModelRow {
+    /// CPUID.1:EAX.
+    pub fn signature(&self) -> u32 {
+        let (family, model, stepping) = self.version;
+        stepping | (model & 15) << 4 | family << 8 | (model >> 4) << 16
+    }
+
+    /// Everything that the part has.
+    fn features(&self) -> FeatureSet {
+        let base = self.base.map_or(FeatureSet::EMPTY, ModelRow::features);
+        base.union(self.adds).minus(self.drops)
+    }
+}
+
+use Feature::*;
+
+/// IA32_ARCH_CAPABILITIES of a processor that does not speculate: what no attack can reach, and enhanced IBRS
+/// (SDM vol. 4, table 2-2: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO,
+/// SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, FB_CLEAR, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO).
+const NOT_VULNERABLE: u64 = 1 << 0
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 17
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+
+const KIB: u32 = 1 << 10;
+const MIB: u32 = 1 << 20;
+
+const fn cache(level: u32, kind: CacheKind, bytes: u32, ways: u32) -> Cache {
+    Cache { level, kind, bytes, ways }
+}
+
+static NEHALEM: ModelRow = ModelRow {
+    name: "nehalem",
+    brand: "Intel(R) Xeon(R) Processor (Nehalem)",
+    version: (6, 26, 5),
+    base: None,
+    adds: FeatureSet::of(&[
+        Fpu,
+        Vme,
+        De,
+        Pse,
+        Tsc,
+        Msr,
+        Pae,
+        Mce,
+        Cx8,
+        Apic,
+        Sep,
+        Mtrr,
+        Pge,
+        Mca,
+        Cmov,
+        Pat,
+        Pse36,
+        Clflush,
+        Mmx,
+        Fxsr,
+        Sse,
+        Sse2,
+        Ss,
+        Ht,
+        Sse3,
+        Monitor,
+        Ssse3,
+        Cx16,
+        Sse41,
+        Sse42,
+        Popcnt,
+        LahfLm,
+        Syscall,
+        Nx,
+        Rdtscp,
+        Lm,
+        InvariantTsc,
+    ]),
+    drops: FeatureSet::EMPTY,
+    caches: &[
+        cache(1, CacheKind::Data, 32 * KIB, 8),
+        cache(1, CacheKind::Instruction, 32 * KIB, 4),
+        cache(2, CacheKind::Private, 256 * KIB, 8),
+        cache(3, CacheKind::Shared, 8 * MIB, 16),
+    ],
+    physical_bits: 40,
+    max_leaf: 0xb,
+    base_mhz: 2933,
+    turbo_mhz: 3333,
+    arch_capabilities: 0,
+};
+
+static HASWELL: ModelRow = ModelRow {
+    name: "haswell",
+    brand: "Intel(R) Xeon(R) Processor (Haswell)",
+    version: (6, 63, 2),
+    base: Some(&NEHALEM),
+    adds: FeatureSet::of(&[
+        Pclmulqdq,
+        Fma,
+        Pcid,
+        X2apic,
+        Movbe,
+        TscDeadline,
+        Aes,
+        Xsave,
+        Avx,
+        F16c,
+        Rdrand,
+        Arat,
+        Fsgsbase,
+        TscAdjust,
+        Bmi1,
+        Hle,
+        Avx2,
+        Smep,
+        Bmi2,
+        Erms,
+        Invpcid,
+        Rtm,
+        ZeroFcsFds,
+        Abm,
+        Pdpe1gb,
+        Xsaveopt,
+    ]),
+    drops: FeatureSet::EMPTY,
+    caches: &[
+        cache(1, CacheKind::Data, 32 * KIB, 8),
+        cache(1, CacheKind::Instruction, 32 * KIB, 8),
+        cache(2, CacheKind::Private, 256 * KIB, 8),
+        cache(3, CacheKind::Shared, 20 * MIB, 20),
+    ],
+    physical_bits: 46,
+    max_leaf: 0xd,
+    base_mhz: 2600,
+    turbo_mhz: 3300,
+    arch_capabilities: 0,
+};
+
+static SKYLAKE: ModelRow = ModelRow {
+    name: "skylake",
+    brand: "Intel(R) Xeon(R) Processor (Skylake)",
+    version: (6, 85, 4),
+    base: Some(&HASWELL),
+    adds: FeatureSet::of(&[
+        FdpExceptionOnly,
+        Mpx,
+        Avx512f,
+        Avx512dq,
+        Rdseed,
+        Adx,
+        Smap,
+        Clflushopt,
+        Clwb,
+        Avx512cd,
+        Avx512bw,
+        Avx512vl,
+        Pku,
+        Xsavec,
+        Xgetbv1,
+        Xsaves,
+        Prefetchw,
+    ]),
+    drops: FeatureSet::EMPTY,
+    caches: &[
+        cache(1, CacheKind::Data, 32 * KIB, 8),
+        cache(1, CacheKind::Instruction, 32 * KIB, 8),
+        cache(2, CacheKind::Private, MIB, 16),
+        cache(3, CacheKind::Shared, 22 * MIB, 11),
+    ],
+    physical_bits: 46,
+    max_leaf: 0x16,
+    base_mhz: 2100,
+    turbo_mhz: 3700,
+    arch_capabilities: 0,
+};
+
+static SAPPHIRE_RAPIDS: ModelRow = ModelRow {
+    name: "sapphire-rapids",
+    brand: "Intel(R) Xeon(R) Processor (Sapphire Rapids)",
+    version: (6, 143, 8),
+    base: Some(&SKYLAKE),
+    adds: FeatureSet::of(&[
+        Avx512ifma,
+        Sha,
+        Avx512vbmi,
+        Umip,
+        Waitpkg,
+        Avx512vbmi2,
+        Gfni,
+        Vaes,
+        Vpclmulqdq,
+        Avx512vnni,
+        Avx512bitalg,
+        Avx512vpopcntdq,
+        La57,
+        Rdpid,
+        BusLockDetect,
+        Cldemote,
+        Movdiri,
+        Movdir64b,
+        Enqcmd,
+        Fsrm,
+        MdClear,
+        Serialize,
+        Tsxldtrk,
+        AmxBf16,
+        Avx512fp16,
+        AmxTile,
+        AmxInt8,
+        SpecCtrl,
+        Stibp,
+        FlushL1d,
+        ArchCapabilities,
+        CoreCapability,
+        Ssbd,
+        AvxVnni,
+        Avx512bf16,
+        Fzrm,
+        Fsrs,
+        Fsrc,
+        McdtNo,
+        Xfd,
+        Wbnoinvd,
+    ]),
+    drops: FeatureSet::of(&[Mpx]),
+    caches: &[
+        cache(1, CacheKind::Data, 48 * KIB, 12),
+        cache(1, CacheKind::Instruction, 32 * KIB, 8),
+        cache(2, CacheKind::Private, 2 * MIB, 16),
+        cache(3, CacheKind::Shared, 30 * MIB, 15),
+    ],
+    physical_bits: 46,
+    max_leaf: 0x1f,
+    base_mhz: 2100,
+    turbo_mhz: 3800,
+    arch_capabilities: NOT_VULNERABLE,
+};
+
+/// Everything that we know of; what is offered is what this machine and we can execute.
+static MAX: ModelRow = ModelRow {
+    name: "max",
+    brand: "Intel(R) Xeon(R) Processor (ring3 max)",
+    version: (6, 143, 8),
+    base: Some(&SAPPHIRE_RAPIDS),
+    adds: FeatureSet::of(&[
+        Avx512vp2intersect,
+        Sha512,
+        Sm3,
+        Sm4,
+        AvxIfma,
+        AvxVnniInt8,
+        AvxNeConvert,
+        AvxVnniInt16,
+        Prefetchiti,
+    ]),
+    drops: FeatureSet::of(&[
+        Hle,
+        Rtm,
+        BusLockDetect,
+        Enqcmd,
+        Tsxldtrk,
+        AmxBf16,
+        AmxTile,
+        AmxInt8,
+        CoreCapability,
+        Xfd,
+    ]),
+    ..SAPPHIRE_RAPIDS
+};
+
+/// All models, the default first.
+static MODELS: &[&ModelRow] = &[&SAPPHIRE_RAPIDS, &SKYLAKE, &HASWELL, &NEHALEM, &MAX];
+
+/// Names of the models, the default first.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    MODELS.iter().map(|row| row.name)
+}
+
+pub(super) fn rows() -> &'static [&'static ModelRow] {
+    MODELS
+}
+
+/// Why a model's feature is not offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// This machine's CPU does not have it, and it takes the machine's CPU to execute it.
+    Host,
+    /// Silicon does not execute it.
+    NotExecuted,
+    /// It needs another feature that is not offered.
+    Needs(Feature),
+}
+
+/// A feature of the part that is not offered here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The feature.
+    pub feature: Feature,
+    /// Why.
+    pub why: Why,
+}
+
+/// A CPU model as chosen: a part with features added and taken away, less what cannot be executed here.
+#[derive(Clone, Debug)]
+pub struct CpuModel {
+    pub(super) row: &'static ModelRow,
+    features: Features,
+    lost: Vec<Lost>,
+}
+
+impl CpuModel {
+    /// `row` with `plus` and without `minus`, on `host`.
+    pub(super) fn new(row: &'static ModelRow, plus: FeatureSet, minus: FeatureSet, host: &Host) -> CpuModel {
+        let wanted = row.features().union(plus).minus(minus).consistent();
+        let offered = wanted.intersection(host.offered).consistent();
+        let lost = wanted.minus(offered).iter().map(|feature| Lost { feature, why: why(feature, offered) });
+        let features = Features::new(offered, row.physical_bits);
+        CpuModel { row, features, lost: lost.collect() }
+    }
+
+    /// The part that the model is of.
+    pub fn row(&self) -> &'static ModelRow {
+        self.row
+    }
+
+    /// Name, without the changes made to it.
+    pub fn name(&self) -> &'static str {
+        self.row.name
+    }
+
+    /// Brand string.
+    pub fn brand(&self) -> &'static str {
+        self.row.brand
+    }
+
+    /// The three words of the vendor string, in the order EBX, EDX, ECX.
+    pub fn vendor(&self) -> [u32; 3] {
+        [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+    }
+
+    /// CPUID.1:EAX, also what RDX holds after reset.
+    pub fn signature(&self) -> u32 {
+        self.row.signature()
+    }
+
+    /// What is offered.
+    pub fn features(&self) -> Features {
+        self.features.clone()
+    }
+
+    /// Whether `feature` is offered.
+    pub fn has(&self, feature: Feature) -> bool {
+        self.features.has(feature)
+    }
+
+    /// Features of the part that are not offered on this machine.
+    pub fn lost(&self) -> &[Lost] {
+        &self.lost
+    }
+
+    /// IA32_ARCH_CAPABILITIES. Parts without the MSR read as a processor that does not speculate does, which
+    /// is what we are.
+    pub fn arch_capabilities(&self) -> u64 {
+        NOT_VULNERABLE
+    }
+}
+
+impl Default for CpuModel {
+    /// `sapphire-rapids`.
+    fn default() -> CpuModel {
+        CpuModel::new(&SAPPHIRE_RAPIDS, FeatureSet::EMPTY, FeatureSet::EMPTY, Host::get())
+    }
+}
+
+/// Why `feature` is not among the offered.
+pub(super) fn why(feature: Feature, offered: FeatureSet) -> Why {
+    let missing = feature.row().needs.iter().find(|&&need| !offered.has(need));
+    match (feature.row().means, missing) {
+        (Means::Nobody, _) => Why::NotExecuted,
+        (_, Some(&need)) => Why::Needs(need),
+        (Means::Own | Means::Host | Means::HostAvx | Means::HostAvx512, None) => Why::Host,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_consistent() {
+        for row in MODELS {
+            assert!(row.brand.len() < 48, "{}", row.name);
+            let features = row.features();
+            assert_eq!(features.minus(features.consistent()), FeatureSet::EMPTY, "{}", row.name);
+            for cache in row.caches {
+                assert_eq!(cache.bytes % (64 * cache.ways), 0, "{} level {}", row.name, cache.level);
+            }
+        }
+    }
+
+    #[test]
+    fn signatures() {
+        let expected = [0x806f8, 0x50654, 0x306f2, 0x106a5, 0x806f8];
+        assert_eq!(MODELS.iter().map(|row| row.signature()).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_poor_host_takes_features_away_and_says_why() {
+        let mut host = *Host::get();
+        host.offered.remove(Avx);
+        host.offered = host.offered.consistent();
+        let model = CpuModel::new(&HASWELL, FeatureSet::EMPTY, FeatureSet::EMPTY, &host);
+        assert!(!model.has(Avx) && !model.has(Avx2) && model.has(Bmi2));
+        let why = |feature| model.lost().iter().find(|l| l.feature == feature).map(|l| l.why);
+        assert_eq!(why(Avx), Some(Why::Host));
+        assert_eq!(why(Avx2), Some(Why::Needs(Avx)));
+        assert_eq!(why(Rtm), Some(Why::NotExecuted));
+        assert_eq!(why(Bmi2), None);
+    }
+}
