@@ -121,6 +121,8 @@ pub struct Cpu {
 impl Cpu {
     /// A CPU after reset.
     pub fn new(features: Features, ept: Arc<Ept>) -> Cpu {
+        let requests = Arc::default();
+        let mmu = Mmu::new(&ept, &requests);
         let mut cpu = Cpu {
             state: CpuState::reset(0x000c_06f2),
             features,
@@ -128,13 +130,13 @@ impl Cpu {
             controls: Controls::default(),
             injection: None,
             ept,
-            requests: Arc::default(),
+            requests,
             counters: Counters::default(),
             pending: Pending::None,
             exit_instruction_length: 0,
             replay: Replay::default(),
             code: CodeCache::new(),
-            mmu: Mmu::default(),
+            mmu,
         };
         cpu.refresh_mode();
         cpu
@@ -162,6 +164,7 @@ impl Cpu {
         for (i, seg) in state.segs.iter().enumerate() {
             state.ea_base[i] = if flat && i < 4 { 0 } else { seg.base };
         }
+        self.mode_changed();
     }
 
     /// Stores a fault to be delivered and returns the token that unwinds the instruction.

@@ -31,9 +31,11 @@ impl Cpu {
     /// carried an access. After it: RIP is at the instruction that exited, not past it, and
     /// [`Cpu::exit_instruction_length`] is its length.
     pub fn run(&mut self) -> Exit {
+        self.mmu_enter();
         self.code.new_epoch();
         self.refresh_local();
         let exit = self.run_guest();
+        self.mmu_leave();
         self.replay.cursor = 0;
         exit
     }
@@ -99,6 +101,8 @@ impl Cpu {
         let trap = self.state.flag(Rflags::TF);
         let shadow = self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS);
         let block = self.find_block(true)?;
+        // What an instruction hit that then did not complete is not reported.
+        self.mmu.take_debug_hits();
         let result = self.execute(block);
         if result.is_ok() || !matches!(self.pending, Pending::Exit(_) | Pending::Retry) {
             self.replay.done.clear();

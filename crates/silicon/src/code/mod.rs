@@ -147,7 +147,7 @@ impl CodeCache {
 
     /// Whether any code of page `gfn` is decoded here.
     pub(crate) fn holds(&self, gfn: u64) -> bool {
-        self.pages.contains_key(&gfn)
+        self.pages.get(&gfn).is_some_and(|page| !page.blocks.is_empty())
     }
 
     /// Other CPUs hold write mappings of `gfn`: its blocks are compared at each use until this is taken back.
@@ -157,6 +157,15 @@ impl CodeCache {
         {
             page.unstable = unstable;
             self.epoch += 1;
+        }
+    }
+
+    /// The page may have been written unseen: compare its blocks at their next use through a new mapping.
+    pub(crate) fn revalidate(&mut self, gfn: u64) {
+        if let Some(page) = self.pages.get_mut(&gfn) {
+            for block in page.blocks.values_mut() {
+                block.checked = 0;
+            }
         }
     }
 

@@ -1,11 +1,17 @@
-//! Loads and stores of guest memory.
+//! Loads and stores of guest memory: the first-level TLB lookups, inlined into every handler, and the calls
+//! that handlers make. What misses goes to [`super::slow`].
 #![expect(unsafe_code, reason = "guest memory is reached through raw host pointers")]
 
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::mmu::Word;
+use crate::mmu::tlb::{Class, PAGE_MASK, PAGE_SIZE};
+use crate::mmu::walk::{Access, Kind};
+use crate::mmu::word::compare_exchange_16;
 use crate::state::Seg;
-use crate::vmx::{BusAccess, Exit, Space};
+
+/// Bytes in a host cache line: an atomic access within one needs no bus lock.
+const LINE: u64 = 64;
 
 /// A page that instructions can be fetched from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,84 +22,98 @@ pub struct ExecPage {
     pub host: u64,
 }
 
+/// Whether `size` bytes at host address `host` lie in one cache line.
+#[inline(always)]
+fn in_line(host: u64, size: usize) -> bool {
+    (host & (LINE - 1)) + size as u64 <= LINE
+}
+
 impl Cpu {
-    /// Translates `lin` for an instruction fetch at the current privilege.
-    pub fn fetch_page(&mut self, lin: u64) -> Result<ExecPage, Abort> {
-        match self.ept.find(lin) {
-            Some(region) => Ok(ExecPage { gfn: lin >> 12, host: region.host + (lin & !0xfff) - region.gpa }),
-            None => Err(self.exit(Exit::FetchFailed { gpa: lin })),
+    /// Loads a word at linear address `lin`; `seg` says whether a non-canonical address is #SS or #GP.
+    #[inline(always)]
+    pub fn load<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<T, Abort> {
+        match self.mmu.tlb.read_hit(lin, T::SIZE) {
+            // SAFETY: a hit is a host address of mapped guest memory: regions stay mapped while they are
+            // registered, and a removed region leaves no entry.
+            Some(host) => Ok(unsafe { T::read(host as *const T) }),
+            None => self.load_miss(seg, lin, T::SIZE).map(T::from_u64),
         }
     }
 
-    /// Decoded code of page `gfn` is cached now: stores to it must be noticed.
-    pub(crate) fn mark_code_page(&mut self, _gfn: u64) {}
-
-    /// Reads `out.len()` bytes at `lin`.
-    pub fn read_bytes(&mut self, seg: Seg, lin: u64, out: &mut [u8]) -> Result<(), Abort> {
-        for (i, byte) in out.iter_mut().enumerate() {
-            *byte = self.load::<u8>(seg, lin.wrapping_add(i as u64))?;
+    /// Stores a word at linear address `lin`.
+    #[inline(always)]
+    pub fn store<T: Word>(&mut self, seg: Seg, lin: u64, value: T) -> Result<(), Abort> {
+        match self.mmu.tlb.write_hit(lin, T::SIZE) {
+            Some(host) => {
+                // SAFETY: as in `load`; a write hit is for writable memory.
+                unsafe { T::write(host as *mut T, value) };
+                Ok(())
+            }
+            None => self.store_miss(seg, lin, T::SIZE, value.to_u64()),
         }
-        Ok(())
     }
 
-    /// Writes `data` at `lin`. Nothing is written if any part cannot be.
-    pub fn write_bytes(&mut self, seg: Seg, lin: u64, data: &[u8]) -> Result<(), Abort> {
-        for (i, byte) in data.iter().enumerate() {
-            self.store::<u8>(seg, lin.wrapping_add(i as u64), *byte)?;
-        }
-        Ok(())
-    }
-
-    /// Reads with supervisor rights whatever the CPL: descriptor tables, TSS, page-fault stacks.
-    pub fn system_load<T: Word>(&mut self, lin: u64) -> Result<T, Abort> {
-        self.load(Seg::Ds, lin)
-    }
-
-    /// Writes with supervisor rights whatever the CPL.
-    pub fn system_store<T: Word>(&mut self, lin: u64, value: T) -> Result<(), Abort> {
-        self.store(Seg::Ds, lin, value)
-    }
-
-    /// Checks that `len` bytes at `lin` can be accessed, as a store if `write`; faults as the access would.
-    pub fn probe(&mut self, seg: Seg, lin: u64, len: usize, write: bool) -> Result<(), Abort> {
-        let _ = (seg, lin, len, write);
-        Ok(())
-    }
-
-    /// Host address of `len` bytes at `lin`, for direct use until the end of the instruction: `None` where a
-    /// pointer will not do (page crossing, MMIO, code page, watched page) and the byte-wise calls must serve.
-    /// Faults as the access would.
-    pub fn host_pointer(
+    /// Reads a word, has `change` compute what to write back and a result, and writes it, with write rights
+    /// checked before the read. Not atomic: for instructions without LOCK whose destination is memory. `change`
+    /// must have no effects of its own, since an access that leaves guest mode is made again.
+    #[inline(always)]
+    pub fn update<T: Word, R>(
         &mut self,
         seg: Seg,
         lin: u64,
-        len: usize,
-        write: bool,
-    ) -> Result<Option<*mut u8>, Abort> {
-        let _ = (seg, write);
-        Ok(self
-            .ept
-            .find(lin)
-            .filter(|r| lin - r.gpa + len as u64 <= r.size)
-            .map(|r| (r.host + lin - r.gpa) as *mut u8))
+        change: impl FnOnce(T) -> (T, R),
+    ) -> Result<R, Abort> {
+        match self.mmu.tlb.write_hit(lin, T::SIZE) {
+            Some(host) => {
+                // SAFETY: as in `store`.
+                let (new, result) = change(unsafe { T::read(host as *const T) });
+                // SAFETY: as in `store`.
+                unsafe { T::write(host as *mut T, new) };
+                Ok(result)
+            }
+            None => {
+                let old = T::from_u64(self.load_for_write(seg, lin, T::SIZE)?);
+                let (new, result) = change(old);
+                self.store_miss(seg, lin, T::SIZE, new.to_u64())?;
+                Ok(result)
+            }
+        }
     }
 
     /// Reads, changes and writes a word atomically (LOCK prefix). `change` gives the new value, or `None` to
-    /// leave memory as it is; the write permission is needed in either case. Returns the old value.
+    /// leave memory as it is; the write permission is needed in either case. Returns the old value. `change` may
+    /// be called several times, and must have no effects of its own.
+    #[inline]
     pub fn locked<T: Word>(
         &mut self,
         seg: Seg,
         lin: u64,
         mut change: impl FnMut(T) -> Option<T>,
     ) -> Result<T, Abort> {
-        let old = self.load(seg, lin)?;
-        if let Some(new) = change(old) {
-            self.store(seg, lin, new)?;
+        if let Some(pointer) = self.locked_pointer::<T>(seg, lin)? {
+            return Ok(exchange_loop(pointer, change));
         }
-        Ok(old)
+        self.locked_slow(seg, lin, T::SIZE, &mut |old| change(T::from_u64(old)).map(T::to_u64))
+            .map(T::from_u64)
     }
 
-    /// CMPXCHG16B's access: compares and swaps 16 bytes atomically, returns the old value.
+    /// Host pointer on which one locked host instruction of `T`'s size does what the guest's does: writable,
+    /// within one cache line, valid until the end of the instruction. `None` where [`Cpu::locked`] must serve.
+    /// Faults as the access would.
+    #[inline(always)]
+    pub fn locked_pointer<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<Option<*mut T>, Abort> {
+        let host = match self.mmu.tlb.write_hit(lin, T::SIZE) {
+            Some(host) => host,
+            None => match self.host_pointer_miss(seg, lin, T::SIZE, true)? {
+                Some(pointer) => pointer as u64,
+                None => return Ok(None),
+            },
+        };
+        Ok(in_line(host, T::SIZE).then_some(host as *mut T))
+    }
+
+    /// CMPXCHG16B's access: compares and swaps 16 bytes atomically, returns the old value. The caller has
+    /// checked that `lin` is a multiple of 16.
     pub fn locked_compare_exchange_16(
         &mut self,
         seg: Seg,
@@ -101,49 +121,134 @@ impl Cpu {
         expected: u128,
         new: u128,
     ) -> Result<u128, Abort> {
-        let mut bytes = [0; 16];
-        self.read_bytes(seg, lin, &mut bytes)?;
-        let old = u128::from_le_bytes(bytes);
-        self.write_bytes(seg, lin, &if old == expected { new } else { old }.to_le_bytes())?;
-        Ok(old)
+        if let Some(pointer) = self.host_pointer(seg, lin, 16, true)?
+            && pointer as u64 & 15 == 0
+        {
+            // SAFETY: 16 aligned bytes of writable guest memory.
+            return Ok(unsafe { compare_exchange_16(pointer.cast(), expected, new) });
+        }
+        self.exclusive(|cpu| {
+            cpu.probe(seg, lin, 16, true)?;
+            let mut bytes = [0; 16];
+            cpu.read_bytes(seg, lin, &mut bytes)?;
+            let old = u128::from_le_bytes(bytes);
+            if old == expected {
+                cpu.write_bytes(seg, lin, &new.to_le_bytes())?;
+            }
+            Ok(old)
+        })
     }
 
-    /// Loads a word at linear address `lin`; `seg` says whether a non-canonical address is #SS or #GP.
+    /// Host address of `len` bytes at `lin`, for direct use until the end of the instruction: `None` where a
+    /// pointer will not do (page crossing, MMIO, code page, watched page) and the byte-wise calls must serve.
+    /// Faults as the access would.
     #[inline(always)]
-    pub fn load<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<T, Abort> {
-        self.load_slow(seg, lin)
+    pub fn host_pointer(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        len: usize,
+        write: bool,
+    ) -> Result<Option<*mut u8>, Abort> {
+        let tlb = &self.mmu.tlb;
+        // A length of a page or more could wrap around to the tag of the first page only past 2^64.
+        let hit = if write { tlb.write_hit(lin, len) } else { tlb.read_hit(lin, len) };
+        match hit {
+            Some(host) => Ok(Some(host as *mut u8)),
+            None => self.host_pointer_miss(seg, lin, len, write),
+        }
     }
 
-    /// Stores a word at linear address `lin`.
-    #[inline(always)]
-    pub fn store<T: Word>(&mut self, seg: Seg, lin: u64, value: T) -> Result<(), Abort> {
-        self.store_slow(seg, lin, value)
+    /// Host pointer to the byte at `lin` and how many bytes follow up to the end of its page, for direct use
+    /// until the end of the instruction: REP string instructions move a page at a time with it. `None` where
+    /// single accesses must serve (MMIO, code page, watched page, alignment checking). Faults as an access to
+    /// the byte would. For elements of several bytes the caller must see that one may cross the page's end.
+    #[inline]
+    pub fn chunk(&mut self, seg: Seg, lin: u64, write: bool) -> Result<Option<(*mut u8, usize)>, Abort> {
+        let pointer = self.host_pointer(seg, lin, 1, write)?;
+        Ok(pointer.map(|p| (p, (PAGE_SIZE - (lin & PAGE_MASK)) as usize)))
     }
 
-    fn load_slow<T: Word>(&mut self, _seg: Seg, lin: u64) -> Result<T, Abort> {
-        let Some(region) = self.ept.find(lin) else {
-            let access = BusAccess { space: Space::Memory, address: lin, size: T::SIZE as u8, write: None };
-            return Ok(T::from_u64(self.bus(access)?));
-        };
-        let host = (region.host + (lin - region.gpa)) as *const T;
-        // SAFETY: `find` says that the region holds `lin`, and regions stay mapped while they are registered.
-        Ok(unsafe { host.read_unaligned() })
+    /// Translates `lin` for an instruction fetch at the current privilege.
+    #[inline]
+    pub fn fetch_page(&mut self, lin: u64) -> Result<ExecPage, Abort> {
+        match self.mmu.tlb.exec_hit(self.state.cpl == 3, lin) {
+            Some((gfn, host)) => Ok(ExecPage { gfn, host }),
+            None => self.fetch_miss(lin),
+        }
     }
 
-    fn store_slow<T: Word>(&mut self, _seg: Seg, lin: u64, value: T) -> Result<(), Abort> {
-        let Some(region) = self.ept.find(lin) else {
-            let access = BusAccess {
-                space: Space::Memory,
-                address: lin,
-                size: T::SIZE as u8,
-                write: Some(value.to_u64()),
-            };
-            self.bus(access)?;
-            return Ok(());
-        };
-        let host = (region.host + (lin - region.gpa)) as *mut T;
-        // SAFETY: as in `load_slow`.
-        unsafe { host.write_unaligned(value) };
-        Ok(())
+    /// Reads with supervisor rights whatever the CPL: descriptor tables, TSS, page-fault stacks.
+    #[inline]
+    pub fn system_load<T: Word>(&mut self, lin: u64) -> Result<T, Abort> {
+        self.read_word(Seg::Ds, lin, T::SIZE, Cpu::SYSTEM_READ).map(T::from_u64)
+    }
+
+    /// Writes with supervisor rights whatever the CPL.
+    #[inline]
+    pub fn system_store<T: Word>(&mut self, lin: u64, value: T) -> Result<(), Abort> {
+        self.write_word(Seg::Ds, lin, T::SIZE, value.to_u64(), Cpu::SYSTEM_WRITE)
+    }
+
+    /// Atomically changes a word with supervisor rights whatever the CPL: the busy and accessed bits of
+    /// descriptors. As [`Cpu::locked`] otherwise.
+    pub fn system_locked<T: Word>(
+        &mut self,
+        lin: u64,
+        mut change: impl FnMut(T) -> Option<T>,
+    ) -> Result<T, Abort> {
+        let class = self.mmu.tlb.class();
+        self.mmu.tlb.set_class(Class::Supervisor);
+        let result =
+            self.locked_slow(Seg::Ds, lin, T::SIZE, &mut |old| change(T::from_u64(old)).map(T::to_u64));
+        self.mmu.tlb.set_class(class);
+        result.map(T::from_u64)
+    }
+
+    /// Checks that a write with supervisor rights to `len` bytes at `lin` would succeed; faults as it would.
+    pub fn system_probe(&mut self, lin: u64, len: usize, write: bool) -> Result<(), Abort> {
+        let access = if write { Cpu::SYSTEM_WRITE } else { Cpu::SYSTEM_READ };
+        self.probe_as(Seg::Ds, lin, len, access)
+    }
+
+    /// Checks that `len` bytes at `lin` can be accessed, as a store if `write`; faults as the access would.
+    pub fn probe(&mut self, seg: Seg, lin: u64, len: usize, write: bool) -> Result<(), Abort> {
+        let access = self.explicit(if write { Kind::Write } else { Kind::Read });
+        self.probe_as(seg, lin, len, access)
+    }
+
+    /// Reads `out.len()` bytes at `lin`.
+    pub fn read_bytes(&mut self, seg: Seg, lin: u64, out: &mut [u8]) -> Result<(), Abort> {
+        self.read_range(seg, lin, out, self.explicit(Kind::Read))
+    }
+
+    /// Writes `data` at `lin`. Nothing is written if any part cannot be.
+    pub fn write_bytes(&mut self, seg: Seg, lin: u64, data: &[u8]) -> Result<(), Abort> {
+        self.write_range(seg, lin, data, self.explicit(Kind::Write))
+    }
+
+    /// An access of the instruction's own at the current privilege.
+    pub(crate) fn explicit(&self, kind: Kind) -> Access {
+        Access { kind, class: self.mmu.tlb.class() }
+    }
+
+    pub(crate) const SYSTEM_READ: Access = Access { kind: Kind::Read, class: Class::Supervisor };
+    pub(crate) const SYSTEM_WRITE: Access = Access { kind: Kind::Write, class: Class::Supervisor };
+}
+
+/// Changes the word at `pointer` by compare-and-exchange until nobody came between; returns the old value.
+#[inline(always)]
+fn exchange_loop<T: Word>(pointer: *mut T, mut change: impl FnMut(T) -> Option<T>) -> T {
+    // SAFETY: callers pass a pointer that `locked_pointer` gave: writable guest memory within one line.
+    let mut old = unsafe { T::read(pointer) };
+    loop {
+        // An unchanged value is written back, as hardware does.
+        let new = change(old).unwrap_or(old);
+        // SAFETY: as above.
+        let found = unsafe { T::compare_exchange(pointer, old, new) };
+        if found == old {
+            return old;
+        }
+        old = found;
     }
 }

@@ -1,8 +1,16 @@
 //! Guest-physical memory: which ranges of guest-physical addresses are backed by which host memory.
 //! This is what EPT expresses on hardware; what is not here exits with an EPT violation.
+//!
+//! The map is immutable once published; each CPU keeps a reference to the one it uses. A change stops all CPUs
+//! of the VM ([`World`]), publishes a new map and lets them go on with their cached translations dropped, so
+//! that when the call returns no CPU uses what was removed.
+#![expect(unsafe_code, reason = "zeroed allocations become atomics")]
 
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+
+use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT};
+use crate::mmu::world::{Mail, World};
 
 /// One contiguous range of guest-physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +29,118 @@ pub struct Region {
 /// The guest-physical address space of one VM, shared by all of its CPUs.
 #[derive(Debug, Default)]
 pub struct Ept {
-    regions: RwLock<Vec<Region>>,
+    map: RwLock<Arc<Map>>,
     generation: AtomicU64,
+    pub(crate) world: World,
+}
+
+/// All regions at one time, in order of address.
+#[derive(Debug, Default)]
+pub(crate) struct Map {
+    backings: Vec<Arc<Backing>>,
+}
+
+/// A region and what is known about its pages.
+#[derive(Clone, Debug)]
+pub(crate) struct Backing {
+    pub(crate) region: Region,
+    pub(crate) pages: Arc<Pages>,
+    pub(crate) dirty: Option<Arc<DirtyLog>>,
+}
+
+impl Map {
+    /// Position of the region that holds `gpa`.
+    pub(crate) fn position(&self, gpa: u64) -> Option<usize> {
+        let after = self.backings.partition_point(|b| b.region.gpa <= gpa);
+        let index = after.checked_sub(1)?;
+        self.backings.get(index).filter(|b| b.holds(gpa)).map(|_| index)
+    }
+
+    /// The region at a position.
+    #[inline]
+    pub(crate) fn get(&self, index: usize) -> Option<&Backing> {
+        self.backings.get(index).map(|b| &**b)
+    }
+
+    fn at(&self, gpa: u64) -> Option<&Arc<Backing>> {
+        self.backings.iter().find(|b| b.region.gpa == gpa)
+    }
+}
+
+impl Backing {
+    #[inline]
+    pub(crate) fn holds(&self, gpa: u64) -> bool {
+        gpa.wrapping_sub(self.region.gpa) < self.region.size
+    }
+
+    /// Host address of `gpa`, which the region holds.
+    #[inline]
+    pub(crate) fn host(&self, gpa: u64) -> u64 {
+        self.region.host.wrapping_add(gpa - self.region.gpa)
+    }
+
+    /// Number of `gpa`'s page within the region.
+    #[inline]
+    pub(crate) fn page(&self, gpa: u64) -> usize {
+        ((gpa - self.region.gpa) >> PAGE_SHIFT) as usize
+    }
+
+    /// Records a write to `gpa`'s page if writes are logged.
+    #[inline]
+    pub(crate) fn log(&self, gpa: u64) {
+        if let Some(dirty) = &self.dirty {
+            dirty.set(self.page(gpa));
+        }
+    }
+}
+
+/// Which CPUs hold decoded code of each page, and which may store to it without looking: two words per page,
+/// bit per CPU. Only touched pages take memory.
+#[derive(Debug)]
+pub(crate) struct Pages(Box<[AtomicU64]>);
+
+impl Pages {
+    fn new(pages: usize) -> Pages {
+        Pages(zeroed(pages * 2))
+    }
+
+    /// CPUs with decoded code of a page.
+    pub(crate) fn code(&self, page: usize) -> Option<&AtomicU64> {
+        self.0.get(page * 2)
+    }
+
+    /// CPUs that may hold permissions to store to a page.
+    pub(crate) fn writers(&self, page: usize) -> Option<&AtomicU64> {
+        self.0.get(page * 2 + 1)
+    }
+}
+
+/// Pages written since their bits were last cleared; bit order as in KVM's dirty bitmap (bit 0 of word 0 is the
+/// region's first page).
+#[derive(Debug)]
+pub(crate) struct DirtyLog(Box<[AtomicU64]>);
+
+impl DirtyLog {
+    fn new(pages: usize) -> DirtyLog {
+        DirtyLog(zeroed(pages.div_ceil(64)))
+    }
+
+    /// Marks a page.
+    pub(crate) fn set(&self, page: usize) {
+        if let Some(word) = self.0.get(page / 64) {
+            let bit = 1 << (page % 64);
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+/// `count` zeroes in memory that is not touched before it is used.
+fn zeroed(count: usize) -> Box<[AtomicU64]> {
+    let plain = Box::into_raw(vec![0u64; count].into_boxed_slice());
+    // SAFETY: AtomicU64 has the size, alignment and bit validity of u64; ownership passes on.
+    unsafe { Box::from_raw(plain as *mut [AtomicU64]) }
 }
 
 impl Ept {
@@ -31,10 +149,82 @@ impl Ept {
         Ept::default()
     }
 
-    /// Replaces the whole map. Running CPUs notice at their next request check.
+    /// Replaces the whole map. When this returns no CPU uses a region that is no longer there; the caller may
+    /// unmap its memory. Must not be called by a thread that is in guest mode. Dirty logging goes on for regions
+    /// that keep their address and size.
     pub fn set_regions(&self, regions: Vec<Region>) {
-        *self.regions.write().unwrap_or_else(|e| e.into_inner()) = regions;
-        self.generation.fetch_add(1, Ordering::Release);
+        self.change(|old| {
+            let mut backings: Vec<Arc<Backing>> = regions.iter().map(|r| renew(old, *r)).collect();
+            backings.sort_by_key(|b| b.region.gpa);
+            Map { backings }
+        });
+    }
+
+    /// Starts or ends the recording of writes to the region that begins at `gpa`. It starts with all pages
+    /// clean. False if there is no such region.
+    pub fn set_dirty_log(&self, gpa: u64, enabled: bool) -> bool {
+        let mut found = false;
+        self.change(|old| {
+            let backings = old.backings.iter().map(|b| {
+                if b.region.gpa != gpa {
+                    return b.clone();
+                }
+                found = true;
+                let pages = (b.region.size >> PAGE_SHIFT) as usize;
+                let dirty = match (enabled, &b.dirty) {
+                    (false, _) => None,
+                    (true, Some(log)) => Some(log.clone()),
+                    (true, None) => Some(Arc::new(DirtyLog::new(pages))),
+                };
+                Arc::new(Backing { dirty, ..Backing::clone(b) })
+            });
+            Map { backings: backings.collect() }
+        });
+        found
+    }
+
+    /// The bitmap of pages of the region at `gpa` written since they were last cleared, and clears it. `None`
+    /// if writes are not recorded.
+    pub fn take_dirty(&self, gpa: u64) -> Option<Vec<u64>> {
+        let log = self.dirty_log(gpa)?;
+        // With the CPUs stopped no write can fall between the clearing and the loss of write permissions.
+        Some(self.world.stop(|world| {
+            world.send_all(Mail::DropWrites);
+            log.0.iter().map(|word| word.swap(0, Ordering::SeqCst)).collect()
+        }))
+    }
+
+    /// The bitmap as it is.
+    pub fn dirty(&self, gpa: u64) -> Option<Vec<u64>> {
+        let log = self.dirty_log(gpa)?;
+        Some(log.0.iter().map(|word| word.load(Ordering::SeqCst)).collect())
+    }
+
+    /// Clears the bits set in `mask`, whose first word is for the 64 pages from `first_page`, a multiple of 64.
+    /// False if writes are not recorded.
+    pub fn clear_dirty(&self, gpa: u64, first_page: u64, mask: &[u64]) -> bool {
+        let Some(log) = self.dirty_log(gpa) else { return false };
+        self.world.stop(|world| {
+            world.send_all(Mail::DropWrites);
+            let words = log.0.iter().skip((first_page / 64) as usize);
+            for (word, clear) in words.zip(mask) {
+                word.fetch_and(!clear, Ordering::SeqCst);
+            }
+        });
+        true
+    }
+
+    /// Records a write to guest memory by someone else than a CPU (a device).
+    pub fn mark_dirty(&self, gpa: u64, len: u64) {
+        let map = self.map();
+        let mut page = gpa & !PAGE_MASK;
+        while len != 0 && page <= gpa.saturating_add(len - 1) {
+            if let Some(backing) = map.position(page).and_then(|i| map.get(i)) {
+                backing.log(page);
+            }
+            let Some(next) = page.checked_add(PAGE_MASK + 1) else { return };
+            page = next;
+        }
     }
 
     /// Counts the changes of the map.
@@ -44,7 +234,91 @@ impl Ept {
 
     /// The region that holds `gpa`.
     pub fn find(&self, gpa: u64) -> Option<Region> {
-        let regions = self.regions.read().unwrap_or_else(|e| e.into_inner());
-        regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.size).copied()
+        let map = self.map();
+        map.position(gpa).and_then(|i| map.get(i)).map(|b| b.region)
+    }
+
+    /// The current map.
+    pub(crate) fn map(&self) -> Arc<Map> {
+        self.map.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn dirty_log(&self, gpa: u64) -> Option<Arc<DirtyLog>> {
+        self.map().at(gpa)?.dirty.clone()
+    }
+
+    /// Publishes a new map while no CPU is in guest mode; each drops what it has cached before it goes on.
+    fn change(&self, make: impl FnOnce(&Map) -> Map) {
+        self.world.stop(|world| {
+            let mut map = self.map.write().unwrap_or_else(|e| e.into_inner());
+            *map = Arc::new(make(&map));
+            self.generation.fetch_add(1, Ordering::Release);
+            world.send_all(Mail::Flush);
+        });
+    }
+}
+
+/// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
+fn renew(old: &Map, region: Region) -> Arc<Backing> {
+    match old.at(region.gpa) {
+        Some(b) if b.region == region => b.clone(),
+        Some(b) if b.region.size == region.size => Arc::new(Backing { region, ..Backing::clone(b) }),
+        _ => {
+            let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize));
+            Arc::new(Backing { region, pages, dirty: None })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(gpa: u64, size: u64) -> Region {
+        Region { gpa, size, host: 0x7000_0000 + gpa, readonly: false }
+    }
+
+    #[test]
+    fn regions_are_found_by_address() {
+        let ept = Ept::new();
+        ept.set_regions(vec![region(0x10_0000, 0x2000), region(0, 0x1000)]);
+        for (gpa, found) in [
+            (0, Some(0)),
+            (0xfff, Some(0)),
+            (0x1000, None),
+            (0xf_ffff, None),
+            (0x10_0000, Some(0x10_0000)),
+            (0x10_1fff, Some(0x10_0000)),
+            (0x10_2000, None),
+            (u64::MAX, None),
+        ] {
+            assert_eq!(ept.find(gpa).map(|r| r.gpa), found, "{gpa:#x}");
+        }
+        let before = ept.generation();
+        ept.set_regions(vec![]);
+        assert_ne!(ept.generation(), before);
+        assert_eq!(ept.find(0), None);
+    }
+
+    #[test]
+    fn the_dirty_log_has_kvms_layout() {
+        let ept = Ept::new();
+        ept.set_regions(vec![region(0x10_0000, 100 << 12)]);
+        assert_eq!(ept.take_dirty(0x10_0000), None);
+        assert!(!ept.set_dirty_log(0, true));
+        assert!(ept.set_dirty_log(0x10_0000, true));
+        ept.mark_dirty(0x10_0fff, 2);
+        ept.mark_dirty(0x10_0000 + (64 << 12), 1);
+        ept.mark_dirty(0x10_0000 + (99 << 12), 0x8000);
+        ept.mark_dirty(0x10_2000, 0);
+        ept.mark_dirty(u64::MAX, u64::MAX);
+        assert_eq!(ept.dirty(0x10_0000), Some(vec![3, 1 | 1 << 35]));
+        assert!(ept.clear_dirty(0x10_0000, 64, &[1]));
+        // A change of the map that keeps the region keeps its log.
+        ept.set_regions(vec![region(0, 0x1000), region(0x10_0000, 100 << 12)]);
+        assert_eq!(ept.take_dirty(0x10_0000), Some(vec![3, 1 << 35]));
+        assert_eq!(ept.take_dirty(0x10_0000), Some(vec![0, 0]));
+        assert!(ept.set_dirty_log(0x10_0000, false));
+        assert_eq!(ept.dirty(0x10_0000), None);
     }
 }

@@ -1,0 +1,509 @@
+//! Accesses that miss the first-level TLB: translation, MMIO, page crossings, code pages, data breakpoints,
+//! alignment checks.
+#![expect(unsafe_code, reason = "guest memory is reached through raw host pointers")]
+
+use crate::cpu::Cpu;
+use crate::exception::{Abort, Exception};
+use crate::mmu::Word;
+use crate::mmu::access::ExecPage;
+use crate::mmu::tlb::{Class, Leaf, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
+use crate::mmu::walk::{Access, Kind};
+use crate::state::{CodeSize, Seg, cr4};
+use crate::vmx::{BusAccess, Exit, Space};
+
+/// Where an access goes, as far as the end of the page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// Guest-physical address.
+    gpa: u64,
+    /// Host address, if memory backs it.
+    host: Option<u64>,
+    /// Stores may be done to the memory; false for read-only regions.
+    writable: bool,
+    /// Decoded code may be in the page: stores must be told. Means nothing for reads.
+    coded: bool,
+    /// The page has a data breakpoint, so each access must be seen.
+    watched: bool,
+}
+
+impl Place {
+    /// The memory that a store goes to; `None`: over the bus.
+    fn target(&self) -> Option<u64> {
+        self.host.filter(|_| self.writable)
+    }
+}
+
+/// Bits of a word of `size` bytes.
+fn word_mask(size: usize) -> u64 {
+    u64::MAX >> (64 - 8 * size.clamp(1, 8))
+}
+
+/// Length of the first part of an access of `len` bytes at `lin`: up to the end of the page.
+fn first_part(lin: u64, len: usize) -> usize {
+    len.min((PAGE_SIZE - (lin & PAGE_MASK)) as usize)
+}
+
+/// Largest access that the bus makes of the next `len` bytes: 8, 4, 2 or 1.
+fn piece(len: usize) -> usize {
+    match len {
+        8.. => 8,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
+impl Cpu {
+    /// [`Cpu::load`] where the first level misses.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn load_miss(&mut self, seg: Seg, lin: u64, size: usize) -> Result<u64, Abort> {
+        self.read_word(seg, lin, size, self.explicit(Kind::Read))
+    }
+
+    /// [`Cpu::store`] where the first level misses.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn store_miss(&mut self, seg: Seg, lin: u64, size: usize, value: u64) -> Result<(), Abort> {
+        self.write_word(seg, lin, size, value, self.explicit(Kind::Write))
+    }
+
+    /// Reads a word that is going to be written: faults are those of a write.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn load_for_write(&mut self, seg: Seg, lin: u64, size: usize) -> Result<u64, Abort> {
+        self.read_word(seg, lin, size, self.explicit(Kind::Write))
+    }
+
+    /// Reads a word of `size` bytes.
+    pub(crate) fn read_word(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        size: usize,
+        access: Access,
+    ) -> Result<u64, Abort> {
+        if first_part(lin, size) < size {
+            let mut bytes = [0; 8];
+            self.read_range(seg, lin, &mut bytes[..size.min(8)], access)?;
+            return Ok(u64::from_le_bytes(bytes));
+        }
+        let place = self.place(seg, lin, access)?;
+        self.check_alignment(lin, size, access)?;
+        let value = match place.host {
+            Some(host) => read_host(host, size),
+            None => self.bus(memory(place.gpa, size, None))?,
+        };
+        self.watch(place, lin, size, access);
+        Ok(value & word_mask(size))
+    }
+
+    /// Writes a word of `size` bytes.
+    pub(crate) fn write_word(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        size: usize,
+        value: u64,
+        access: Access,
+    ) -> Result<(), Abort> {
+        if first_part(lin, size) < size {
+            return self.write_range(seg, lin, &value.to_le_bytes()[..size.min(8)], access);
+        }
+        let place = self.place(seg, lin, access)?;
+        self.check_alignment(lin, size, access)?;
+        match place.target() {
+            Some(host) => {
+                write_host(host, size, value);
+                if place.coded {
+                    self.code_written(place.gpa, size);
+                }
+            }
+            None => {
+                self.bus(memory(place.gpa, size, Some(value & word_mask(size))))?;
+            }
+        }
+        self.watch(place, lin, size, access);
+        Ok(())
+    }
+
+    /// Reads bytes, page by page.
+    pub(crate) fn read_range(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        out: &mut [u8],
+        access: Access,
+    ) -> Result<(), Abort> {
+        if first_part(lin, out.len()) < out.len() {
+            // Faults come before any access to a device.
+            self.probe_as(seg, lin, out.len(), access)?;
+        }
+        let mut at = 0;
+        while at < out.len() {
+            let here = self.advance(lin, at, access);
+            let count = first_part(here, out.len() - at);
+            let place = self.place(seg, here, access)?;
+            if at == 0 {
+                self.check_alignment(lin, out.len(), access)?;
+            }
+            let part = &mut out[at..at + count];
+            match place.host {
+                // SAFETY: `place` gave the host address of `here`, and the part ends with the page.
+                Some(host) => unsafe {
+                    std::ptr::copy_nonoverlapping(host as *const u8, part.as_mut_ptr(), count);
+                },
+                None => self.read_pieces(place.gpa, part)?,
+            }
+            self.watch(place, here, count, access);
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes, after all pages have been checked. Devices are written first: they leave guest mode, and
+    /// when the instruction is executed again no memory must have changed.
+    pub(crate) fn write_range(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        data: &[u8],
+        access: Access,
+    ) -> Result<(), Abort> {
+        let crossing = first_part(lin, data.len()) < data.len();
+        if crossing {
+            self.probe_as(seg, lin, data.len(), access)?;
+        }
+        let passes: &[(bool, bool)] =
+            if crossing { &[(true, false), (false, true)] } else { &[(true, true)] };
+        for &(devices, memory) in passes {
+            let mut at = 0;
+            while at < data.len() {
+                let here = self.advance(lin, at, access);
+                let count = first_part(here, data.len() - at);
+                let part = &data[at..at + count];
+                let place = self.place(seg, here, access)?;
+                if at == 0 {
+                    self.check_alignment(lin, data.len(), access)?;
+                }
+                match place.target() {
+                    Some(host) if memory => {
+                        // SAFETY: `place` gave the writable host address of `here`, and the part ends with the
+                        // page.
+                        unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), host as *mut u8, count) };
+                        if place.coded {
+                            self.code_written(place.gpa, count);
+                        }
+                        self.watch(place, here, count, access);
+                    }
+                    None if devices => {
+                        self.write_pieces(place.gpa, part)?;
+                        self.watch(place, here, count, access);
+                    }
+                    _ => {}
+                }
+                at += count;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks every page of an access.
+    pub(crate) fn probe_as(&mut self, seg: Seg, lin: u64, len: usize, access: Access) -> Result<(), Abort> {
+        let mut at = 0;
+        while at < len {
+            let here = self.advance(lin, at, access);
+            self.place(seg, here, access)?;
+            at += first_part(here, len - at);
+        }
+        Ok(())
+    }
+
+    /// [`Cpu::host_pointer`] where the first level misses.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn host_pointer_miss(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        len: usize,
+        write: bool,
+    ) -> Result<Option<*mut u8>, Abort> {
+        let access = self.explicit(if write { Kind::Write } else { Kind::Read });
+        if first_part(lin, len) < len {
+            self.probe_as(seg, lin, len, access)?;
+            return Ok(None);
+        }
+        let place = self.place(seg, lin, access)?;
+        self.check_alignment(lin, len, access)?;
+        let direct = !place.watched && access.class != Class::Checked && !(write && place.coded);
+        let host = if write { place.target() } else { place.host };
+        Ok(host.filter(|_| direct).map(|host| host as *mut u8))
+    }
+
+    /// [`Cpu::locked`] where no single host instruction will do.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn locked_slow(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        size: usize,
+        change: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> Result<u64, Abort> {
+        let access = self.explicit(Kind::Write);
+        if first_part(lin, size) == size {
+            let place = self.place(seg, lin, access)?;
+            self.check_alignment(lin, size, access)?;
+            if let Some(host) = place.target()
+                && (host & 63) + size as u64 <= 64
+            {
+                let old = exchange_host(host, size, change);
+                if place.coded {
+                    self.code_written(place.gpa, size);
+                }
+                self.watch(place, lin, size, access);
+                return Ok(old);
+            }
+        }
+        // A split lock, or a device: nobody else may come between the read and the write.
+        self.exclusive(|cpu| {
+            let old = cpu.read_word(seg, lin, size, access)?;
+            let new = change(old).unwrap_or(old);
+            cpu.write_word(seg, lin, size, new, access)?;
+            Ok(old)
+        })
+    }
+
+    /// [`Cpu::fetch_page`] where the fetch array misses.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn fetch_miss(&mut self, lin: u64) -> Result<ExecPage, Abort> {
+        let user = self.state.cpl == 3;
+        let class = if user { Class::User } else { Class::Supervisor };
+        let access = Access { kind: Kind::Execute, class };
+        let lin = self.checked(Seg::Cs, lin)?;
+        let (leaf, walked) = self.leaf(lin, access)?;
+        let Some(host) = self.backing(leaf.page()).map(|b| b.host(leaf.page())) else {
+            return Err(self.exit(Exit::FetchFailed { gpa: leaf.page() | (lin & PAGE_MASK) }));
+        };
+        let gfn = leaf.page() >> PAGE_SHIFT;
+        if walked {
+            // A new mapping may be how the guest learns that a device has written the page.
+            self.code.revalidate(gfn);
+        }
+        self.mmu.tlb.exec_fill(user, lin, gfn, host);
+        Ok(ExecPage { gfn, host })
+    }
+
+    /// The translation of `lin` with rights for `access`, and whether it took a walk.
+    fn leaf(&mut self, lin: u64, access: Access) -> Result<(Leaf, bool), Abort> {
+        if let Some(leaf) = self.mmu.tlb.lookup(lin)
+            && self.permits(leaf, access).is_ok()
+            && (access.kind != Kind::Write || leaf.has(Leaf::DIRTY))
+        {
+            return Ok((leaf, false));
+        }
+        // Rights are refused only by a fresh walk: what is cached may be from before the guest granted more.
+        let leaf = self.walk(lin, access)?;
+        self.mmu.tlb.insert(lin, leaf);
+        Ok((leaf, true))
+    }
+
+    /// Translates `lin`, raises what it must, and enters the first level if nothing speaks against it.
+    fn place(&mut self, seg: Seg, lin: u64, access: Access) -> Result<Place, Abort> {
+        let lin = self.checked(seg, lin)?;
+        let (leaf, _) = self.leaf(lin, access)?;
+        let gpa = leaf.page() | (lin & PAGE_MASK);
+        let write = access.kind == Kind::Write;
+        let Some(backing) = self.backing(gpa) else {
+            let watched = self.watches(lin);
+            return Ok(Place { gpa, host: None, writable: false, coded: false, watched });
+        };
+        let (host, writable) = (backing.host(gpa), !backing.region.readonly);
+        if write && writable {
+            backing.log(gpa);
+        }
+        let claimed = write && writable && self.claim_writes(gpa);
+        let watched = self.watches(lin);
+        if !watched && access.class != Class::Checked {
+            let page_host = host.wrapping_sub(lin & PAGE_MASK);
+            self.mmu.tlb.fill(access.class, lin, leaf, page_host, claimed);
+        }
+        Ok(Place { gpa, host: Some(host), writable, coded: !claimed, watched })
+    }
+
+    /// Linear address `at` bytes on from `lin`: it wraps at 4 GiB outside 64-bit mode.
+    fn advance(&self, lin: u64, at: usize, access: Access) -> u64 {
+        let next = lin.wrapping_add(at as u64);
+        let implicit = access.class == Class::Supervisor && self.state.cpl == 3;
+        let narrow = self.state.code_size != CodeSize::Bits64 && !(implicit && self.state.long_mode());
+        if narrow && lin >> 32 == 0 { next & 0xffff_ffff } else { next }
+    }
+
+    /// `lin` if it is canonical (#GP(0) or #SS(0) otherwise); truncated to 32 bits outside IA-32e mode.
+    fn checked(&mut self, seg: Seg, lin: u64) -> Result<u64, Abort> {
+        if !self.state.long_mode() {
+            return Ok(lin & 0xffff_ffff);
+        }
+        let unused = if self.state.cr4 & cr4::LA57 != 0 { 64 - 57 } else { 64 - 48 };
+        if ((lin << unused) as i64) >> unused == lin as i64 {
+            return Ok(lin);
+        }
+        Err(self.raise(if seg == Seg::Ss { Exception::ss(0) } else { Exception::gp(0) }))
+    }
+
+    /// #AC(0) if alignment checking is in force and `size` bytes at `lin` are a misaligned operand (SDM vol. 3A,
+    /// table 7-7; operands of 16 bytes and more have rules of their own).
+    fn check_alignment(&mut self, lin: u64, size: usize, access: Access) -> Result<(), Abort> {
+        let alignment = match size {
+            2 | 4 | 8 => size as u64,
+            10 => 8,
+            _ => 1,
+        };
+        if access.class == Class::Checked && lin & (alignment - 1) != 0 {
+            return Err(self.raise(Exception::AC));
+        }
+        Ok(())
+    }
+
+    fn read_pieces(&mut self, gpa: u64, out: &mut [u8]) -> Result<(), Abort> {
+        let mut at = 0;
+        while at < out.len() {
+            let size = piece(out.len() - at);
+            let value = self.bus(memory(gpa + at as u64, size, None))?;
+            out[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+            at += size;
+        }
+        Ok(())
+    }
+
+    fn write_pieces(&mut self, gpa: u64, data: &[u8]) -> Result<(), Abort> {
+        let mut at = 0;
+        while at < data.len() {
+            let size = piece(data.len() - at);
+            let mut bytes = [0; 8];
+            bytes[..size].copy_from_slice(&data[at..at + size]);
+            self.bus(memory(gpa + at as u64, size, Some(u64::from_le_bytes(bytes))))?;
+            at += size;
+        }
+        Ok(())
+    }
+
+    /// Reads a paging-structure entry of 8 or 4 bytes; `None` if no memory backs it.
+    pub(crate) fn peek_entry(&mut self, gpa: u64, wide: bool) -> Option<u64> {
+        let host = self.backing(gpa)?.host(gpa);
+        Some(read_host(host, if wide { 8 } else { 4 }))
+    }
+
+    /// Replaces a paging-structure entry if it is still `old`. One that cannot be written stays as it is.
+    pub(crate) fn exchange_entry(&mut self, gpa: u64, old: u64, new: u64, wide: bool) -> bool {
+        let Some(backing) = self.backing(gpa) else { return true };
+        if backing.region.readonly {
+            return true;
+        }
+        backing.log(gpa);
+        let (host, size) = (backing.host(gpa), if wide { 8 } else { 4 });
+        let found = exchange_host(host, size, &mut |now| (now == old).then_some(new));
+        if found != old {
+            return false;
+        }
+        self.code_written(gpa, size);
+        true
+    }
+
+    /// Whether the page of `lin` has an enabled data breakpoint.
+    fn watches(&self, lin: u64) -> bool {
+        self.state.dr7 & 0xff != 0
+            && (0..4).any(|i| {
+                self.data_breakpoint(i).is_some_and(|(start, len, _)| {
+                    (start >> PAGE_SHIFT..=(start + (len - 1)) >> PAGE_SHIFT).contains(&(lin >> PAGE_SHIFT))
+                })
+            })
+    }
+
+    /// Breakpoint `i`, if it is enabled for data: first address, length, and whether reads count too (SDM vol.
+    /// 3B, 18.2.4 and 18.2.5).
+    fn data_breakpoint(&self, i: usize) -> Option<(u64, u64, bool)> {
+        let dr7 = self.state.dr7;
+        let control = dr7 >> (16 + 4 * i);
+        if dr7 >> (2 * i) & 3 == 0 || control & 1 == 0 {
+            return None;
+        }
+        let len = match control >> 2 & 3 {
+            0 => 1,
+            1 => 2,
+            2 => 8,
+            _ => 4,
+        };
+        Some((self.state.dr[i] & !(len - 1), len, control & 2 != 0))
+    }
+
+    /// Records the data breakpoints that an access has hit.
+    fn watch(&mut self, place: Place, lin: u64, size: usize, access: Access) {
+        if !place.watched {
+            return;
+        }
+        for i in 0..4 {
+            if let Some((start, len, reads)) = self.data_breakpoint(i)
+                && (reads || access.kind == Kind::Write)
+                && lin < start + len
+                && start < lin.saturating_add(size as u64)
+            {
+                self.mmu.debug_hits |= 1 << i;
+            }
+        }
+    }
+}
+
+fn memory(address: u64, size: usize, write: Option<u64>) -> BusAccess {
+    BusAccess { space: Space::Memory, address, size: size as u8, write }
+}
+
+/// One host load of 1, 2, 4 or 8 bytes from guest memory.
+fn read_host(host: u64, size: usize) -> u64 {
+    // SAFETY: callers pass an address that `Backing::host` or `place` gave, and a size within the page. Entries
+    // and words never reach past their page, which is mapped as a whole.
+    unsafe {
+        match size {
+            1 => u8::read(host as *const u8).to_u64(),
+            2 => u16::read(host as *const u16).to_u64(),
+            4 => u32::read(host as *const u32).to_u64(),
+            _ => u64::read(host as *const u64),
+        }
+    }
+}
+
+/// One host store of 1, 2, 4 or 8 bytes to guest memory.
+fn write_host(host: u64, size: usize, value: u64) {
+    // SAFETY: as in `read_host`, and the region is writable.
+    unsafe {
+        match size {
+            1 => u8::write(host as *mut u8, value as u8),
+            2 => u16::write(host as *mut u16, value as u16),
+            4 => u32::write(host as *mut u32, value as u32),
+            _ => u64::write(host as *mut u64, value),
+        }
+    }
+}
+
+/// Changes a word of guest memory by compare-and-exchange; returns the old value.
+fn exchange_host(host: u64, size: usize, change: &mut dyn FnMut(u64) -> Option<u64>) -> u64 {
+    let mut old = read_host(host, size);
+    loop {
+        let Some(new) = change(old) else { return old };
+        // SAFETY: as in `write_host`.
+        let found = unsafe {
+            match size {
+                1 => u8::compare_exchange(host as *mut u8, old as u8, new as u8).to_u64(),
+                2 => u16::compare_exchange(host as *mut u16, old as u16, new as u16).to_u64(),
+                4 => u32::compare_exchange(host as *mut u32, old as u32, new as u32).to_u64(),
+                _ => u64::compare_exchange(host as *mut u64, old, new),
+            }
+        };
+        if found == old {
+            return old;
+        }
+        old = found;
+    }
+}

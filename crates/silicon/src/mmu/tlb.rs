@@ -1,0 +1,585 @@
+//! The software TLB: two levels for data, one small array for instruction fetches.
+//!
+//! **First level.** One direct-mapped array per access class (user, supervisor, supervisor with SMAP overridden).
+//! An entry has a tag for reads, a tag for writes, and an addend; a hit is one comparison and one addition. The
+//! tag that an access looks for is made of the page of its *last* byte while the slot is chosen by its first, so
+//! an access that crosses into the next page misses by itself.
+//!
+//! **Second level.** Translations with their rights, independent of the access class, set-associative.
+//!
+//! **Address spaces.** The low 12 bits of a tag hold a number that stands for the address space. Each PCID has
+//! one, and global pages have one of their own in the second level. Flushing gives out a new number: entries
+//! with the old one can no longer match. When the numbers are used up everything is cleared.
+#![expect(unsafe_code, reason = "the current first-level table is reached by pointer")]
+
+use std::ptr::NonNull;
+
+/// log2 of the page size.
+pub(crate) const PAGE_SHIFT: u32 = 12;
+/// Bytes in a page.
+pub(crate) const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
+/// Selects the offset within a page.
+pub(crate) const PAGE_MASK: u64 = PAGE_SIZE - 1;
+
+/// Slots of one first-level table.
+const L1_SLOTS: usize = 1024;
+/// First-level tables: one per [`Class`].
+const L1_TABLES: usize = 4;
+/// Sets of the second level.
+const L2_SETS: usize = 2048;
+/// Ways of a set.
+const L2_WAYS: usize = 4;
+/// Slots for instruction fetches, per privilege.
+const EXEC_SLOTS: usize = 256;
+/// Numbers of address spaces: what a tag's low bits can hold. Zero is never given out, so that a cleared
+/// entry matches nothing.
+const SPACES: u64 = PAGE_SIZE;
+
+/// With which rights an access is made; selects the first-level table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Class {
+    /// CPL 3.
+    User = 0,
+    /// Supervisor, SMAP in force (if CR4 enables it); all implicit supervisor accesses.
+    Supervisor = 1,
+    /// Supervisor with CR4.SMAP set and overridden by RFLAGS.AC.
+    Override = 2,
+    /// CPL 3 with alignment checking in force: never cached, every access takes the slow path.
+    Checked = 3,
+}
+
+impl Class {
+    /// Made with user rights.
+    pub(crate) fn user(self) -> bool {
+        matches!(self, Class::User | Class::Checked)
+    }
+}
+
+/// Final translation of a 4 KiB page: guest-physical page address and, in the low 12 bits, rights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Leaf(pub(crate) u64);
+
+impl Leaf {
+    /// User accesses are allowed (U/S set at every level).
+    pub(crate) const USER: u64 = 1 << 0;
+    /// Writes are allowed (R/W set at every level).
+    pub(crate) const WRITE: u64 = 1 << 1;
+    /// Execution is forbidden (XD set at some level).
+    pub(crate) const NO_EXECUTE: u64 = 1 << 2;
+    /// The dirty flag is set.
+    pub(crate) const DIRTY: u64 = 1 << 3;
+    /// Global page.
+    pub(crate) const GLOBAL: u64 = 1 << 4;
+    /// Part of a page of 2 MiB or more.
+    pub(crate) const LARGE: u64 = 1 << 5;
+    /// Part of a page of 1 GiB.
+    pub(crate) const HUGE: u64 = 1 << 6;
+    /// Position of the protection key.
+    pub(crate) const KEY_SHIFT: u32 = 8;
+
+    /// Guest-physical address of the page.
+    pub(crate) fn page(self) -> u64 {
+        self.0 & !PAGE_MASK
+    }
+    /// Whether all of `bits` are set.
+    pub(crate) fn has(self, bits: u64) -> bool {
+        self.0 & bits == bits
+    }
+    /// Protection key.
+    pub(crate) fn key(self) -> u32 {
+        (self.0 >> Leaf::KEY_SHIFT) as u32 & 15
+    }
+}
+
+/// First-level entry. A tag is the linear page address plus the number of the address space; 0 matches nothing.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Entry {
+    /// Tag for loads.
+    pub(crate) read: u64,
+    /// Tag for stores.
+    pub(crate) write: u64,
+    /// Host address minus linear address.
+    pub(crate) addend: u64,
+    /// Guest frame number.
+    pub(crate) gfn: u64,
+}
+
+/// Second-level entry.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wide {
+    tag: u64,
+    leaf: Leaf,
+}
+
+/// Instruction-fetch entry.
+#[derive(Clone, Copy, Debug, Default)]
+struct Exec {
+    tag: u64,
+    gfn: u64,
+    host: u64,
+}
+
+/// A set of numbers that may answer yes too often but never no too often.
+#[derive(Debug)]
+struct Filter(Box<[u64]>);
+
+impl Filter {
+    const WORDS: usize = 512;
+
+    fn new() -> Filter {
+        Filter(vec![0; Filter::WORDS].into_boxed_slice())
+    }
+    fn place(number: u64) -> (usize, u64) {
+        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 49;
+        ((mixed >> 6) as usize & (Filter::WORDS - 1), 1 << (mixed & 63))
+    }
+    fn add(&mut self, number: u64) {
+        let (word, bit) = Filter::place(number);
+        self.0[word] |= bit;
+    }
+    fn may_hold(&self, number: u64) -> bool {
+        let (word, bit) = Filter::place(number);
+        self.0[word] & bit != 0
+    }
+    fn clear(&mut self) {
+        self.0.fill(0);
+    }
+}
+
+/// The TLB of one CPU.
+#[derive(Debug)]
+pub(crate) struct Tlb {
+    /// The first-level table of the current access class.
+    table: NonNull<Entry>,
+    /// Number of the current address space.
+    space: u64,
+    /// What [`Tlb::code_space`] returns.
+    code_space: u64,
+    class: Class,
+    l1: Box<[Entry]>,
+    l2: Box<[[Wide; L2_WAYS]]>,
+    exec: Box<[Exec]>,
+    /// Number of the space of each PCID; 0: none yet.
+    spaces: Box<[u16]>,
+    pcid: u16,
+    /// Number under which global pages are kept in the second level.
+    global_space: u64,
+    next_space: u64,
+    /// Counts the flushes of single pages that code may have run from, and the clearings.
+    code_flushes: u64,
+    victim: usize,
+    /// 2 MiB regions that some entry of a large page lies in.
+    large: Filter,
+    /// 1 GiB regions that some entry of a huge page lies in.
+    huge: Filter,
+    /// Pages whose translation for fetches has been given out.
+    executed: Filter,
+    /// Protection keys of user pages that the first level may hold: bit per key.
+    keys: u16,
+}
+
+// SAFETY: `table` points into `l1`, which the structure owns and never reallocates.
+unsafe impl Send for Tlb {}
+
+impl Default for Tlb {
+    fn default() -> Tlb {
+        let mut l1 = vec![Entry::default(); L1_SLOTS * L1_TABLES].into_boxed_slice();
+        let table = NonNull::from(&mut l1[Class::Supervisor as usize * L1_SLOTS]);
+        let mut tlb = Tlb {
+            table,
+            space: 1,
+            code_space: 0,
+            class: Class::Supervisor,
+            l1,
+            l2: vec![[Wide::default(); L2_WAYS]; L2_SETS].into_boxed_slice(),
+            exec: vec![Exec::default(); EXEC_SLOTS * 2].into_boxed_slice(),
+            spaces: vec![0; SPACES as usize].into_boxed_slice(),
+            pcid: 0,
+            global_space: 1,
+            next_space: 1,
+            code_flushes: 0,
+            victim: 0,
+            large: Filter::new(),
+            huge: Filter::new(),
+            executed: Filter::new(),
+            keys: 0,
+        };
+        tlb.flush_all(false);
+        tlb
+    }
+}
+
+impl Tlb {
+    /// First-level entry that an access at `lin` of the current class looks at.
+    #[inline(always)]
+    fn slot(&self, lin: u64) -> &Entry {
+        let index = (lin >> PAGE_SHIFT) as usize & (L1_SLOTS - 1);
+        // SAFETY: `table` points at the first of `L1_SLOTS` entries inside `l1` (see `set_class`).
+        unsafe { self.table.add(index).as_ref() }
+    }
+
+    /// Host address of `size` bytes at `lin` for a load of the current class.
+    #[inline(always)]
+    pub(crate) fn read_hit(&self, lin: u64, size: usize) -> Option<u64> {
+        let entry = self.slot(lin);
+        let hit = entry.read == self.tag(lin.wrapping_add(size as u64 - 1));
+        hit.then(|| entry.addend.wrapping_add(lin))
+    }
+
+    /// Host address of `size` bytes at `lin` for a store of the current class.
+    #[inline(always)]
+    pub(crate) fn write_hit(&self, lin: u64, size: usize) -> Option<u64> {
+        let entry = self.slot(lin);
+        let hit = entry.write == self.tag(lin.wrapping_add(size as u64 - 1));
+        hit.then(|| entry.addend.wrapping_add(lin))
+    }
+
+    #[inline(always)]
+    fn tag(&self, lin: u64) -> u64 {
+        (lin & !PAGE_MASK) | self.space
+    }
+
+    /// Current access class.
+    #[inline(always)]
+    pub(crate) fn class(&self) -> Class {
+        self.class
+    }
+
+    /// Selects the first-level table for what follows.
+    #[inline]
+    pub(crate) fn set_class(&mut self, class: Class) {
+        self.class = class;
+        self.table = NonNull::from(&mut self.l1[class as usize * L1_SLOTS]);
+    }
+
+    /// A number that stands for the linear-to-physical mapping of code: while it is the same, so is the mapping.
+    #[inline(always)]
+    pub(crate) fn code_space(&self) -> u64 {
+        self.code_space
+    }
+
+    /// Cached translation of `lin` in the current address space.
+    pub(crate) fn lookup(&self, lin: u64) -> Option<Leaf> {
+        let page = lin & !PAGE_MASK;
+        let (own, global) = (page | self.space, page | self.global_space);
+        let set = &self.l2[set_index(lin)];
+        set.iter().find(|way| way.tag == own || way.tag == global).map(|way| way.leaf)
+    }
+
+    /// Keeps a translation that a walk has found.
+    pub(crate) fn insert(&mut self, lin: u64, leaf: Leaf) {
+        let page = lin & !PAGE_MASK;
+        let (own, global) = (page | self.space, page | self.global_space);
+        let set = &mut self.l2[set_index(lin)];
+        let victim = &mut self.victim;
+        let way = set.iter().position(|way| way.tag == own || way.tag == global).unwrap_or_else(|| {
+            *victim = victim.wrapping_add(1);
+            *victim % L2_WAYS
+        });
+        set[way] = Wide { tag: if leaf.has(Leaf::GLOBAL) { global } else { own }, leaf };
+        if leaf.has(Leaf::LARGE) {
+            self.large.add(lin >> 21);
+        }
+        if leaf.has(Leaf::HUGE) {
+            self.huge.add(lin >> 30);
+        }
+    }
+
+    /// Fills the first level of `class` so that loads, and stores if `write`, hit. `host` is where `lin`'s page
+    /// is in host memory.
+    pub(crate) fn fill(&mut self, class: Class, lin: u64, leaf: Leaf, host: u64, write: bool) {
+        if leaf.has(Leaf::USER) {
+            self.keys |= 1 << leaf.key();
+        }
+        let tag = self.tag(lin);
+        let addend = host.wrapping_sub(lin & !PAGE_MASK);
+        let index = (lin >> PAGE_SHIFT) as usize & (L1_SLOTS - 1);
+        let entry = &mut self.l1[class as usize * L1_SLOTS + index];
+        let keeps_write = entry.write == tag && entry.addend == addend;
+        let write = if write || keeps_write { tag } else { 0 };
+        *entry = Entry { read: tag, write, addend, gfn: leaf.page() >> PAGE_SHIFT };
+    }
+
+    /// Cached translation for a fetch: guest frame number and host address of the page.
+    #[inline]
+    pub(crate) fn exec_hit(&self, user: bool, lin: u64) -> Option<(u64, u64)> {
+        let entry = &self.exec[exec_index(user, lin)];
+        (entry.tag == self.tag(lin)).then_some((entry.gfn, entry.host))
+    }
+
+    /// Keeps a translation for fetches.
+    pub(crate) fn exec_fill(&mut self, user: bool, lin: u64, gfn: u64, host: u64) {
+        self.executed.add(lin >> PAGE_SHIFT);
+        self.exec[exec_index(user, lin)] = Exec { tag: self.tag(lin), gfn, host };
+    }
+
+    /// Gives out a number for an address space.
+    fn new_space(&mut self) -> u64 {
+        self.next_space += 1;
+        if self.next_space >= SPACES {
+            self.clear();
+        }
+        self.next_space
+    }
+
+    /// Forgets everything and starts to number address spaces anew.
+    fn clear(&mut self) {
+        self.clear_first_level();
+        self.l2.fill([Wide::default(); L2_WAYS]);
+        self.exec.fill(Exec::default());
+        self.spaces.fill(0);
+        self.large.clear();
+        self.huge.clear();
+        self.executed.clear();
+        self.code_flushes += 1;
+        self.global_space = 1;
+        self.next_space = 2;
+    }
+
+    /// Makes the space of the current PCID, which gets a number if it has none, the current one.
+    fn select(&mut self) {
+        let pcid = usize::from(self.pcid) & (SPACES as usize - 1);
+        if self.spaces[pcid] == 0 {
+            let space = self.new_space();
+            self.spaces[pcid] = space as u16;
+        }
+        self.space = u64::from(self.spaces[pcid]);
+        self.code_space = (self.code_flushes << PAGE_SHIFT) | self.space;
+    }
+
+    /// Switches to the address space of `pcid`.
+    pub(crate) fn switch(&mut self, pcid: u16) {
+        self.pcid = pcid;
+        self.select();
+    }
+
+    /// Forgets the translations of `pcid`, global ones excepted.
+    pub(crate) fn flush_context(&mut self, pcid: u16) {
+        self.spaces[usize::from(pcid) & (SPACES as usize - 1)] = 0;
+        self.select();
+    }
+
+    /// Forgets the translations of all PCIDs, and the global ones too unless `keep_global`.
+    pub(crate) fn flush_all(&mut self, keep_global: bool) {
+        // Every space gets a new number, so nothing that was given out for fetches is in use any more.
+        self.spaces.fill(0);
+        self.executed.clear();
+        if !keep_global {
+            // Nothing that was entered so far can match any more.
+            self.large.clear();
+            self.huge.clear();
+            self.global_space = self.new_space();
+        }
+        self.select();
+    }
+
+    /// Forgets the translation of `lin` in the current address space, and a global one.
+    pub(crate) fn flush_page(&mut self, lin: u64) {
+        self.flush_page_of(self.space, lin, true);
+    }
+
+    /// Forgets the translation of `lin` in the address space of `pcid`, a global one excepted.
+    pub(crate) fn flush_page_in(&mut self, pcid: u16, lin: u64) {
+        let space = u64::from(self.spaces[usize::from(pcid) & (SPACES as usize - 1)]);
+        self.flush_page_of(space, lin, false);
+    }
+
+    fn flush_page_of(&mut self, space: u64, lin: u64, global: bool) {
+        if self.large.may_hold(lin >> 21) || self.huge.may_hold(lin >> 30) {
+            // Any page of a large page may be cached; they all go.
+            return self.flush_all(false);
+        }
+        let page = lin & !PAGE_MASK;
+        let index = (lin >> PAGE_SHIFT) as usize & (L1_SLOTS - 1);
+        for table in 0..L1_TABLES {
+            self.l1[table * L1_SLOTS + index] = Entry::default();
+        }
+        for user in [false, true] {
+            self.exec[exec_index(user, lin)] = Exec::default();
+        }
+        let (own, shared) = (page | space, page | self.global_space);
+        for way in &mut self.l2[set_index(lin)] {
+            if way.tag == own || (global && way.tag == shared) {
+                *way = Wide::default();
+            }
+        }
+        if self.executed.may_hold(lin >> PAGE_SHIFT) {
+            self.code_flushes += 1;
+            self.select();
+        }
+    }
+
+    /// Empties the first level: what may be cached there has changed, the translations have not.
+    pub(crate) fn clear_first_level(&mut self) {
+        self.l1.fill(Entry::default());
+        self.keys = 0;
+    }
+
+    /// Takes back all permissions to store without looking.
+    pub(crate) fn drop_writes(&mut self) {
+        for entry in &mut self.l1 {
+            entry.write = 0;
+        }
+    }
+
+    /// Takes back the permissions to store to page `gfn` without looking.
+    pub(crate) fn drop_writes_to(&mut self, gfn: u64) {
+        for entry in &mut self.l1 {
+            if entry.gfn == gfn {
+                entry.write = 0;
+            }
+        }
+    }
+
+    /// Protection keys that entries of the first level may depend on: bit per key.
+    pub(crate) fn keys(&self) -> u16 {
+        self.keys
+    }
+}
+
+fn set_index(lin: u64) -> usize {
+    let page = lin >> PAGE_SHIFT;
+    (page ^ (page >> 11) ^ (page >> 22)) as usize & (L2_SETS - 1)
+}
+
+fn exec_index(user: bool, lin: u64) -> usize {
+    ((lin >> PAGE_SHIFT) as usize & (EXEC_SLOTS - 1)) + if user { EXEC_SLOTS } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIN: u64 = 0x7000_1000;
+    const LEAF: Leaf = Leaf(0x5000 | Leaf::USER | Leaf::WRITE | Leaf::DIRTY);
+
+    fn filled(leaf: Leaf) -> Tlb {
+        let mut tlb = Tlb::default();
+        tlb.insert(LIN, leaf);
+        tlb.fill(Class::Supervisor, LIN, leaf, 0x10_0000, true);
+        tlb.exec_fill(false, LIN, 5, 0x10_0000);
+        tlb
+    }
+
+    fn cached(tlb: &Tlb) -> [bool; 3] {
+        [tlb.write_hit(LIN, 1).is_some(), tlb.lookup(LIN).is_some(), tlb.exec_hit(false, LIN).is_some()]
+    }
+
+    #[test]
+    fn accesses_that_cross_pages_miss() {
+        let mut tlb = filled(LEAF);
+        tlb.fill(Class::Supervisor, LIN + PAGE_SIZE, LEAF, 0x20_0000, true);
+        assert_eq!(tlb.read_hit(LIN + 0xff8, 8), Some(0x10_0ff8));
+        assert_eq!(tlb.read_hit(LIN + 0xff9, 8), None);
+        assert_eq!(tlb.write_hit(LIN + 0xfff, 2), None);
+        assert_eq!(tlb.read_hit(LIN + 0x1000, 8), Some(0x20_0000));
+    }
+
+    #[test]
+    fn reads_do_not_permit_writes_and_keep_them() {
+        let mut tlb = Tlb::default();
+        tlb.fill(Class::Supervisor, LIN, LEAF, 0x10_0000, false);
+        assert!(tlb.read_hit(LIN, 1).is_some() && tlb.write_hit(LIN, 1).is_none());
+        tlb.fill(Class::Supervisor, LIN, LEAF, 0x10_0000, true);
+        tlb.fill(Class::Supervisor, LIN, LEAF, 0x10_0000, false);
+        assert!(tlb.write_hit(LIN, 1).is_some());
+        tlb.fill(Class::Supervisor, LIN, LEAF, 0x20_0000, false);
+        assert!(tlb.write_hit(LIN, 1).is_none(), "another page needs its own permission");
+    }
+
+    #[test]
+    fn classes_are_apart() {
+        let mut tlb = filled(LEAF);
+        for class in [Class::User, Class::Override, Class::Checked] {
+            tlb.set_class(class);
+            assert_eq!(tlb.read_hit(LIN, 1), None);
+        }
+        tlb.set_class(Class::Supervisor);
+        assert!(tlb.read_hit(LIN, 1).is_some());
+    }
+
+    #[test]
+    fn pcids_keep_their_entries() {
+        let mut tlb = filled(LEAF);
+        let home = tlb.code_space();
+        tlb.switch(7);
+        assert_eq!(cached(&tlb), [false; 3]);
+        assert_ne!(tlb.code_space(), home);
+        tlb.switch(0);
+        assert_eq!(cached(&tlb), [true; 3]);
+        assert_eq!(tlb.code_space(), home);
+        tlb.flush_context(7);
+        assert_eq!(cached(&tlb), [true; 3]);
+        tlb.flush_context(0);
+        assert_eq!(cached(&tlb), [false; 3]);
+        assert_ne!(tlb.code_space(), home);
+    }
+
+    #[test]
+    fn global_entries_survive_what_they_should() {
+        let global = Leaf(LEAF.0 | Leaf::GLOBAL);
+        let mut tlb = filled(global);
+        tlb.flush_context(0);
+        assert_eq!(tlb.lookup(LIN), Some(global));
+        tlb.switch(9);
+        assert_eq!(tlb.lookup(LIN), Some(global));
+        tlb.flush_all(true);
+        assert_eq!(tlb.lookup(LIN), Some(global));
+        tlb.flush_page_in(9, LIN);
+        assert_eq!(tlb.lookup(LIN), Some(global));
+        tlb.flush_page(LIN);
+        assert_eq!(tlb.lookup(LIN), None);
+        tlb.insert(LIN, global);
+        tlb.flush_all(false);
+        assert_eq!(tlb.lookup(LIN), None);
+    }
+
+    #[test]
+    fn flushing_one_page_spares_the_others() {
+        let mut tlb = filled(LEAF);
+        let home = tlb.code_space();
+        tlb.flush_page(LIN + PAGE_SIZE);
+        assert_eq!(cached(&tlb), [true; 3]);
+        assert_eq!(tlb.code_space(), home, "no code ran from that page");
+        tlb.flush_page(LIN + 123);
+        assert_eq!(cached(&tlb), [false; 3]);
+        assert_ne!(tlb.code_space(), home);
+    }
+
+    #[test]
+    fn flushing_any_part_of_a_large_page_flushes_it_all() {
+        for (bits, size) in [(Leaf::LARGE, 1u64 << 21), (Leaf::LARGE | Leaf::HUGE, 1 << 30)] {
+            let mut tlb = filled(Leaf(LEAF.0 | bits));
+            tlb.flush_page((LIN & !(size - 1)) + size - 1);
+            assert_eq!(cached(&tlb), [false; 3]);
+        }
+    }
+
+    #[test]
+    fn spaces_can_be_used_up() {
+        let mut tlb = filled(LEAF);
+        let mut seen = std::collections::HashSet::from([tlb.code_space()]);
+        for _ in 0..3 * SPACES {
+            tlb.flush_context(0);
+            assert!(seen.insert(tlb.code_space()));
+            assert_eq!(cached(&tlb), [false; 3]);
+            tlb.fill(Class::Supervisor, LIN, LEAF, 0x10_0000, true);
+        }
+        tlb.switch(3);
+        assert_eq!(cached(&tlb), [false; 3]);
+    }
+
+    #[test]
+    fn write_permissions_are_dropped() {
+        let mut tlb = filled(LEAF);
+        tlb.drop_writes_to(6);
+        assert!(tlb.write_hit(LIN, 1).is_some());
+        tlb.drop_writes_to(5);
+        assert!(tlb.write_hit(LIN, 1).is_none() && tlb.read_hit(LIN, 1).is_some());
+        tlb.fill(Class::Supervisor, LIN, LEAF, 0x10_0000, true);
+        tlb.drop_writes();
+        assert!(tlb.write_hit(LIN, 1).is_none() && tlb.read_hit(LIN, 1).is_some());
+    }
+}
