@@ -7,6 +7,7 @@ use crate::clock::Clock;
 use crate::code::CodeCache;
 use crate::code::op::Op;
 use crate::exception::{Abort, Exception};
+use crate::hostexec::HostExec;
 use crate::mmu::Mmu;
 use crate::mmu::ept::Ept;
 use crate::model::Features;
@@ -116,6 +117,7 @@ pub struct Cpu {
     pub(crate) replay: Replay,
     pub(crate) code: CodeCache,
     pub(crate) mmu: Mmu,
+    pub(crate) hostexec: HostExec,
 }
 
 impl Cpu {
@@ -137,6 +139,7 @@ impl Cpu {
             replay: Replay::default(),
             code: CodeCache::new(),
             mmu,
+            hostexec: HostExec::default(),
         };
         cpu.refresh_mode();
         cpu
@@ -165,6 +168,7 @@ impl Cpu {
             state.ea_base[i] = if flat && i < 4 { 0 } else { seg.base };
         }
         self.mode_changed();
+        self.hostexec.refresh(&self.state);
     }
 
     /// Stores a fault to be delivered and returns the token that unwinds the instruction.

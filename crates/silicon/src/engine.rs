@@ -34,7 +34,9 @@ impl Cpu {
         self.mmu_enter();
         self.code.new_epoch();
         self.refresh_local();
+        self.hostexec_enter();
         let exit = self.run_guest();
+        self.hostexec_leave();
         self.mmu_leave();
         self.replay.cursor = 0;
         exit

@@ -10,6 +10,7 @@ mod engine;
 pub mod exception;
 pub mod exec;
 pub mod flags;
+mod hostexec;
 pub mod mmu;
 pub mod model;
 pub mod state;

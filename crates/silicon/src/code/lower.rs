@@ -10,16 +10,19 @@ use iced_x86::{Instruction, OpKind, Register};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
+use crate::hostexec::stub::Stubs;
 use crate::model::Features;
 use crate::state::{CodeSize, Seg, reg};
 
 /// What lowering depends on besides the bytes. All of it is part of the key under which blocks are cached.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct LowerCtx<'a> {
     /// Decoding mode.
     pub code_size: CodeSize,
     /// What the CPU offers.
     pub features: &'a Features,
+    /// Host code for data-path instructions.
+    pub(crate) stubs: &'a Stubs,
 }
 
 /// Slot of a general register of any width; for AH, CH, DH, BH bit 4 is set.

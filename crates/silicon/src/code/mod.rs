@@ -364,7 +364,7 @@ impl Cpu {
         let mut crossing = false;
         let limit = if single { 1 } else { BLOCK_MAX };
         loop {
-            let ctx = LowerCtx { code_size, features: &self.features };
+            let ctx = LowerCtx { code_size, features: &self.features, stubs: &self.hostexec.stubs };
             let (ins, truncated) = decode_one(&bytes[at..available], at, &ctx);
             if truncated {
                 if !ops.is_empty() {
@@ -390,8 +390,11 @@ impl Cpu {
                 break;
             }
         }
-        let mut tail =
-            op_base(&Instruction::default(), &LowerCtx { code_size, features: &self.features }, fall_through);
+        let mut tail = op_base(
+            &Instruction::default(),
+            &LowerCtx { code_size, features: &self.features, stubs: &self.hostexec.stubs },
+            fall_through,
+        );
         tail.page_offset = at as u16;
         ops.push(tail);
         Ok(Block {

@@ -90,34 +90,4 @@ impl Cpu {
         let lin = self.ea(op, T::SIZE, true)?;
         self.update(self.op_seg(op), lin, change)
     }
-
-    /// [`Cpu::update_operand`] at a linear address.
-    #[inline(always)]
-    pub(crate) fn update<T: Word, R>(
-        &mut self,
-        seg: Seg,
-        lin: u64,
-        change: impl FnOnce(T) -> (T, R),
-    ) -> Result<R, Abort> {
-        if let Some(host) = self.host_pointer(seg, lin, T::SIZE, true)? {
-            let host = host.cast::<T>();
-            // SAFETY: the MMU says that `T::SIZE` bytes at `host` are guest memory that may be written until
-            // the end of the instruction.
-            let (value, rest) = change(unsafe { host.read_unaligned() });
-            // SAFETY: as above.
-            unsafe { host.write_unaligned(value) };
-            return Ok(rest);
-        }
-        let old = self.load_for_update(seg, lin)?;
-        let (value, rest) = change(old);
-        self.store(seg, lin, value)?;
-        Ok(rest)
-    }
-
-    /// Loads a word that is stored to next: faults as that store would.
-    #[cold]
-    fn load_for_update<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<T, Abort> {
-        self.probe(seg, lin, T::SIZE, true)?;
-        self.load(seg, lin)
-    }
 }

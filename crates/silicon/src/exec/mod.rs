@@ -11,6 +11,8 @@ mod alu;
 mod branch;
 mod cache;
 mod control;
+mod fpu;
+mod fpu_image;
 mod misc_system;
 mod mov;
 pub mod msr;
@@ -21,6 +23,11 @@ mod system_tests;
 #[cfg(test)]
 mod testing;
 mod translation;
+mod vector;
+mod vector_gather;
+mod vector_masked;
+pub mod xsave;
+mod xsave_area;
 
 /// A family's `lower`: the operation for an instruction of its own, `None` for any other.
 type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;
@@ -35,6 +42,9 @@ const FAMILIES: &[Lower] = &[
     misc_system::lower,
     msr::lower,
     cache::lower,
+    vector::lower,
+    fpu::lower,
+    xsave::lower,
 ];
 
 /// Asks the families in turn.

@@ -44,8 +44,9 @@ fn protected() -> Cpu {
 /// Executes one instruction; what became pending if it did not complete.
 fn run(cpu: &mut Cpu, bytes: &[u8]) -> Result<Flow, Pending> {
     let features = cpu.features.clone();
-    let ctx = LowerCtx { code_size: cpu.state.code_size, features: &features };
-    let mut decoder = Decoder::new(ctx.code_size.bits(), bytes, features.decoder_options());
+    let code_size = cpu.state.code_size;
+    let ctx = LowerCtx { code_size, features: &features, stubs: &cpu.hostexec.stubs };
+    let mut decoder = Decoder::new(code_size.bits(), bytes, features.decoder_options());
     let op = lower(&decoder.decode(), &ctx);
     (op.handler.get())(cpu, &op).map_err(|_| cpu.pending)
 }

@@ -1,0 +1,400 @@
+//! FXSAVE, FXRSTOR and the XSAVE family (SDM vol. 1, chapter 13), driven by one table of components.
+
+use iced_x86::{Code, Instruction, Mnemonic};
+
+use crate::code::lower::{LowerCtx, op_base};
+use crate::code::op::{Flow, Handler, Op};
+use crate::cpu::Cpu;
+use crate::exception::{Abort, Exception};
+use crate::exec::xsave_area::{self as area, Legacy};
+use crate::hostexec::{MXCSR_DEFINED, MXCSR_RESET};
+use crate::mmu::Word;
+use crate::state::{CodeSize, Seg, cr0, cr4, reg};
+use crate::vmx::Exit;
+
+/// One row of the table: a state component above SSE (SDM vol. 1, 13.1; CPUID leaf 0DH).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Component {
+    /// Bit in XCR0 or IA32_XSS, XSTATE_BV and XCOMP_BV.
+    pub bit: u32,
+    /// Bytes.
+    pub size: usize,
+    /// Offset in the standard format.
+    pub offset: usize,
+    /// In the compacted format it begins at a multiple of 64.
+    pub aligned: bool,
+    /// Enabled by IA32_XSS, saved by XSAVES only.
+    pub supervisor: bool,
+}
+
+const fn user(bit: u32, size: usize, offset: usize) -> Component {
+    Component { bit, size, offset, aligned: false, supervisor: false }
+}
+
+/// Every component that [`CpuState`](crate::state::CpuState) holds besides x87 (bit 0) and SSE (bit 1).
+pub const COMPONENTS: &[Component] = &[
+    user(component::AVX, 256, 576),
+    user(component::OPMASK, 64, 1088),
+    user(component::ZMM_HI256, 512, 1152),
+    user(component::HI16_ZMM, 1024, 1664),
+    user(component::PKRU, 8, 2688),
+];
+
+/// Component numbers.
+pub mod component {
+    /// Bits 255:128 of YMM0 to YMM15.
+    pub const AVX: u32 = 2;
+    /// k0 to k7.
+    pub const OPMASK: u32 = 5;
+    /// Bits 511:256 of ZMM0 to ZMM15.
+    pub const ZMM_HI256: u32 = 6;
+    /// ZMM16 to ZMM31.
+    pub const HI16_ZMM: u32 = 7;
+    /// PKRU.
+    pub const PKRU: u32 = 9;
+}
+
+/// Component bits of x87 and SSE.
+const X87: u64 = 1 << 0;
+const SSE: u64 = 1 << 1;
+const AVX: u64 = 1 << component::AVX;
+/// XCOMP_BV: compacted format.
+const COMPACTED: u64 = 1 << 63;
+/// Where the header is.
+const HEADER: usize = 512;
+/// Where the components begin in the compacted format.
+const EXTENDED: usize = 576;
+/// Longest component.
+const LONGEST: usize = 1024;
+
+/// Which member of the family; in [`Op::r0`].
+mod form {
+    pub(super) const XSAVE: u8 = 0;
+    pub(super) const XSAVEOPT: u8 = 1;
+    pub(super) const XSAVEC: u8 = 2;
+    pub(super) const XSAVES: u8 = 3;
+}
+
+pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
+    let base = |handler: Handler, form: u8| {
+        let wide = matches!(
+            ins.code(),
+            Code::Fxsave64_m512byte | Code::Fxrstor64_m512byte | Code::Xsave64_mem | Code::Xrstor64_mem
+        ) || matches!(ins.code(), Code::Xsaveopt64_mem | Code::Xsavec64_mem | Code::Xsaves64_mem)
+            || ins.code() == Code::Xrstors64_mem;
+        Some(Op { r0: form, r1: u8::from(wide), ..op_base(ins, ctx, handler) })
+    };
+    match ins.mnemonic() {
+        Mnemonic::Fxsave | Mnemonic::Fxsave64 => base(fxsave, 0),
+        Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => base(fxrstor, 0),
+        Mnemonic::Xsave | Mnemonic::Xsave64 => base(xsave, form::XSAVE),
+        Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 => base(xsave, form::XSAVEOPT),
+        Mnemonic::Xsavec | Mnemonic::Xsavec64 => base(xsave, form::XSAVEC),
+        Mnemonic::Xsaves | Mnemonic::Xsaves64 => base(xsave, form::XSAVES),
+        Mnemonic::Xrstor | Mnemonic::Xrstor64 => base(xrstor, 0),
+        Mnemonic::Xrstors | Mnemonic::Xrstors64 => base(xrstors, 0),
+        Mnemonic::Xgetbv => base(xgetbv, 0),
+        Mnemonic::Xsetbv => base(xsetbv, 0),
+        _ => None,
+    }
+}
+
+impl Cpu {
+    /// XINUSE: the components that are not in their initial configuration. Found by looking, which SDM vol. 1,
+    /// 13.6 allows.
+    fn xinuse(&mut self, of: u64) -> u64 {
+        self.sync_x87();
+        let count = self.visible_registers();
+        let mut used = 0;
+        if of & X87 != 0 && area::x87_in_use(&self.state) {
+            used |= X87;
+        }
+        if of & SSE != 0 && area::rows_in_use(&self.state, 0..count, 0..16) {
+            used |= SSE;
+        }
+        for row in COMPONENTS.iter().filter(|row| of & (1 << row.bit) != 0) {
+            if area::in_use(&self.state, row.bit, count) {
+                used |= 1 << row.bit;
+            }
+        }
+        used
+    }
+
+    /// XMM, YMM and ZMM registers below 16 that exist in the present mode.
+    fn visible_registers(&self) -> usize {
+        if self.state.code_size == CodeSize::Bits64 { 16 } else { 8 }
+    }
+
+    /// EDX:EAX.
+    fn edx_eax(&self) -> u64 {
+        self.get::<u32>(reg::RDX).to_u64() << 32 | self.get::<u32>(reg::RAX).to_u64()
+    }
+
+    /// #UD and #NM of the XSAVE family, and #GP for the privileged ones.
+    fn check_xsave(&mut self, privileged: bool) -> Result<(), Abort> {
+        if self.state.cr4 & cr4::OSXSAVE == 0 {
+            return Err(self.raise(Exception::UD));
+        }
+        if privileged && self.state.cpl != 0 {
+            return Err(self.raise(Exception::gp(0)));
+        }
+        if self.state.cr0 & cr0::TS != 0 {
+            return Err(self.raise(Exception::NM));
+        }
+        Ok(())
+    }
+
+    /// Address of an area that has to be aligned.
+    fn area_address(&mut self, op: &Op, alignment: u64, write: bool) -> Result<u64, Abort> {
+        let lin = self.ea(op, HEADER, write)?;
+        if lin & (alignment - 1) != 0 {
+            return Err(self.raise(Exception::gp(0)));
+        }
+        Ok(lin)
+    }
+
+    fn write_area(&mut self, seg: Seg, lin: u64, bytes: &[u8]) -> Result<(), Abort> {
+        match self.host_pointer(seg, lin, bytes.len(), true)? {
+            Some(mem) => {
+                area::copy_out(bytes, mem);
+                Ok(())
+            }
+            None => self.write_bytes(seg, lin, bytes),
+        }
+    }
+
+    fn read_area(&mut self, seg: Seg, lin: u64, bytes: &mut [u8]) -> Result<(), Abort> {
+        match self.host_pointer(seg, lin, bytes.len(), false)? {
+            Some(mem) => {
+                area::copy_in(mem, bytes);
+                Ok(())
+            }
+            None => self.read_bytes(seg, lin, bytes),
+        }
+    }
+}
+
+/// Offset of each component of `layout` (XCOMP_BV without bit 63) in the compacted format, or in the standard one.
+fn placed(layout: u64, compacted: bool) -> impl Iterator<Item = (Component, usize)> {
+    let mut next = EXTENDED;
+    COMPONENTS.iter().filter(move |row| layout & (1 << row.bit) != 0).map(move |row| {
+        if !compacted {
+            return (*row, row.offset);
+        }
+        let at = if row.aligned { next.next_multiple_of(64) } else { next };
+        next = at + row.size;
+        (*row, at)
+    })
+}
+
+fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    let form = op.r0;
+    let supervisor = form == form::XSAVES;
+    cpu.check_xsave(supervisor)?;
+    let (lin, seg) = (cpu.area_address(op, 64, true)?, cpu.op_seg(op));
+    let enabled = cpu.state.xcr0 | if supervisor { cpu.state.xss } else { 0 };
+    let requested = enabled & cpu.edx_eax();
+    let compacted = matches!(form, form::XSAVEC | form::XSAVES);
+    let mut used = cpu.xinuse(requested);
+    let mxcsr = cpu.mxcsr();
+    if compacted && requested & SSE != 0 && mxcsr != MXCSR_RESET {
+        used |= SSE;
+    }
+    // XSAVE writes every requested component, the others leave out what is in its initial configuration.
+    let written = if form == form::XSAVE { requested } else { used };
+    let end = placed(requested, compacted).map(|(row, at)| at + row.size).max().unwrap_or(EXTENDED);
+    cpu.probe(seg, lin, end, true)?;
+    let legacy = Legacy {
+        x87: written & X87 != 0,
+        sse: written & SSE != 0,
+        mxcsr: if compacted { written & SSE != 0 } else { requested & (SSE | AVX) != 0 },
+        wide: op.r1 != 0,
+    };
+    save_legacy(cpu, seg, lin, &legacy, mxcsr)?;
+    let count = cpu.visible_registers();
+    let mut buffer = [0; LONGEST];
+    for (row, at) in placed(requested, compacted) {
+        if written & (1 << row.bit) == 0 {
+            continue;
+        }
+        let length = area::save(&cpu.state, row.bit, count, &mut buffer[..row.size]);
+        cpu.write_area(seg, lin + at as u64, &buffer[..length])?;
+    }
+    if compacted {
+        cpu.write_area(seg, lin + 512, &used.to_le_bytes())?;
+        cpu.write_area(seg, lin + 520, &(requested | COMPACTED).to_le_bytes())?;
+    } else {
+        let old = cpu.load::<u64>(seg, lin + 512)?;
+        cpu.store::<u64>(seg, lin + 512, old & !requested | used)?;
+    }
+    Ok(Flow::Next)
+}
+
+/// The 512-byte legacy region: what `legacy` selects of it.
+fn save_legacy(cpu: &mut Cpu, seg: Seg, lin: u64, legacy: &Legacy, mxcsr: u32) -> Result<(), Abort> {
+    let count = cpu.visible_registers();
+    let image = area::legacy_image(&cpu.state, mxcsr, legacy.wide);
+    if legacy.x87 {
+        cpu.write_area(seg, lin, &image[..24])?;
+        cpu.write_area(seg, lin + 32, &image[32..160])?;
+    }
+    if legacy.mxcsr {
+        cpu.write_area(seg, lin + 24, &image[24..32])?;
+    }
+    if legacy.sse {
+        cpu.write_area(seg, lin + 160, &image[160..160 + 16 * count])?;
+    }
+    Ok(())
+}
+
+fn xrstor(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.check_xsave(false)?;
+    let lin = cpu.area_address(op, 64, false)?;
+    let enabled = cpu.state.xcr0;
+    let header = read_header(cpu, op, lin)?;
+    let [used, layout, ..] = header;
+    let valid = if layout & COMPACTED != 0 {
+        layout & !COMPACTED & !enabled == 0
+            && used & !layout == 0
+            && header[2..].iter().all(|&word| word == 0)
+    } else {
+        used & !enabled == 0 && layout == 0 && header[2] == 0
+    };
+    if !valid || used & COMPACTED != 0 {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    restore(cpu, op, lin, enabled & cpu.edx_eax(), used, layout)
+}
+
+fn xrstors(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.check_xsave(true)?;
+    let lin = cpu.area_address(op, 64, false)?;
+    let enabled = cpu.state.xcr0 | cpu.state.xss;
+    let header = read_header(cpu, op, lin)?;
+    let [used, layout, ..] = header;
+    let valid = layout & COMPACTED != 0
+        && layout & !COMPACTED & !enabled == 0
+        && used & !(layout & !COMPACTED) == 0
+        && header[2..].iter().all(|&word| word == 0);
+    if !valid {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    restore(cpu, op, lin, enabled & cpu.edx_eax(), used, layout)
+}
+
+fn read_header(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<[u64; 8], Abort> {
+    let mut bytes = [0; 64];
+    cpu.read_area(cpu.op_seg(op), lin + HEADER as u64, &mut bytes)?;
+    let mut words = [0; 8];
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+        *word = u64::from_le_bytes(*bytes);
+    }
+    Ok(words)
+}
+
+/// Everything is read and checked before anything changes.
+fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: u64) -> Result<Flow, Abort> {
+    let (seg, compacted, count) = (cpu.op_seg(op), layout & COMPACTED != 0, cpu.visible_registers());
+    let loaded = requested & used;
+    let mut image = [0; 416];
+    let load_mxcsr = if compacted { loaded & SSE != 0 } else { requested & (SSE | AVX) != 0 };
+    if loaded & X87 != 0 || load_mxcsr {
+        cpu.read_area(seg, lin, &mut image[..160])?;
+    }
+    if loaded & SSE != 0 {
+        cpu.read_area(seg, lin + 160, &mut image[160..160 + 16 * count])?;
+    }
+    let mxcsr = area::mxcsr(&image);
+    if load_mxcsr && mxcsr & !MXCSR_DEFINED != 0 {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    // What is requested but not loaded gets its initial configuration, which is all zeroes.
+    let mut buffers = [[0; LONGEST]; COMPONENTS.len()];
+    let places = if compacted { layout & !COMPACTED } else { requested };
+    for (row, at) in placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0) {
+        let index = COMPONENTS.iter().position(|other| other.bit == row.bit).unwrap_or(0);
+        cpu.read_area(seg, lin + at as u64, &mut buffers[index][..row.size])?;
+    }
+    if requested & X87 != 0 {
+        let x87 = if loaded & X87 != 0 { area::x87(&image, op.r1 != 0) } else { crate::state::X87::INIT };
+        cpu.set_x87(x87);
+    }
+    if requested & SSE != 0 {
+        area::load_rows(&mut cpu.state, 0..count, 0..16, &image[160..]);
+    }
+    if load_mxcsr {
+        cpu.set_mxcsr(mxcsr);
+    } else if compacted && requested & SSE != 0 {
+        cpu.set_mxcsr(MXCSR_RESET);
+    }
+    for (row, buffer) in COMPONENTS.iter().zip(&buffers) {
+        if requested & (1 << row.bit) != 0 {
+            area::load(&mut cpu.state, row.bit, count, &buffer[..row.size]);
+        }
+    }
+    Ok(Flow::Next)
+}
+
+fn check_fxsave(cpu: &mut Cpu) -> Result<(), Abort> {
+    if cpu.state.cr0 & (cr0::EM | cr0::TS) != 0 {
+        return Err(cpu.raise(Exception::NM));
+    }
+    Ok(())
+}
+
+fn fxsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    check_fxsave(cpu)?;
+    let (lin, seg) = (cpu.area_address(op, 16, true)?, cpu.op_seg(op));
+    cpu.probe(seg, lin, HEADER, true)?;
+    cpu.sync_x87();
+    let sse = cpu.state.cr4 & cr4::OSFXSR != 0;
+    let legacy = Legacy { x87: true, sse, mxcsr: true, wide: op.r1 != 0 };
+    let mxcsr = cpu.mxcsr();
+    save_legacy(cpu, seg, lin, &legacy, mxcsr)?;
+    Ok(Flow::Next)
+}
+
+fn fxrstor(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    check_fxsave(cpu)?;
+    let (lin, seg) = (cpu.area_address(op, 16, false)?, cpu.op_seg(op));
+    let mut image = [0; 512];
+    cpu.read_area(seg, lin, &mut image)?;
+    let (mxcsr, sse) = (area::mxcsr(&image), cpu.state.cr4 & cr4::OSFXSR != 0);
+    if sse && mxcsr & !MXCSR_DEFINED != 0 {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    cpu.set_x87(area::x87(&image, op.r1 != 0));
+    if sse {
+        let count = cpu.visible_registers();
+        area::load_rows(&mut cpu.state, 0..count, 0..16, &image[160..]);
+        cpu.set_mxcsr(mxcsr);
+    }
+    Ok(Flow::Next)
+}
+
+fn xgetbv(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+    if cpu.state.cr4 & cr4::OSXSAVE == 0 {
+        return Err(cpu.raise(Exception::UD));
+    }
+    let xcr0 = cpu.state.xcr0;
+    let value = match cpu.get::<u32>(reg::RCX) {
+        0 => xcr0,
+        1 => cpu.xinuse(xcr0),
+        _ => return Err(cpu.raise(Exception::gp(0))),
+    };
+    cpu.set::<u32>(reg::RAX, value as u32);
+    cpu.set::<u32>(reg::RDX, (value >> 32) as u32);
+    Ok(Flow::Next)
+}
+
+/// Always exits (SDM vol. 3C, 26.1.2), after the checks that come before.
+fn xsetbv(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+    if cpu.state.cr4 & cr4::OSXSAVE == 0 {
+        return Err(cpu.raise(Exception::UD));
+    }
+    if cpu.state.cpl != 0 {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    let (index, value) = (cpu.get::<u32>(reg::RCX), cpu.edx_eax());
+    Err(cpu.exit(Exit::Xsetbv { index, value }))
+}

@@ -1,0 +1,105 @@
+//! Memory that stubs are written to and run from.
+//!
+//! One anonymous file is mapped twice: readable and writable at one address, readable and executable at another.
+//! No page is ever writable and executable at the same address.
+#![expect(unsafe_code, reason = "maps memory and writes machine code")]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::{self, NonNull};
+
+/// Bytes in an arena. Pages are only touched as stubs fill them.
+const SIZE: usize = 4 << 20;
+/// Stubs begin at multiples of this.
+const ALIGN: usize = 16;
+
+/// A bounded, append-only store of machine code.
+#[derive(Debug)]
+pub(crate) struct Arena {
+    writable: NonNull<u8>,
+    executable: NonNull<u8>,
+    used: usize,
+}
+
+// SAFETY: the mappings belong to the arena alone and are not tied to a thread.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    /// An empty arena.
+    pub(crate) fn new() -> io::Result<Arena> {
+        // SAFETY: the name is a NUL-terminated constant; the call touches no memory of ours.
+        let fd = unsafe { libc::memfd_create(c"ring3-stubs".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just made and nobody else owns it.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: sizes the file that we own.
+        if unsafe { libc::ftruncate(file.as_raw_fd(), SIZE as libc::off_t) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let writable = map(&file, libc::PROT_READ | libc::PROT_WRITE)?;
+        let executable = match map(&file, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(view) => view,
+            Err(error) => {
+                // SAFETY: maps of `SIZE` bytes made just above, and not used any more.
+                unsafe { libc::munmap(writable.as_ptr().cast(), SIZE) };
+                return Err(error);
+            }
+        };
+        Ok(Arena { writable, executable, used: 0 })
+    }
+
+    /// Adds `code`; the address to call, or `None` when the arena is full.
+    pub(crate) fn add(&mut self, code: &[u8]) -> Option<u64> {
+        let start = self.used.next_multiple_of(ALIGN);
+        let end = start.checked_add(code.len())?;
+        if end > SIZE {
+            return None;
+        }
+        // SAFETY: `start..end` lies within the writable view, and no reference to it exists.
+        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(start), code.len()) };
+        self.used = end;
+        Some(self.executable.as_ptr() as u64 + start as u64)
+    }
+
+    /// Forgets all code. Nobody may call any of it afterwards.
+    pub(crate) fn clear(&mut self) {
+        self.used = 0;
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        for view in [self.writable, self.executable] {
+            // SAFETY: both are our own maps of `SIZE` bytes; the owner of the stubs' addresses is gone.
+            unsafe { libc::munmap(view.as_ptr().cast(), SIZE) };
+        }
+    }
+}
+
+fn map(file: &OwnedFd, protection: libc::c_int) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new mapping at an address that the kernel chooses.
+    let at = unsafe { libc::mmap(ptr::null_mut(), SIZE, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(at.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_arena_refuses_and_a_cleared_one_takes_again() {
+        let mut arena = Arena::new().unwrap();
+        let block = vec![0x90; SIZE / 2];
+        let first = arena.add(&block);
+        assert!(first.is_some());
+        assert!(arena.add(&block).is_some());
+        assert_eq!(arena.add(&[0xc3]), None);
+        arena.clear();
+        assert_eq!(arena.add(&[0xc3]), first);
+    }
+}
