@@ -11,7 +11,8 @@ use crate::hostexec::HostExec;
 use crate::mmu::Mmu;
 use crate::mmu::ept::Ept;
 use crate::model::Features;
-use crate::state::{CodeSize, CpuState, cr0, reg};
+use crate::state::{CodeSize, CpuState, reg};
+use crate::system::deliver::Event;
 use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
 
 /// Why the current instruction did not complete.
@@ -114,6 +115,15 @@ pub struct Cpu {
     pub pending: Pending,
     /// Length in bytes of the instruction that the last exit interrupted.
     pub exit_instruction_length: u8,
+    /// Debug exceptions (DR6 bits) that the next instruction boundary delivers: the VMCS's pending debug
+    /// exceptions (SDM vol. 3C, 25.4.2). A halted CPU that has any is to be run.
+    pub pending_debug: u64,
+    /// The event whose delivery the last exit interrupted: the VMCS's IDT-vectoring information.
+    pub idt_vectoring: Option<Event>,
+    /// A fault met in a new task before its first instruction.
+    pub(crate) deferred: Option<Exception>,
+    /// A single-step trap follows the running instruction.
+    pub(crate) trap_after: bool,
     pub(crate) replay: Replay,
     pub(crate) code: CodeCache,
     pub(crate) mmu: Mmu,
@@ -136,6 +146,10 @@ impl Cpu {
             counters: Counters::default(),
             pending: Pending::None,
             exit_instruction_length: 0,
+            pending_debug: 0,
+            idt_vectoring: None,
+            deferred: None,
+            trap_after: false,
             replay: Replay::default(),
             code: CodeCache::new(),
             mmu,
@@ -157,7 +171,7 @@ impl Cpu {
         let cs = state.segs[1];
         state.code_size = if state.long_mode() && cs.long() {
             CodeSize::Bits64
-        } else if state.cr0 & cr0::PE != 0 && !state.v8086() && cs.big() {
+        } else if cs.big() {
             CodeSize::Bits32
         } else {
             CodeSize::Bits16
@@ -221,17 +235,21 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn commit_bus(&mut self) {
         if self.replay.cursor != 0 {
+            self.note_port_breakpoints();
             self.replay.done.clear();
             self.replay.cursor = 0;
         }
     }
 
     /// Moves RIP past the instruction that exited; for exits that the hypervisor completes itself (CPUID, MSRs …).
+    /// Interrupt shadows end, and under single step a debug exception becomes pending.
     pub fn skip_instruction(&mut self) {
         let next = self.state.rip.wrapping_add(u64::from(self.exit_instruction_length));
         self.state.rip = next & self.state.ip_mask();
         self.replay.done.clear();
         self.replay.cursor = 0;
+        self.replay.waiting = None;
+        self.instruction_skipped();
     }
 
     /// Instruction pointer of `op`, which must belong to the running block.

@@ -1,18 +1,17 @@
 //! The interpreter's main loop: guest mode from entry to exit.
 
 use crate::code::BlockRef;
-use crate::code::op::Flow;
+use crate::code::op::{Flow, Op};
 use crate::cpu::{Cpu, Pending, Requests};
 use crate::exception::{Abort, Exception};
 use crate::flags::Rflags;
 use crate::state::{Activity, interruptibility};
+use crate::system::debug::DR6_BS;
 use crate::system::deliver::Event;
 use crate::vmx::{Exit, Injection};
 
-/// DR6.BS: single step.
-const DR6_BS: u64 = 1 << 14;
-/// DR7 bits that enable breakpoints 0 to 3, locally or globally.
-const DR7_ENABLES: u64 = 0xff;
+/// The interrupt shadows of STI and MOV SS.
+const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 /// A block has at most this many instructions; closer to the limit we step.
 const BLOCK_LONGEST: u64 = 64;
 
@@ -22,6 +21,8 @@ enum Next {
     Block,
     /// One instruction, then look again.
     Step,
+    /// Nothing: the CPU is halted.
+    Wait,
 }
 
 impl Cpu {
@@ -33,6 +34,7 @@ impl Cpu {
     pub fn run(&mut self) -> Exit {
         self.mmu_enter();
         self.code.new_epoch();
+        self.idt_vectoring = None;
         self.refresh_local();
         self.hostexec_enter();
         let exit = self.run_guest();
@@ -54,6 +56,10 @@ impl Cpu {
                 match self.attend() {
                     Ok(Next::Block) => false,
                     Ok(Next::Step) => true,
+                    Ok(Next::Wait) => {
+                        std::thread::yield_now();
+                        continue;
+                    }
                     Err(exit) => return exit,
                 }
             } else {
@@ -97,37 +103,74 @@ impl Cpu {
         Ok(Flow::End)
     }
 
-    /// Runs one instruction with everything that hangs on instruction boundaries: single-step traps,
-    /// interrupt shadows, the replay of exited accesses.
+    /// Runs one instruction with everything that hangs on instruction boundaries: breakpoints, single-step
+    /// traps, interrupt shadows, the replay of exited accesses.
     fn step(&mut self) -> Result<(), Abort> {
-        let trap = self.state.flag(Rflags::TF);
-        let shadow = self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS);
+        self.check_code_breakpoint()?;
+        self.trap_after = self.state.flag(Rflags::TF);
+        let shadow = self.state.interruptibility & SHADOWS;
+        let rip = self.state.rip;
         let block = self.find_block(true)?;
         // What an instruction hit that then did not complete is not reported.
         self.mmu.take_debug_hits();
+        // RF holds for one instruction; IRET and task switches give a new one.
+        let resume = self.state.rflags_system & Rflags::RF.bits();
+        self.state.rflags_system &= !Rflags::RF.bits();
         let result = self.execute(block);
-        if result.is_ok() || !matches!(self.pending, Pending::Exit(_) | Pending::Retry) {
+        let undone = result.is_err();
+        if undone {
+            self.state.rflags_system |= resume;
+        }
+        if !undone || !matches!(self.pending, Pending::Exit(_) | Pending::Retry) {
+            self.note_port_breakpoints();
             self.replay.done.clear();
             self.replay.cursor = 0;
         }
         result?;
         // A shadow that this very instruction began stays; the one it ran under is over.
         self.state.interruptibility &= !shadow;
-        self.state.rflags_system &= !Rflags::RF.bits();
+        let repeats = block.ops().first().is_some_and(|op| op.has(Op::REP) || op.has(Op::REPNE));
+        if repeats && self.state.rip == rip {
+            // Between the iterations of a string instruction its breakpoint is not met again.
+            self.state.rflags_system |= Rflags::RF.bits();
+        }
+        self.pending_debug |= self.mmu.take_debug_hits();
         let mov_ss = self.state.interruptibility & interruptibility::MOV_SS != 0;
-        let mut dr6 = self.mmu.take_debug_hits();
-        if trap && !mov_ss {
-            dr6 |= DR6_BS;
+        if self.trap_after && !mov_ss {
+            self.pending_debug |= DR6_BS;
         }
         self.refresh_local();
-        if dr6 != 0 {
-            self.exit_instruction_length = 0;
-            return Err(self.raise(Exception::db(dr6)));
-        }
+        self.raise_pending_debug()?;
         if self.controls.monitor_trap_flag {
             return Err(self.exit(Exit::MonitorTrap));
         }
         Ok(())
+    }
+
+    /// Debug traps of the previous instruction, unless a MOV SS shadow holds them back; before them the fault
+    /// of a task switch.
+    fn raise_pending_debug(&mut self) -> Result<(), Abort> {
+        if let Some(fault) = self.deferred.take() {
+            self.exit_instruction_length = 0;
+            return Err(self.raise(fault));
+        }
+        let held = self.state.interruptibility & interruptibility::MOV_SS != 0;
+        if self.pending_debug == 0 || held {
+            return Ok(());
+        }
+        self.exit_instruction_length = 0;
+        let dr6 = std::mem::take(&mut self.pending_debug);
+        Err(self.raise(Exception::db(dr6)))
+    }
+
+    /// The hypervisor completed the instruction that exited: what its completion means for shadows and traps.
+    pub(crate) fn instruction_skipped(&mut self) {
+        self.state.interruptibility &= !SHADOWS;
+        self.state.rflags_system &= !Rflags::RF.bits();
+        if self.state.flag(Rflags::TF) {
+            self.pending_debug |= DR6_BS;
+        }
+        self.state.activity = Activity::Active;
     }
 
     /// Deals with why an instruction did not complete: delivers its exception, or leaves guest mode.
@@ -141,6 +184,7 @@ impl Cpu {
                 if self.controls.exception_bitmap & (1 << exception.vector) != 0 {
                     return Err(Exit::Exception(exception));
                 }
+                self.idt_vectoring = None;
                 self.deliver(Event::Exception(exception))?;
                 self.refresh_local();
                 Ok(())
@@ -157,7 +201,7 @@ impl Cpu {
         let event = match injection {
             Injection::Interrupt(vector) => Event::Interrupt(vector),
             Injection::Nmi => Event::Nmi,
-            Injection::Exception(exception) => Event::Exception(exception),
+            Injection::Exception(exception) => Event::Injected(exception),
             Injection::Software { vector, length } => {
                 let next_ip = self.state.rip.wrapping_add(u64::from(length)) & self.state.ip_mask();
                 Event::Software { vector, next_ip }
@@ -185,34 +229,52 @@ impl Cpu {
         if self.counters.instructions >= self.controls.instruction_limit {
             return Err(Exit::Budget);
         }
+        if self.raise_pending_debug().is_err() {
+            self.unwind()?;
+        }
         if self.controls.nmi_window_exiting && self.nmi_allowed() {
             return Err(Exit::NmiWindow);
         }
         if self.controls.interrupt_window_exiting && self.interrupt_allowed() {
             return Err(Exit::InterruptWindow);
         }
+        if self.state.activity == Activity::Halted {
+            return Ok(Next::Wait);
+        }
         let close_to_limit = self.controls.instruction_limit - self.counters.instructions < BLOCK_LONGEST;
-        let step = self.state.flag(Rflags::TF)
-            || self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS) != 0
-            || self.state.dr7 & DR7_ENABLES != 0
+        let window = self.controls.interrupt_window_exiting || self.controls.nmi_window_exiting;
+        let shadow = self.state.interruptibility & SHADOWS != 0;
+        if self.state.flag(Rflags::TF)
+            || self.state.any_breakpoint()
+            || self.pending_debug != 0
             || self.controls.monitor_trap_flag
-            || close_to_limit;
-        if step { Ok(Next::Step) } else { Ok(Next::Block) }
+            || close_to_limit
+            || (shadow && window)
+        {
+            return Ok(Next::Step);
+        }
+        // Nothing looks at the boundary after the next instruction, and a block runs at least one: the shadow
+        // is over and RF has done its work by the next boundary that anybody sees.
+        self.state.interruptibility &= !SHADOWS;
+        self.state.rflags_system &= !Rflags::RF.bits();
+        self.refresh_local();
+        Ok(Next::Block)
     }
 
     /// Whether an external interrupt could be delivered before the next instruction.
     pub fn interrupt_allowed(&self) -> bool {
-        let blocking = interruptibility::STI | interruptibility::MOV_SS;
         self.state.flag(Rflags::IF)
-            && self.state.interruptibility & blocking == 0
+            && self.state.interruptibility & SHADOWS == 0
+            && self.pending_debug == 0
             && self.replay.done.is_empty()
             && self.replay.waiting.is_none()
     }
 
     /// Whether an NMI could be delivered before the next instruction.
     pub fn nmi_allowed(&self) -> bool {
-        let blocking = interruptibility::STI | interruptibility::MOV_SS | interruptibility::NMI;
+        let blocking = SHADOWS | interruptibility::NMI;
         self.state.interruptibility & blocking == 0
+            && self.pending_debug == 0
             && self.replay.done.is_empty()
             && self.replay.waiting.is_none()
     }
@@ -221,9 +283,12 @@ impl Cpu {
     /// IF, an interrupt shadow or DR7; such instructions also end their block.
     pub(crate) fn refresh_local(&mut self) {
         let controls = &self.controls;
-        let local = self.state.flag(Rflags::TF)
-            || self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS) != 0
-            || self.state.dr7 & DR7_ENABLES != 0
+        let local = self.state.flag(Rflags::TF | Rflags::RF)
+            || self.state.interruptibility & SHADOWS != 0
+            || self.state.activity != Activity::Active
+            || self.pending_debug != 0
+            || self.deferred.is_some()
+            || self.state.any_breakpoint()
             || controls.interrupt_window_exiting
             || controls.nmi_window_exiting
             || controls.monitor_trap_flag

@@ -11,15 +11,23 @@ mod alu;
 mod branch;
 mod cache;
 mod control;
+mod debug_registers;
+mod far;
+mod flags_system;
 mod fpu;
 mod fpu_image;
+mod interrupt;
+mod iret;
 mod misc_system;
 mod mov;
 pub mod msr;
 mod operand;
+mod segment_load;
 pub mod stack;
+mod syscall;
 #[cfg(test)]
 mod system_tests;
+mod tables;
 #[cfg(test)]
 mod testing;
 mod translation;
@@ -45,6 +53,14 @@ const FAMILIES: &[Lower] = &[
     vector::lower,
     fpu::lower,
     xsave::lower,
+    flags_system::lower,
+    segment_load::lower,
+    syscall::lower,
+    iret::lower,
+    interrupt::lower,
+    far::lower,
+    tables::lower,
+    debug_registers::lower,
 ];
 
 /// Asks the families in turn.

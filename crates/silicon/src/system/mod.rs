@@ -1,5 +1,9 @@
 //! What the operating system sees of the processor: segmentation, control transfers, event delivery, control
 //! and debug registers, MSRs.
 
+pub mod debug;
 pub mod deliver;
+pub mod reset;
 pub mod segment;
+pub(crate) mod stack;
+pub(crate) mod task;
