@@ -8,11 +8,16 @@ use crate::code::op::Op;
 
 mod address;
 mod alu;
+mod atomic;
+mod bits;
+mod bmi;
 mod branch;
 mod cache;
 mod control;
 mod debug_registers;
+mod decimal;
 mod far;
+mod flag_ops;
 mod flags_system;
 mod fpu;
 mod fpu_image;
@@ -21,8 +26,10 @@ mod iret;
 mod misc_system;
 mod mov;
 pub mod msr;
+mod muldiv;
 mod operand;
 mod segment_load;
+mod shift;
 pub mod stack;
 mod syscall;
 #[cfg(test)]
@@ -41,11 +48,19 @@ mod xsave_area;
 type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;
 
 /// The families, the most frequent first.
+#[rustfmt::skip]
 const FAMILIES: &[Lower] = &[
     mov::lower,
     alu::lower,
     branch::lower,
     stack::lower,
+    shift::lower,
+    muldiv::lower,
+    bits::lower,
+    bmi::lower,
+    atomic::lower,
+    flag_ops::lower,
+    decimal::lower,
     control::lower,
     misc_system::lower,
     msr::lower,

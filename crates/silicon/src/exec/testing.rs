@@ -77,6 +77,7 @@ impl Guest {
         }
         state.segs = [data; 6];
         state.segs[1] = code;
+        state.regs = [0; 32];
         state.regs[usize::from(reg::RSP)] = STACK;
         self.cpu.refresh_mode();
     }
