@@ -1,5 +1,4 @@
 //! Effective addresses, register operands and memory operands.
-#![expect(unsafe_code, reason = "an update in place goes through the host pointer that the MMU gives out")]
 
 use crate::code::op::Op;
 use crate::cpu::Cpu;

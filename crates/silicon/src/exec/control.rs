@@ -11,8 +11,8 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::flags::Rflags;
-use crate::model::{Feature, xstate};
-use crate::state::{CodeSize, Seg, Zmm, cr0, cr4, efer, reg};
+use crate::model::Feature;
+use crate::state::{CodeSize, Seg, cr0, cr4, efer, reg};
 use crate::vmx::Exit;
 
 /// CR0 bits that software can set.
@@ -298,28 +298,12 @@ fn lmsw(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     Ok(Flow::End)
 }
 
-/// XINUSE: the components that are not in their initial configuration (SDM vol. 1, 13.6). x87 and SSE state
-/// always count as used.
-fn xinuse(cpu: &Cpu) -> u64 {
-    let state = &cpu.state;
-    let used = |registers: &[Zmm], from: usize| registers.iter().any(|z| z.0[from..].iter().any(|&b| b != 0));
-    let (low, high) = state.zmm.split_at(16);
-    let upper_ymm = low.iter().any(|z| z.0[16..32].iter().any(|&b| b != 0));
-    xstate::X87
-        | xstate::SSE
-        | u64::from(upper_ymm) << 2
-        | u64::from(state.k.iter().any(|&k| k != 0)) << 5
-        | u64::from(used(low, 32)) << 6
-        | u64::from(used(high, 0)) << 7
-        | u64::from(state.pkru != 0) << 9
-}
-
 fn xgetbv(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
     let enabled = cpu.state.cr4 & cr4::OSXSAVE != 0;
     defined_if(cpu, enabled)?;
     let value = match ecx(cpu) {
         0 => cpu.state.xcr0,
-        1 if cpu.features.has(Feature::Xgetbv1) => cpu.state.xcr0 & xinuse(cpu),
+        1 if cpu.features.has(Feature::Xgetbv1) => cpu.xinuse(cpu.state.xcr0),
         _ => return Err(cpu.raise(Exception::gp(0))),
     };
     set_edx_eax(cpu, value);

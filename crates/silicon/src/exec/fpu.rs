@@ -21,7 +21,7 @@ use crate::exec::vector::{is_store, memory_operand};
 use crate::hostexec::stub::Stub;
 use crate::hostexec::x87::{FSW_ES, fnstsw};
 use crate::hostexec::{class, make_room};
-use crate::state::cr0;
+use crate::state::{Seg, cr0};
 
 /// Position of the opcode (FOP) in [`Op::extra`].
 const FOP: u32 = 16;
@@ -110,11 +110,39 @@ pub(super) fn admitted_nowait(cpu: &mut Cpu) -> Result<(), Abort> {
     Ok(())
 }
 
-/// Notes the instruction pointer of a non-control instruction, before it runs.
+/// The pointers of the last non-control instruction: FIP, FDP, FCS, FDS.
+type Pointers = (u64, u64, u16, u16);
+
+/// Notes the instruction pointer of a non-control instruction, before it runs; the pointers before.
 #[inline(always)]
-fn note_pointer(cpu: &mut Cpu, op: &Op) {
+fn note_pointer(cpu: &mut Cpu, op: &Op) -> Pointers {
+    let x87 = &cpu.state.x87;
+    let before = (x87.fip, x87.fdp, x87.fcs, x87.fds);
     cpu.state.x87.fip = cpu.ip_of(op);
-    cpu.state.x87.fcs = 0;
+    if cpu.hostexec.x87_data_pointer | cpu.hostexec.x87_selectors {
+        note_older(cpu, op);
+    }
+    before
+}
+
+/// What processors before the SDM's FDP_EXCPTN_ONLY and the deprecation of FCS and FDS note.
+#[cold]
+fn note_older(cpu: &mut Cpu, op: &Op) {
+    if cpu.hostexec.x87_selectors {
+        cpu.state.x87.fcs = cpu.state.segs[Seg::Cs as usize].selector;
+    }
+    if cpu.hostexec.x87_data_pointer {
+        note_data_pointer(cpu, op);
+    }
+}
+
+fn note_data_pointer(cpu: &mut Cpu, op: &Op) {
+    if op.seg < 6 {
+        cpu.state.x87.fdp = cpu.offset(op) & op.addr_mask();
+        if cpu.hostexec.x87_selectors {
+            cpu.state.x87.fds = cpu.state.segs[usize::from(op.seg)].selector;
+        }
+    }
 }
 
 /// After an instruction with exceptions unmasked: notes what raised one.
@@ -122,9 +150,7 @@ fn note_pointer(cpu: &mut Cpu, op: &Op) {
 fn note_exception(cpu: &mut Cpu, op: &Op) {
     if fnstsw() & FSW_ES != 0 {
         cpu.state.x87.fop = (op.extra >> FOP) as u16 & 0x7ff;
-        if op.seg < 6 {
-            cpu.state.x87.fdp = cpu.offset(op) & op.addr_mask();
-        }
+        note_data_pointer(cpu, op);
     }
 }
 
@@ -173,10 +199,10 @@ fn load_operand(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
 /// A form that writes memory.
 fn store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu)?;
-    let old = (cpu.state.x87.fip, cpu.state.x87.fcs);
-    note_pointer(cpu, op);
+    let before = note_pointer(cpu, op);
     if let Err(abort) = store_operand(cpu, op, unmasked) {
-        (cpu.state.x87.fip, cpu.state.x87.fcs) = old;
+        let x87 = &mut cpu.state.x87;
+        (x87.fip, x87.fdp, x87.fcs, x87.fds) = before;
         return Err(abort);
     }
     if unmasked {

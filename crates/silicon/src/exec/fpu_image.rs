@@ -102,8 +102,7 @@ fn decode(words: [u32; 7], format: Format, x87: &mut X87) {
     if format.wide {
         x87.fop = (ip_high >> 16) as u16 & 0x7ff;
     }
-    // Processors that deprecate FCS and FDS ignore what is loaded.
-    (x87.fcs, x87.fds) = (0, 0);
+    (x87.fcs, x87.fds) = (ip_high as u16, dp_high as u16);
 }
 
 fn write_environment(x87: &X87, format: Format, image: &mut [u8]) {
@@ -113,7 +112,7 @@ fn write_environment(x87: &X87, format: Format, image: &mut [u8]) {
     }
 }
 
-fn read_environment(image: &[u8], format: Format, x87: &mut X87) {
+fn read_environment(image: &[u8], format: Format, selectors: bool, x87: &mut X87) {
     let step = if format.wide { 4 } else { 2 };
     let mut words = [0; 7];
     for (word, field) in words.iter_mut().zip(image.chunks_exact(step)) {
@@ -122,6 +121,9 @@ fn read_environment(image: &[u8], format: Format, x87: &mut X87) {
         *word = u32::from_le_bytes(bytes);
     }
     decode(words, format, x87);
+    if !selectors {
+        (x87.fcs, x87.fds) = (0, 0);
+    }
 }
 
 fn store_environment(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -147,7 +149,7 @@ fn load_environment(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let mut x87 = cpu.state.x87;
     // The stack is held relative to TOP, which changes: the physical registers keep their contents.
     let old_top = usize::from(x87.fsw >> 11) & 7;
-    read_environment(&image[..format.bytes()], format, &mut x87);
+    read_environment(&image[..format.bytes()], format, cpu.hostexec.x87_selectors, &mut x87);
     let new_top = usize::from(x87.fsw >> 11) & 7;
     x87.st.rotate_left((new_top + 8 - old_top) & 7);
     cpu.set_x87(x87);
@@ -183,7 +185,7 @@ fn restore(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.read_bytes(cpu.op_seg(op), lin, &mut image[..length])?;
     cpu.sync_x87();
     let mut x87 = cpu.state.x87;
-    read_environment(&image[..environment], format, &mut x87);
+    read_environment(&image[..environment], format, cpu.hostexec.x87_selectors, &mut x87);
     for (register, slot) in x87.st.iter_mut().zip(image[environment..].chunks_exact(10)) {
         *register = [0; 16];
         register[..10].copy_from_slice(slot);

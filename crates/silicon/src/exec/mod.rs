@@ -41,7 +41,9 @@ mod translation;
 mod vector;
 mod vector_gather;
 mod vector_masked;
-pub mod xsave;
+#[cfg(test)]
+mod vector_tests;
+mod xsave;
 mod xsave_area;
 
 /// A family's `lower`: the operation for an instruction of its own, `None` for any other.

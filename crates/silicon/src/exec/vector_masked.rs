@@ -127,7 +127,8 @@ fn lower_maskmovdqu(ins: &Instruction, base: Op) -> Op {
 
 /// Makes `op`, lowered as a plain load or store, one with fault suppression if `ins` has a mask.
 pub(super) fn lower_masked(ins: &Instruction, stores: bool, mut op: Op) -> Op {
-    if ins.encoding() != EncodingKind::EVEX || !ins.has_op_mask() || !suppresses_faults(ins.mnemonic()) {
+    let partial = stores || suppresses_faults(ins.mnemonic());
+    if ins.encoding() != EncodingKind::EVEX || !ins.has_op_mask() || !partial {
         return op;
     }
     let element = element_size(ins);
@@ -200,7 +201,7 @@ fn suppresses_faults(name: Mnemonic) -> bool {
         || matches!(name, Vpunpckhbw | Vpunpckhwd | Vpunpckhdq | Vpunpckhqdq);
     let packs = matches!(name, Vpacksswb | Vpackssdw | Vpackuswb | Vpackusdw)
         || matches!(name, Vpmaddubsw | Vpmaddwd | Vdbpsadbw | Vpmultishiftqb | Vpshufbitqmb)
-        || matches!(name, Vgf2p8affineqb | Vgf2p8affineinvqb);
+        || matches!(name, Vgf2p8affineqb | Vgf2p8affineinvqb | Vpconflictd | Vpconflictq);
     let shifts =
         matches!(name, Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad | Vpsraq);
     let inserts = matches!(name, Vinsertf32x4 | Vinsertf32x8 | Vinsertf64x2 | Vinsertf64x4)

@@ -9,62 +9,20 @@ use crate::exception::{Abort, Exception};
 use crate::exec::xsave_area::{self as area, Legacy};
 use crate::hostexec::{MXCSR_DEFINED, MXCSR_RESET};
 use crate::mmu::Word;
+use crate::model::xstate::{self, COMPONENTS, Component};
 use crate::state::{CodeSize, Seg, cr0, cr4, reg};
-use crate::vmx::Exit;
 
-/// One row of the table: a state component above SSE (SDM vol. 1, 13.1; CPUID leaf 0DH).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Component {
-    /// Bit in XCR0 or IA32_XSS, XSTATE_BV and XCOMP_BV.
-    pub bit: u32,
-    /// Bytes.
-    pub size: usize,
-    /// Offset in the standard format.
-    pub offset: usize,
-    /// In the compacted format it begins at a multiple of 64.
-    pub aligned: bool,
-    /// Enabled by IA32_XSS, saved by XSAVES only.
-    pub supervisor: bool,
-}
-
-const fn user(bit: u32, size: usize, offset: usize) -> Component {
-    Component { bit, size, offset, aligned: false, supervisor: false }
-}
-
-/// Every component that [`CpuState`](crate::state::CpuState) holds besides x87 (bit 0) and SSE (bit 1).
-pub const COMPONENTS: &[Component] = &[
-    user(component::AVX, 256, 576),
-    user(component::OPMASK, 64, 1088),
-    user(component::ZMM_HI256, 512, 1152),
-    user(component::HI16_ZMM, 1024, 1664),
-    user(component::PKRU, 8, 2688),
-];
-
-/// Component numbers.
-pub mod component {
-    /// Bits 255:128 of YMM0 to YMM15.
-    pub const AVX: u32 = 2;
-    /// k0 to k7.
-    pub const OPMASK: u32 = 5;
-    /// Bits 511:256 of ZMM0 to ZMM15.
-    pub const ZMM_HI256: u32 = 6;
-    /// ZMM16 to ZMM31.
-    pub const HI16_ZMM: u32 = 7;
-    /// PKRU.
-    pub const PKRU: u32 = 9;
-}
-
-/// Component bits of x87 and SSE.
-const X87: u64 = 1 << 0;
-const SSE: u64 = 1 << 1;
-const AVX: u64 = 1 << component::AVX;
+/// Component bits of x87, SSE and AVX.
+const X87: u64 = xstate::X87;
+const SSE: u64 = xstate::SSE;
+const AVX: u64 = xstate::AVX;
 /// XCOMP_BV: compacted format.
 const COMPACTED: u64 = 1 << 63;
 /// Where the header is.
 const HEADER: usize = 512;
 /// Where the components begin in the compacted format.
 const EXTENDED: usize = 576;
-/// Longest component.
+/// Longest component that [`CpuState`](crate::state::CpuState) holds.
 const LONGEST: usize = 1024;
 
 /// Which member of the family; in [`Op::r0`].
@@ -93,8 +51,6 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         Mnemonic::Xsaves | Mnemonic::Xsaves64 => base(xsave, form::XSAVES),
         Mnemonic::Xrstor | Mnemonic::Xrstor64 => base(xrstor, 0),
         Mnemonic::Xrstors | Mnemonic::Xrstors64 => base(xrstors, 0),
-        Mnemonic::Xgetbv => base(xgetbv, 0),
-        Mnemonic::Xsetbv => base(xsetbv, 0),
         _ => None,
     }
 }
@@ -102,7 +58,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
 impl Cpu {
     /// XINUSE: the components that are not in their initial configuration. Found by looking, which SDM vol. 1,
     /// 13.6 allows.
-    fn xinuse(&mut self, of: u64) -> u64 {
+    pub(super) fn xinuse(&mut self, of: u64) -> u64 {
         self.sync_x87();
         let count = self.visible_registers();
         let mut used = 0;
@@ -175,15 +131,15 @@ impl Cpu {
 }
 
 /// Offset of each component of `layout` (XCOMP_BV without bit 63) in the compacted format, or in the standard one.
-fn placed(layout: u64, compacted: bool) -> impl Iterator<Item = (Component, usize)> {
+fn placed(layout: u64, compacted: bool) -> impl Iterator<Item = (&'static Component, usize)> {
     let mut next = EXTENDED;
     COMPONENTS.iter().filter(move |row| layout & (1 << row.bit) != 0).map(move |row| {
         if !compacted {
-            return (*row, row.offset);
+            return (row, row.offset as usize);
         }
         let at = if row.aligned { next.next_multiple_of(64) } else { next };
-        next = at + row.size;
-        (*row, at)
+        next = at + row.size as usize;
+        (row, at)
     })
 }
 
@@ -202,7 +158,7 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     }
     // XSAVE writes every requested component, the others leave out what is in its initial configuration.
     let written = if form == form::XSAVE { requested } else { used };
-    let end = placed(requested, compacted).map(|(row, at)| at + row.size).max().unwrap_or(EXTENDED);
+    let end = placed(requested, compacted).map(|(row, at)| at + row.size as usize).max().unwrap_or(EXTENDED);
     cpu.probe(seg, lin, end, true)?;
     let legacy = Legacy {
         x87: written & X87 != 0,
@@ -217,7 +173,7 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         if written & (1 << row.bit) == 0 {
             continue;
         }
-        let length = area::save(&cpu.state, row.bit, count, &mut buffer[..row.size]);
+        let length = area::save(&cpu.state, row.bit, count, &mut buffer[..row.size as usize]);
         cpu.write_area(seg, lin + at as u64, &buffer[..length])?;
     }
     if compacted {
@@ -313,10 +269,15 @@ fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: 
     let places = if compacted { layout & !COMPACTED } else { requested };
     for (row, at) in placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0) {
         let index = COMPONENTS.iter().position(|other| other.bit == row.bit).unwrap_or(0);
-        cpu.read_area(seg, lin + at as u64, &mut buffers[index][..row.size])?;
+        cpu.read_area(seg, lin + at as u64, &mut buffers[index][..row.size as usize])?;
     }
+    let selectors = cpu.hostexec.x87_selectors;
     if requested & X87 != 0 {
-        let x87 = if loaded & X87 != 0 { area::x87(&image, op.r1 != 0) } else { crate::state::X87::INIT };
+        let x87 = if loaded & X87 != 0 {
+            area::x87(&image, op.r1 != 0, selectors)
+        } else {
+            crate::state::X87::INIT
+        };
         cpu.set_x87(x87);
     }
     if requested & SSE != 0 {
@@ -329,8 +290,11 @@ fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: 
     }
     for (row, buffer) in COMPONENTS.iter().zip(&buffers) {
         if requested & (1 << row.bit) != 0 {
-            area::load(&mut cpu.state, row.bit, count, &buffer[..row.size]);
+            area::load(&mut cpu.state, row.bit, count, &buffer[..row.size as usize]);
         }
+    }
+    if requested & xstate::PKRU != 0 {
+        cpu.pkru_changed();
     }
     Ok(Flow::Next)
 }
@@ -363,38 +327,12 @@ fn fxrstor(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if sse && mxcsr & !MXCSR_DEFINED != 0 {
         return Err(cpu.raise(Exception::gp(0)));
     }
-    cpu.set_x87(area::x87(&image, op.r1 != 0));
+    let selectors = cpu.hostexec.x87_selectors;
+    cpu.set_x87(area::x87(&image, op.r1 != 0, selectors));
     if sse {
         let count = cpu.visible_registers();
         area::load_rows(&mut cpu.state, 0..count, 0..16, &image[160..]);
         cpu.set_mxcsr(mxcsr);
     }
     Ok(Flow::Next)
-}
-
-fn xgetbv(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    if cpu.state.cr4 & cr4::OSXSAVE == 0 {
-        return Err(cpu.raise(Exception::UD));
-    }
-    let xcr0 = cpu.state.xcr0;
-    let value = match cpu.get::<u32>(reg::RCX) {
-        0 => xcr0,
-        1 => cpu.xinuse(xcr0),
-        _ => return Err(cpu.raise(Exception::gp(0))),
-    };
-    cpu.set::<u32>(reg::RAX, value as u32);
-    cpu.set::<u32>(reg::RDX, (value >> 32) as u32);
-    Ok(Flow::Next)
-}
-
-/// Always exits (SDM vol. 3C, 26.1.2), after the checks that come before.
-fn xsetbv(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    if cpu.state.cr4 & cr4::OSXSAVE == 0 {
-        return Err(cpu.raise(Exception::UD));
-    }
-    if cpu.state.cpl != 0 {
-        return Err(cpu.raise(Exception::gp(0)));
-    }
-    let (index, value) = (cpu.get::<u32>(reg::RCX), cpu.edx_eax());
-    Err(cpu.exit(Exit::Xsetbv { index, value }))
 }

@@ -4,9 +4,22 @@
 use std::ops::Range;
 use std::ptr;
 
-use crate::exec::xsave::component;
 use crate::hostexec::MXCSR_DEFINED;
 use crate::state::{CpuState, X87};
+
+/// Component numbers (SDM vol. 1, 13.1).
+mod component {
+    /// Bits 255:128 of YMM0 to YMM15.
+    pub(super) const AVX: u8 = 2;
+    /// k0 to k7.
+    pub(super) const OPMASK: u8 = 5;
+    /// Bits 511:256 of ZMM0 to ZMM15.
+    pub(super) const ZMM_HI256: u8 = 6;
+    /// ZMM16 to ZMM31.
+    pub(super) const HI16_ZMM: u8 = 7;
+    /// PKRU.
+    pub(super) const PKRU: u8 = 9;
+}
 
 /// What to write of the legacy region.
 pub(super) struct Legacy {
@@ -60,8 +73,8 @@ pub(super) fn mxcsr(image: &[u8]) -> u32 {
     word(image, 24) as u32
 }
 
-/// The x87 part of a legacy image.
-pub(super) fn x87(image: &[u8], wide: bool) -> X87 {
+/// The x87 part of a legacy image. `selectors`: FCS and FDS exist (SDM vol. 1, 8.1.8).
+pub(super) fn x87(image: &[u8], wide: bool, selectors: bool) -> X87 {
     let mut x87 = X87 {
         fcw: word(image, 0) as u16,
         fsw: word(image, 2) as u16,
@@ -72,7 +85,9 @@ pub(super) fn x87(image: &[u8], wide: bool) -> X87 {
         ..X87::INIT
     };
     if !wide {
-        // FCS and FDS are deprecated: what the image has for them is ignored (SDM vol. 1, 8.1.8).
+        if selectors {
+            (x87.fcs, x87.fds) = ((x87.fip >> 32) as u16, (x87.fdp >> 32) as u16);
+        }
         x87.fip &= 0xffff_ffff;
         x87.fdp &= 0xffff_ffff;
     }
@@ -124,7 +139,7 @@ fn save_rows(state: &CpuState, rows: Range<usize>, columns: Range<usize>, to: &m
 
 /// The vector registers and bytes of them that a component is. Outside 64-bit mode the upper registers do not
 /// exist: nothing is read or written for them.
-fn rows_of(bit: u32, count: usize) -> Option<(Range<usize>, Range<usize>)> {
+fn rows_of(bit: u8, count: usize) -> Option<(Range<usize>, Range<usize>)> {
     match bit {
         component::AVX => Some((0..count, 16..32)),
         component::ZMM_HI256 => Some((0..count, 32..64)),
@@ -134,7 +149,7 @@ fn rows_of(bit: u32, count: usize) -> Option<(Range<usize>, Range<usize>)> {
 }
 
 /// Whether a component is not in its initial configuration. `count` vector registers are visible.
-pub(super) fn in_use(state: &CpuState, bit: u32, count: usize) -> bool {
+pub(super) fn in_use(state: &CpuState, bit: u8, count: usize) -> bool {
     match (rows_of(bit, count), bit) {
         (Some((rows, columns)), _) => rows_in_use(state, rows, columns),
         (None, component::OPMASK) => state.k.iter().any(|&k| k != 0),
@@ -144,7 +159,7 @@ pub(super) fn in_use(state: &CpuState, bit: u32, count: usize) -> bool {
 }
 
 /// Writes a component's image; the bytes that count.
-pub(super) fn save(state: &CpuState, bit: u32, count: usize, to: &mut [u8]) -> usize {
+pub(super) fn save(state: &CpuState, bit: u8, count: usize, to: &mut [u8]) -> usize {
     match (rows_of(bit, count), bit) {
         (Some((rows, columns)), _) => save_rows(state, rows, columns, to),
         (None, component::OPMASK) => {
@@ -162,7 +177,7 @@ pub(super) fn save(state: &CpuState, bit: u32, count: usize, to: &mut [u8]) -> u
 }
 
 /// Loads a component from its image; zeroes are the initial configuration of all of them.
-pub(super) fn load(state: &mut CpuState, bit: u32, count: usize, from: &[u8]) {
+pub(super) fn load(state: &mut CpuState, bit: u8, count: usize, from: &[u8]) {
     match (rows_of(bit, count), bit) {
         (Some((rows, columns)), _) => load_rows(state, rows, columns, from),
         (None, component::OPMASK) => {

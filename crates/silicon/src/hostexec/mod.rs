@@ -20,6 +20,7 @@ pub(crate) mod x87;
 use crate::code::op::{Flow, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
+use crate::model::Feature;
 use crate::state::{CpuState, cr0, cr4};
 use stub::{StubFn, Stubs};
 
@@ -67,6 +68,10 @@ pub(crate) struct HostExec {
     mxcsr_live: bool,
     /// The host's own MXCSR.
     host_mxcsr: u32,
+    /// x87 instructions always note their data pointer (no FDP_EXCPTN_ONLY).
+    pub(crate) x87_data_pointer: bool,
+    /// FCS and FDS exist (not deprecated).
+    pub(crate) x87_selectors: bool,
 }
 
 impl Default for HostExec {
@@ -78,6 +83,8 @@ impl Default for HostExec {
             x87_live: false,
             mxcsr_live: false,
             host_mxcsr: MXCSR_RESET,
+            x87_data_pointer: false,
+            x87_selectors: false,
         }
     }
 }
@@ -131,6 +138,8 @@ impl Cpu {
     pub(crate) fn hostexec_enter(&mut self) {
         self.hostexec.host_mxcsr = stmxcsr();
         self.hostexec.mxcsr_live = true;
+        self.hostexec.x87_data_pointer = !self.features.has(Feature::FdpExceptionOnly);
+        self.hostexec.x87_selectors = !self.features.has(Feature::ZeroFcsFds);
         self.set_mxcsr(self.state.mxcsr & MXCSR_DEFINED);
     }
 
