@@ -8,7 +8,7 @@
 //!
 //! Each device has one lock. They are taken in this order, and no others are held meanwhile:
 //!
-//! 1. an irqfd's own lock (`eventfd.rs`), while it drives its line;
+//! 1. the tables of irqfds and an irqfd's own lock (`eventfd.rs`), while it drives its line;
 //! 2. the IOAPIC's; the 8259s'; the PIT's (none of these three under another);
 //! 3. the bus's list of local APICs (shared), then one local APIC's;
 //! 4. leaves: the timer queue, the routing table, the listeners.
@@ -24,6 +24,8 @@ pub mod lapic;
 pub mod pic;
 pub mod pit;
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
