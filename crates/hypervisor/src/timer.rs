@@ -318,3 +318,108 @@ impl Alarm {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Remembers when it was called; re-arms itself as often as told.
+    struct Client {
+        timer: Timer,
+        clock: Arc<dyn TimeSource>,
+        calls: Mutex<Vec<u64>>,
+        again: Mutex<Vec<u64>>,
+        told: Mutex<Option<mpsc::Sender<()>>>,
+    }
+
+    impl Client {
+        fn new(timers: &Timers) -> Arc<Self> {
+            Arc::new_cyclic(|me: &Weak<Self>| Self {
+                timer: timers.register(Weak::clone(me) as Weak<dyn TimerClient>),
+                clock: Arc::clone(timers.clock()),
+                calls: Mutex::default(),
+                again: Mutex::default(),
+                told: Mutex::default(),
+            })
+        }
+
+        fn calls(&self) -> Vec<u64> {
+            std::mem::take(&mut self.calls.lock().expect("no panic"))
+        }
+    }
+
+    impl TimerClient for Client {
+        fn timer_expired(&self) {
+            self.calls.lock().expect("no panic").push(self.clock.now());
+            if let Some(deadline) = self.again.lock().expect("no panic").pop() {
+                self.timer.arm(deadline);
+            }
+            if let Some(told) = &*self.told.lock().expect("no panic") {
+                told.send(()).expect("the test waits");
+            }
+        }
+    }
+
+    #[test]
+    fn deadlines_fire_in_order_and_once() {
+        let clock = Arc::new(VirtualTime::default());
+        let timers = Timers::manual(Arc::clone(&clock) as Arc<dyn TimeSource>);
+        let (early, late, idle) = (Client::new(&timers), Client::new(&timers), Client::new(&timers));
+        late.timer.arm(20);
+        early.timer.arm(30);
+        early.timer.arm(10);
+        idle.timer.arm(5);
+        idle.timer.disarm();
+        assert_eq!((timers.next_deadline(), timers.fire_due()), (Some(10), 0));
+        clock.advance(15);
+        assert_eq!((timers.fire_due(), early.calls(), late.calls()), (1, vec![15], vec![]));
+        clock.advance(100);
+        assert_eq!((timers.fire_due(), early.calls(), late.calls()), (1, vec![], vec![115]));
+        assert_eq!((timers.next_deadline(), idle.calls()), (None, vec![]));
+    }
+
+    #[test]
+    fn a_client_can_arm_again_and_go_away() {
+        let clock = Arc::new(VirtualTime::default());
+        let timers = Timers::manual(Arc::clone(&clock) as Arc<dyn TimeSource>);
+        let client = Client::new(&timers);
+        *client.again.lock().expect("no panic") = vec![50, 30, 20];
+        client.timer.arm(10);
+        clock.advance(40);
+        assert_eq!((timers.fire_due(), client.timer.deadline()), (3, Some(50)));
+        drop(client);
+        assert_eq!(timers.next_deadline(), None);
+        let next = Client::new(&timers);
+        next.timer.arm(1);
+        assert_eq!((timers.fire_due(), timers.shared.queue().slots.len()), (1, 1), "slots are used again");
+    }
+
+    #[test]
+    fn arming_again_and_again_takes_no_memory() {
+        let timers = Timers::manual(Arc::new(VirtualTime::default()));
+        let client = Client::new(&timers);
+        (0..10_000).for_each(|deadline| client.timer.arm(deadline));
+        assert_eq!(timers.shared.queue().order.len(), 1);
+    }
+
+    #[test]
+    fn the_thread_serves_and_ends() {
+        let timers = Timers::start().expect("a thread");
+        let client = Client::new(&timers);
+        let (sender, told) = mpsc::channel();
+        *client.told.lock().expect("no panic") = Some(sender);
+        // Each is armed after the former has fired, one of them in place of a later one.
+        for delay in [0, 2_000_000, 1] {
+            let deadline = timers.clock().now() + delay;
+            client.timer.arm(deadline + 3_600_000_000_000);
+            client.timer.arm(deadline);
+            told.recv_timeout(Duration::from_secs(60)).expect("it fires");
+            assert!(client.calls().iter().all(|&call| call >= deadline), "never early");
+        }
+        client.timer.arm(timers.clock().now() + 3_600_000_000_000);
+        drop(timers);
+        client.timer.arm(0);
+    }
+}

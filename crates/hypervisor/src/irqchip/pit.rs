@@ -363,7 +363,8 @@ impl Pit {
         let data = u32::from(state.flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON != 0);
         let gate = u32::from(state.channels[2].gate != 0);
         let out = u32::from(state.out(2, now));
-        data << 1 | gate | (now >> 14 & 1) as u32 * 0x10 | out << 5
+        let refresh = (now >> 14 & 1) as u32;
+        gate | data << 1 | refresh << 4 | out << 5
     }
 
     // ---- KVM_GET_PIT2, KVM_SET_PIT2

@@ -111,7 +111,8 @@ fn register_writes_keep_what_is_writable() {
 #[test]
 fn priorities_decide_what_is_delivered() {
     // TPR, vectors in service, requested vectors, the one that is delivered, PPR.
-    let cases: &[(u32, &[u8], &[u8], Option<u8>, u32)] = &[
+    type Case<'a> = (u32, &'a [u8], &'a [u8], Option<u8>, u32);
+    let cases: &[Case] = &[
         (0, &[], &[], None, 0),
         (0, &[], &[0x31, 0x41, 0x32], Some(0x41), 0),
         (0x40, &[], &[0x41, 0x4f], None, 0x40),

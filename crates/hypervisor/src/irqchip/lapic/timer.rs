@@ -174,7 +174,7 @@ impl ApicTimer {
     }
 
     fn tick(&self) -> u64 {
-        (self.bus_cycle_ns * u64::from(self.divide)).max(1)
+        self.bus_cycle_ns.saturating_mul(u64::from(self.divide)).max(1)
     }
 
     fn duration(&self, count: u32) -> u64 {
