@@ -80,8 +80,9 @@ impl Cpu {
     pub(crate) fn mmu_enter(&mut self) {
         self.ept.world.enter();
         self.mmu.inside = true;
-        let requests = self.requests.take(Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE);
-        self.mmu_requests(requests & !Requests::EXCLUSIVE);
+        // A request to stop that has come since stays for the first block boundary.
+        let requests = self.requests.take(Requests::FLUSH | Requests::MAIL);
+        self.mmu_requests(requests);
         self.sync_registers();
     }
 
