@@ -133,7 +133,8 @@ impl Guest {
         let state = &mut self.cpu.state;
         state.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         state.cr3 = PML4;
-        state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE | cr4::UMIP;
+        let wanted = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE | cr4::UMIP;
+        state.cr4 = wanted & self.cpu.features.cr4_mask();
         state.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
         state.xcr0 = self.xcr0;
         state.cpl = 3;

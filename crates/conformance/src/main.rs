@@ -10,7 +10,7 @@ use conformance::host::has_fsgsbase;
 use conformance::report;
 use conformance::run::{self, Plan};
 use indicatif::{ProgressBar, ProgressStyle};
-use silicon::model::Features;
+use silicon::model::{CpuModel, Features};
 
 /// Runs instructions on the software processor and on the host's own, and compares.
 #[derive(Parser, Debug)]
@@ -25,6 +25,12 @@ struct Arguments {
     /// First case number of each form.
     #[arg(long, default_value_t = 0)]
     first: u64,
+    /// Go on with further cases for this long, whatever --cases says.
+    #[arg(long)]
+    minutes: Option<u64>,
+    /// CPU model, as `ring3 boot --cpu` takes it.
+    #[arg(long, default_value = "max")]
+    cpu: String,
     /// Only forms whose name (iced-x86's, such as `Add_rm32_r32`) or extension contains this; repeatable.
     #[arg(long)]
     filter: Vec<String>,
@@ -47,11 +53,13 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let features = Features::default();
-    let result = match &arguments.case {
-        Some(case) => one_case(&arguments, &features, case),
-        None => many_cases(&arguments, &features),
-    };
+    let result = CpuModel::parse(&arguments.cpu).map_err(|e| e.to_string()).and_then(|model| {
+        let features = model.features();
+        match &arguments.case {
+            Some(case) => one_case(&arguments, &features, case),
+            None => many_cases(&arguments, &features),
+        }
+    });
     match result {
         Ok(code) => code,
         Err(message) => {
