@@ -36,11 +36,12 @@ impl Bench {
     /// Sets both up; memory is filled from `seed`.
     pub fn new(features: Features, seed: u64) -> Result<Bench, HostError> {
         let contents = Contents::new(seed);
-        let mut host = Host::new()?;
-        host.prepare(&contents)?;
         let components = host::components()?;
         let mut guest = Guest::new(features.clone(), host::selectors(), components);
         guest.prepare(&contents);
+        guest.warm_up();
+        let mut host = Host::new()?;
+        host.prepare(&contents)?;
         Ok(Bench { host, guest, contents, features, components })
     }
 

@@ -4,6 +4,7 @@ use iced_x86::{Instruction, OpKind, RflagsBits};
 
 use crate::forms::{Tolerance, tolerance};
 use crate::generate::Case;
+use crate::layout::PAGE;
 use crate::machine::{Event, Machine};
 
 const NAMES: [&str; 16] = [
@@ -48,7 +49,7 @@ pub struct Difference {
 pub fn compare(case: &Case, host: &(Event, Machine), guest: &(Event, Machine)) -> Difference {
     let mut difference = Difference::default();
     let out = &mut difference.defined;
-    if host.0 != guest.0 {
+    if comparable(&host.0, case) != comparable(&guest.0, case) {
         out.push(format!("end {} / {}", host.0, guest.0));
     }
     let (h, g) = (&host.1, &guest.1);
@@ -76,6 +77,22 @@ pub fn compare(case: &Case, host: &(Event, Machine), guest: &(Event, Machine)) -
     vectors(out, h, g);
     difference.undefined = flags & loose & !allowed.flags != 0 || status & conditions != 0;
     difference
+}
+
+/// First address above user space. Linux says for all faults there that the page is present.
+const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// The event, less what cannot be compared: the present bit of page faults above user space, and where in a page
+/// an instruction that makes many accesses faults first.
+fn comparable(event: &Event, case: &Case) -> Event {
+    let Event::Fault { vector: 14, mut error, mut address } = *event else { return *event };
+    if address >= USER_END {
+        error &= !1;
+    }
+    if case.instruction.memory_size().size() > 64 || case.instruction.is_save_restore_instruction() {
+        address &= !(PAGE - 1);
+    }
+    Event::Fault { vector: 14, error, address }
 }
 
 fn tolerated(allowed: &Tolerance, instruction: &Instruction, register: usize) -> bool {

@@ -84,7 +84,7 @@ pub fn op_base(ins: &Instruction, ctx: &LowerCtx, handler: Handler) -> Op {
 
 fn set_memory(op: &mut Op, ins: &Instruction, ctx: &LowerCtx) {
     let (base, index) = (ins.memory_base(), ins.memory_index());
-    op.seg = seg_index(ins.memory_segment());
+    op.seg = seg_index(effective_segment(ins, ctx));
     op.scale = ins.memory_index_scale().trailing_zeros() as u8;
     op.disp = ins.memory_displacement64() as i64;
     op.base = match base {
@@ -119,6 +119,19 @@ fn set_memory(op: &mut Op, ins: &Instruction, ctx: &LowerCtx) {
     }
     if ctx.code_size != CodeSize::Bits64 || op.flags & (Op::ADDR32 | Op::ADDR16) != 0 {
         op.flags |= Op::SLOW_EA;
+    }
+}
+
+/// Segment of the memory operand. 64-bit mode ignores ES, CS, SS and DS prefixes (SDM vol. 1, 3.3.4), also where
+/// it decides between #SS and #GP.
+fn effective_segment(ins: &Instruction, ctx: &LowerCtx) -> Register {
+    let ignored = matches!(ins.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if ctx.code_size != CodeSize::Bits64 || !ignored {
+        return ins.memory_segment();
+    }
+    match ins.memory_base().full_register() {
+        Register::RSP | Register::RBP => Register::SS,
+        _ => Register::DS,
     }
 }
 
