@@ -89,7 +89,7 @@ impl Cpu {
             match (op.handler.get())(self, op) {
                 Ok(Flow::Next) => {}
                 Ok(Flow::End) => {
-                    self.counters.instructions += done as u64 + 1;
+                    self.counters.instructions = self.counters.instructions.wrapping_add(done as u64 + 1);
                     return Ok(Flow::End);
                 }
                 Err(abort) => {

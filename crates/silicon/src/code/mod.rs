@@ -203,7 +203,8 @@ fn retire(graveyard: &mut Vec<Box<Block>>, block: Box<Block>) {
 /// The block that held this operation was dropped: look the code up again.
 fn resync(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.state.rip = cpu.ip_of(op);
-    cpu.counters.instructions -= 1;
+    // The engine counts this operation as one more, which may be the first of all.
+    cpu.counters.instructions = cpu.counters.instructions.wrapping_sub(1);
     Ok(Flow::End)
 }
 

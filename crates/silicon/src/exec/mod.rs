@@ -22,6 +22,7 @@ mod flags_system;
 mod fpu;
 mod fpu_image;
 mod interrupt;
+mod io;
 mod iret;
 mod misc_system;
 mod mov;
@@ -31,6 +32,7 @@ mod operand;
 mod segment_load;
 mod shift;
 pub mod stack;
+mod string;
 mod syscall;
 #[cfg(test)]
 mod system_tests;
@@ -56,6 +58,8 @@ const FAMILIES: &[Lower] = &[
     alu::lower,
     branch::lower,
     stack::lower,
+    string::lower,
+    io::lower,
     shift::lower,
     muldiv::lower,
     bits::lower,
