@@ -216,6 +216,23 @@ impl IrqChip {
         lapic.acknowledge()
     }
 
+    /// The vector in service whose EOI the guest may leave in shared memory (MSR_KVM_PV_EOI_EN): nothing waits behind
+    /// it, and no IOAPIC wants to hear of it.
+    pub fn eoi_left_to_memory(&self, lapic: &Lapic) -> Option<u8> {
+        lapic.lone_in_service().filter(|&vector| !self.wants_eoi(vector))
+    }
+
+    fn wants_eoi(&self, vector: u8) -> bool {
+        match self.kind {
+            IrqChipKind::Full => self.ioapic().is_some_and(|ioapic| ioapic.handles(vector)),
+            IrqChipKind::Split { reserved_pins } => {
+                let extended = self.settings().extended_ids();
+                let wanted = |message: Message| message.level && message.vector == vector;
+                self.routing.table().msis(reserved_pins).any(|msi| wanted(Message::from_msi(msi, extended)))
+            }
+        }
+    }
+
     // ---- lines and messages
 
     /// Drives a GSI for `source`, at every controller that it is routed to.
@@ -223,8 +240,14 @@ impl IrqChip {
         self.drive(source, gsi, level, false)
     }
 
-    /// KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS.
-    pub fn irq_line(&self, gsi: u32, level: bool) -> Delivery {
+    /// KVM_IRQ_LINE.
+    pub fn irq_line(&self, gsi: u32, level: bool) {
+        self.set_irq(IrqSource::USERSPACE, gsi, level);
+    }
+
+    /// KVM_IRQ_LINE_STATUS: userspace asks what became of it, and an RTC interrupt is held back while the last one
+    /// has not been acknowledged.
+    pub fn irq_line_status(&self, gsi: u32, level: bool) -> Delivery {
         self.drive(IrqSource::USERSPACE, gsi, level, true)
     }
 
@@ -348,20 +371,10 @@ fn lapic_offset(lapic: &Lapic, address: u64) -> Option<u64> {
 
 impl EoiSink for IrqChip {
     fn end_of_interrupt(&self, lapic: &Lapic, eoi: Eoi) {
-        match self.kind {
-            IrqChipKind::Full => {
-                if let Some(ioapic) = self.ioapic() {
-                    ioapic.end_of_interrupt(lapic, eoi);
-                }
-            }
-            IrqChipKind::Split { reserved_pins } => {
-                let extended = self.settings().extended_ids();
-                let ours = |message: Message| message.level && message.vector == eoi.vector;
-                if self.routing.table().msis(reserved_pins).any(|msi| ours(Message::from_msi(msi, extended)))
-                {
-                    lapic.post_ioapic_eoi(eoi.vector);
-                }
-            }
+        match self.ioapic() {
+            Some(ioapic) => ioapic.end_of_interrupt(lapic, eoi),
+            None if self.wants_eoi(eoi.vector) => lapic.post_ioapic_eoi(eoi.vector),
+            None => {}
         }
     }
 }

@@ -81,7 +81,7 @@ impl Machine {
     }
 
     pub(crate) fn enable(&self) {
-        (0..self.cpus.len()).for_each(|cpu| self.write(cpu, reg::SVR, 0x1ff));
+        self.cpus.iter().for_each(|lapic| _ = lapic.mmio_write(u64::from(reg::SVR), &0x1ffu32.to_le_bytes()));
     }
 
     /// Time goes by.

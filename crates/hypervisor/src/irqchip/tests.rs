@@ -3,6 +3,7 @@
 mod ioapic;
 mod pic;
 mod pit;
+mod random;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -83,7 +84,7 @@ fn a_line_goes_to_both_controllers() {
     machine.out(0x21, 0x04);
     machine.out(0x21, 0x01);
     machine.kicks[0].take();
-    let delivery = machine.chip.irq_line(4, true);
+    let delivery = machine.chip.irq_line_status(4, true);
     assert_eq!(delivery, Delivery::Delivered(2));
     assert!(machine.kicks[0].take() >= 2);
     let lapic = &machine.cpus[0];
@@ -91,10 +92,14 @@ fn a_line_goes_to_both_controllers() {
     assert_eq!(machine.chip.acknowledge(lapic), Some(0x24), "the 8259's comes first");
     assert_eq!(machine.chip.acknowledge(lapic), Some(0x44));
     assert_eq!(machine.chip.acknowledge(lapic), None);
-    assert_eq!(machine.chip.irq_line(4, true), Delivery::Delivered(1), "no edge; the 8259 does not tell");
+    assert_eq!(
+        machine.chip.irq_line_status(4, true),
+        Delivery::Delivered(1),
+        "no edge; the 8259 does not tell"
+    );
     assert_eq!(machine.chip.acknowledge(lapic), None);
-    assert_eq!(machine.chip.irq_line(24, true), Delivery::Ignored);
-    assert_eq!(machine.chip.irq_line(u32::MAX, true), Delivery::Ignored);
+    assert_eq!(machine.chip.irq_line_status(24, true), Delivery::Ignored);
+    assert_eq!(machine.chip.irq_line_status(u32::MAX, true), Delivery::Ignored);
 }
 
 #[test]
@@ -132,12 +137,16 @@ fn routes_can_be_replaced() {
     let machine = Machine::enabled(1);
     let routes = [msi_route(4, 0xfee0_0000, 0x71), msi_route(30, 0xfee0_0000, 0x72)];
     machine.chip.set_gsi_routing(&routes).expect("valid routes");
-    assert_eq!(machine.chip.irq_line(30, true), Delivery::Delivered(1));
-    assert_eq!(machine.chip.irq_line(30, false), Delivery::Ignored);
-    assert_eq!(machine.chip.irq_line(5, true), Delivery::Ignored, "no route any more");
+    assert_eq!(machine.chip.irq_line_status(30, true), Delivery::Delivered(1));
+    assert_eq!(machine.chip.irq_line_status(30, false), Delivery::Ignored);
+    assert_eq!(machine.chip.irq_line_status(5, true), Delivery::Ignored, "no route any more");
     assert_eq!(machine.cpus[0].acknowledge(), Some(0x72));
     assert!(machine.chip.set_gsi_routing(&[routes[0], routes[0]]).is_err());
-    assert_eq!(machine.chip.irq_line(4, true), Delivery::Delivered(1), "a refused table changes nothing");
+    assert_eq!(
+        machine.chip.irq_line_status(4, true),
+        Delivery::Delivered(1),
+        "a refused table changes nothing"
+    );
 }
 
 #[test]
@@ -153,6 +162,7 @@ fn a_split_irqchip_tells_userspace_of_eois() {
     for (gsi, vector, told) in [(4, 0x71, Some(0x71)), (5, 0x72, None), (30, 0x73, None)] {
         machine.chip.irq_line(gsi, true);
         assert_eq!(machine.cpus[0].acknowledge(), Some(vector));
+        assert_eq!(machine.chip.eoi_left_to_memory(&machine.cpus[0]).is_none(), told.is_some());
         machine.write(0, reg::EOI, 0);
         assert_eq!(machine.cpus[0].take_events().ioapic_eoi, told);
     }
@@ -228,4 +238,24 @@ fn paravirtual_ipis_go_to_a_set() {
     let message = Message::from_icr(0x61, 0);
     assert_eq!(machine.chip.bus().send_to_set(&message, 1, 0b1101), 2);
     assert_eq!(receivers(&machine, 0x61), [1, 3]);
+}
+
+#[test]
+fn an_eoi_is_left_to_memory_if_nobody_wants_it() {
+    let machine = Machine::enabled(1);
+    let (chip, lapic) = (&machine.chip, &machine.cpus[0]);
+    machine.redirect(20, 0, 0x45 | 1 << 15);
+    machine.redirect(21, 0, 0x56);
+    assert_eq!(chip.eoi_left_to_memory(lapic), None, "nothing in service");
+    for (gsi, vector, expected) in [(20, 0x45, None), (21, 0x56, Some(0x56))] {
+        chip.irq_line(gsi, true);
+        chip.irq_line(gsi, false);
+        assert_eq!(lapic.acknowledge(), Some(vector));
+        assert_eq!(chip.eoi_left_to_memory(lapic), expected);
+        machine.write(0, reg::EOI, 0);
+    }
+    chip.irq_line(21, true);
+    lapic.acknowledge();
+    machine.send(0, 0, 0x31);
+    assert_eq!(chip.eoi_left_to_memory(lapic), None, "another one waits");
 }

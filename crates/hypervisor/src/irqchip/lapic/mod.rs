@@ -5,6 +5,10 @@
 //! vCPU's question costs one load), the address under which messages find the APIC, and IA32_APIC_BASE. INIT, SIPI,
 //! NMI and SMI never touch the registers: they are bits in one more word.
 //!
+//! As with KVM, no error is ever gathered in the ESR, arbitration priority reads as zero, the ID can be written in xAPIC
+//! mode, and interrupts pend while the APIC is software-disabled. Reserved bits of TPR and EOI in x2APIC mode give #GP,
+//! as they do where the processor virtualises these registers for KVM.
+//!
 //! Lock order: a local APIC's lock is taken after the IOAPIC's and the bus's and before the timers'. IPIs and EOIs
 //! leave after it is released, so no APIC's lock is ever held while another's is taken.
 

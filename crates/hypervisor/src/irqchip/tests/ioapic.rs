@@ -44,7 +44,7 @@ fn edges() {
     let machine = Machine::enabled(1);
     machine.redirect(5, 0, 0x45);
     let lapic = &machine.cpus[0];
-    assert_eq!(machine.chip.irq_line(5, true).status(), 2, "both controllers");
+    assert_eq!(machine.chip.irq_line_status(5, true).status(), 2, "both controllers");
     assert_eq!(lapic.acknowledge(), Some(0x45));
     machine.write(0, reg::EOI, 0);
     machine.chip.irq_line(5, true);
@@ -64,7 +64,7 @@ fn edges() {
 fn a_masked_edge_is_kept_in_the_image_only() {
     let machine = Machine::enabled(1);
     machine.redirect(20, 0, MASKED | 0x45);
-    assert_eq!(machine.chip.irq_line(20, true), Delivery::Ignored);
+    assert_eq!(machine.chip.irq_line_status(20, true), Delivery::Ignored);
     machine.redirect(20, 0, 0x45);
     assert!(!machine.cpus[0].has_interrupt(), "unmasking does not deliver edges");
     let image = machine.chip.chip_state(KVM_IRQCHIP_IOAPIC).expect("a chip");
@@ -81,7 +81,7 @@ fn levels_are_delivered_again_while_high() {
     assert_eq!(machine.redirection(20) & REMOTE_IRR, REMOTE_IRR);
     for _ in 0..3 {
         assert_eq!(lapic.acknowledge(), Some(0x45));
-        assert_eq!(machine.chip.irq_line(20, true), Delivery::Ignored, "waits for the EOI");
+        assert_eq!(machine.chip.irq_line_status(20, true), Delivery::Ignored, "waits for the EOI");
         assert_eq!(lapic.next_interrupt(), None);
         machine.write(0, reg::EOI, 0);
     }
