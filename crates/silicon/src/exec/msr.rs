@@ -61,6 +61,9 @@ fn wrmsr(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 }
 
 impl Cpu {
+    /// The EFER bits that some processor model has.
+    pub const EFER_DEFINED: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+
     /// The pass-through register with number `index`: one that this CPU has and keeps itself, unless the
     /// hypervisor asks for exits all the same.
     fn state_msr(&self, index: u32) -> Option<StateMsr> {

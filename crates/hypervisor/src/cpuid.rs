@@ -1,0 +1,309 @@
+//! KVM's part of CPUID: what KVM_GET_SUPPORTED_CPUID answers for a processor model, the table that
+//! KVM_SET_CPUID2 gives a vCPU, and how the guest reads it. (Kernel: arch/x86/kvm/cpuid.c;
+//! Documentation/virt/kvm/x86/cpuid.rst.)
+
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use silicon::model::cpuid::{CpuidEntry, CpuidValues, Dynamic, Identity, read};
+use silicon::model::{CpuModel, Feature, Features};
+use silicon::state::CpuState;
+
+/// First leaf of the hypervisor: "KVMKVMKVM".
+pub const KVM_CPUID_SIGNATURE: u32 = 0x4000_0000;
+/// Leaf of the paravirtual features.
+pub const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
+/// Entries that KVM_SET_CPUID2 takes (kernel: KVM_MAX_CPUID_ENTRIES).
+pub const CPUID_ENTRIES_MAX: usize = 256;
+/// IA32_APIC_BASE, global enable.
+const APIC_BASE_ENABLE: u64 = 1 << 11;
+
+/// Paravirtual features, by their bit in [`KVM_CPUID_FEATURES`]:EAX.
+pub mod pv {
+    /// kvmclock at the old MSR numbers.
+    pub const CLOCKSOURCE: u8 = 0;
+    /// Port I/O needs no delay.
+    pub const NOP_IO_DELAY: u8 = 1;
+    /// kvmclock.
+    pub const CLOCKSOURCE2: u8 = 3;
+    /// MSR_KVM_POLL_CONTROL.
+    pub const POLL_CONTROL: u8 = 12;
+    /// Readings of kvmclock on different vCPUs can be compared.
+    pub const CLOCKSOURCE_STABLE: u8 = 24;
+    /// What we have.
+    pub const SUPPORTED: u32 =
+        1 << CLOCKSOURCE | 1 << NOP_IO_DELAY | 1 << CLOCKSOURCE2 | 1 << CLOCKSOURCE_STABLE;
+}
+
+/// Features that KVM emulates whether the processor has them or not.
+const EMULATED: [Feature; 3] = [Feature::X2apic, Feature::TscAdjust, Feature::ArchCapabilities];
+/// Features that KVM leaves to the client to switch on: they depend on the VM (MONITOR on mwait exits being off,
+/// the deadline timer on an in-kernel APIC, HT on the topology).
+const LEFT_TO_THE_CLIENT: [Feature; 3] = [Feature::Monitor, Feature::TscDeadline, Feature::Ht];
+
+/// Why KVM_SET_CPUID2 refuses a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CpuidError {
+    /// E2BIG.
+    #[error("{0} CPUID entries, at most {CPUID_ENTRIES_MAX}")]
+    TooMany(usize),
+    /// EINVAL.
+    #[error("CPUID leaf 0x80000008 gives {0} bits of linear address; 48 and 57 can be")]
+    LinearBits(u8),
+}
+
+fn entry(from: &CpuidEntry) -> kvm_cpuid_entry2 {
+    let CpuidValues { eax, ebx, ecx, edx } = from.values;
+    let flags = if from.indexed { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+    kvm_cpuid_entry2 { function: from.leaf, index: from.subleaf, flags, eax, ebx, ecx, edx, padding: [0; 3] }
+}
+
+fn set_bit(entries: &mut [CpuidEntry], feature: Feature, on: bool) {
+    let row = feature.row();
+    let found = entries.iter_mut().find(|e| (e.leaf, e.subleaf) == (row.leaf, row.subleaf));
+    if let Some(entry) = found {
+        let word = entry.values.get_mut(row.register);
+        let bit = 1 << row.bit;
+        *word = if on { *word | bit } else { *word & !bit };
+    }
+}
+
+/// The hypervisor's leaves.
+fn paravirtual() -> [CpuidEntry; 2] {
+    let [ebx, ecx, edx] = [*b"KVMK", *b"VMKV", *b"M\0\0\0"].map(u32::from_le_bytes);
+    let row = |leaf, values| CpuidEntry { leaf, subleaf: 0, indexed: false, values };
+    [
+        row(KVM_CPUID_SIGNATURE, CpuidValues { eax: KVM_CPUID_FEATURES, ebx, ecx, edx }),
+        row(KVM_CPUID_FEATURES, CpuidValues { eax: pv::SUPPORTED, ..CpuidValues::default() }),
+    ]
+}
+
+/// KVM_GET_SUPPORTED_CPUID.
+pub fn supported(model: &CpuModel) -> Vec<kvm_cpuid_entry2> {
+    let mut table = model.cpuid(&Identity::default());
+    EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
+    LEFT_TO_THE_CLIENT.iter().for_each(|&feature| set_bit(&mut table, feature, false));
+    // No topology, and clocks are the client's to tell.
+    table.retain(|e| !(matches!(e.leaf, 0xb | 0x1f) && e.subleaf != 0));
+    for entry in &mut table {
+        match entry.leaf {
+            5 | 0xb | 0x15 | 0x16 | 0x1f => entry.values = CpuidValues::default(),
+            6 => entry.values = CpuidValues { eax: 1 << Feature::Arat.row().bit, ..CpuidValues::default() },
+            0x8000_0008 => entry.values.eax |= (entry.values.eax & 0xff) << 16,
+            _ => {}
+        }
+    }
+    fill_gaps(&mut table);
+    table.extend(paravirtual());
+    table.sort_by_key(|e| (e.leaf, e.subleaf));
+    table.iter().map(entry).collect()
+}
+
+/// KVM lists every leaf up to the highest, empty ones too.
+fn fill_gaps(table: &mut Vec<CpuidEntry>) {
+    let highest = |class: u32| table.iter().find(|e| e.leaf == class).map_or(class, |e| e.values.eax);
+    for leaf in (0..=highest(0)).chain(0x8000_0000..=highest(0x8000_0000)) {
+        if !table.iter().any(|e| e.leaf == leaf) {
+            table.push(CpuidEntry { leaf, ..CpuidEntry::default() });
+        }
+    }
+}
+
+/// The table that our own machine gives the vCPU `identity`: the model's, with what KVM adds and with the features
+/// that an in-kernel APIC allows.
+pub fn for_machine(model: &CpuModel, identity: &Identity) -> Vec<kvm_cpuid_entry2> {
+    let mut table = model.cpuid(identity);
+    EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
+    set_bit(&mut table, Feature::TscDeadline, true);
+    set_bit(&mut table, Feature::Hypervisor, true);
+    set_bit(&mut table, Feature::Monitor, false);
+    table.extend(paravirtual());
+    table.iter().map(entry).collect()
+}
+
+/// A vCPU's CPUID table.
+#[derive(Clone, Debug, Default)]
+pub struct Cpuid {
+    entries: Vec<CpuidEntry>,
+}
+
+impl Cpuid {
+    /// KVM_SET_CPUID2's table, checked as KVM does (kernel: `kvm_check_cpuid`).
+    pub fn from_entries(entries: &[kvm_cpuid_entry2]) -> Result<Cpuid, CpuidError> {
+        if entries.len() > CPUID_ENTRIES_MAX {
+            return Err(CpuidError::TooMany(entries.len()));
+        }
+        let cpuid = Cpuid { entries: entries.iter().map(silicon_entry).collect() };
+        let linear_bits = cpuid.raw(0x8000_0008, 0).map_or(0, |values| (values.eax >> 8) as u8);
+        match linear_bits {
+            0 | 48 | 57 => Ok(cpuid),
+            other => Err(CpuidError::LinearBits(other)),
+        }
+    }
+
+    /// The table as given, without the bits that follow the vCPU's state.
+    pub fn raw(&self, leaf: u32, subleaf: u32) -> Option<CpuidValues> {
+        let found = self.entries.iter().find(|e| e.leaf == leaf && (!e.indexed || e.subleaf == subleaf));
+        found.map(|e| e.values)
+    }
+
+    /// KVM_GET_CPUID2: the table with the bits that follow the vCPU's state.
+    pub fn entries(&self, state: &CpuState, apic_base: u64) -> Vec<kvm_cpuid_entry2> {
+        let dynamic = dynamic(state, apic_base);
+        let current = |e: &CpuidEntry| {
+            let values = read(std::slice::from_ref(e), e.leaf, e.subleaf, &dynamic).unwrap_or(e.values);
+            entry(&CpuidEntry { values, ..*e })
+        };
+        self.entries.iter().map(current).collect()
+    }
+
+    /// What the guest's CPUID returns: EAX, EBX, ECX, EDX (kernel: `kvm_cpuid`).
+    pub fn lookup(&self, leaf: u32, subleaf: u32, state: &CpuState, apic_base: u64) -> [u32; 4] {
+        let dynamic = dynamic(state, apic_base);
+        let leaf = self.effective_leaf(leaf, subleaf);
+        let values = read(&self.entries, leaf, subleaf, &dynamic).unwrap_or_default();
+        [values.eax, values.ebx, values.ecx, values.edx]
+    }
+
+    /// Intel's rule for leaves beyond the highest of their range: the highest basic leaf. AMD has no such rule.
+    /// (Kernel: `get_out_of_range_cpuid_entry`.)
+    fn effective_leaf(&self, leaf: u32, subleaf: u32) -> u32 {
+        if self.raw(leaf, subleaf).is_some() {
+            return leaf;
+        }
+        let Some(basic) = self.raw(0, 0) else { return leaf };
+        if [*b"Auth", *b"Hygo"].map(u32::from_le_bytes).contains(&basic.ebx) {
+            return leaf;
+        }
+        let class = match leaf {
+            0x4000_0000..=0x4fff_ffff => leaf & 0xffff_ff00,
+            0xc000_0000.. => 0xc000_0000,
+            _ => leaf & 0x8000_0000,
+        };
+        match self.raw(class, 0) {
+            Some(values) if leaf <= values.eax => leaf,
+            _ => basic.eax,
+        }
+    }
+
+    /// What the table says that the processor has.
+    pub fn features(&self) -> Features {
+        Features::from_cpuid(|leaf, subleaf| self.raw(leaf, subleaf))
+    }
+
+    /// The paravirtual features that the guest is told of ([`pv`]): those of the leaf that follows KVM's signature,
+    /// wherever in the hypervisor's range the client has put it.
+    pub fn pv_features(&self) -> u32 {
+        let [_, signature] = [KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE];
+        let ours = paravirtual()[0].values;
+        let same = |v: &CpuidValues| (v.ebx, v.ecx, v.edx) == (ours.ebx, ours.ecx, ours.edx);
+        let bases = (signature..signature + 0x1_0000).step_by(0x100);
+        let base = bases.into_iter().find(|&leaf| self.raw(leaf, 0).as_ref().is_some_and(same));
+        base.and_then(|leaf| self.raw(leaf | 1, 0)).map_or(0, |values| values.eax)
+    }
+}
+
+fn silicon_entry(from: &kvm_cpuid_entry2) -> CpuidEntry {
+    CpuidEntry {
+        leaf: from.function,
+        subleaf: from.index,
+        indexed: from.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+        values: CpuidValues { eax: from.eax, ebx: from.ebx, ecx: from.ecx, edx: from.edx },
+    }
+}
+
+fn dynamic(state: &CpuState, apic_base: u64) -> Dynamic {
+    Dynamic::of(state, apic_base & APIC_BASE_ENABLE != 0, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silicon::state::cr4;
+
+    fn cpuid(model: &str) -> Cpuid {
+        Cpuid::from_entries(&supported(&CpuModel::parse(model).unwrap())).unwrap()
+    }
+
+    fn look(cpuid: &Cpuid, leaf: u32, subleaf: u32) -> [u32; 4] {
+        cpuid.lookup(leaf, subleaf, &CpuState::reset(0), APIC_BASE_ENABLE)
+    }
+
+    #[test]
+    fn kvm_adds_what_it_emulates_and_hides_what_depends_on_the_vm() {
+        let nehalem = cpuid("nehalem").features();
+        assert!(EMULATED.iter().all(|&f| nehalem.has(f)));
+        let spr = cpuid("sapphire-rapids").features();
+        assert!(!LEFT_TO_THE_CLIENT.iter().any(|&f| spr.has(f)));
+        assert!(spr.has(Feature::La57) && spr.has(Feature::Pku) && !spr.has(Feature::Hypervisor));
+    }
+
+    #[test]
+    fn every_leaf_is_listed() {
+        let table = supported(&CpuModel::default());
+        let leaves: Vec<u32> = table.iter().map(|e| e.function).collect();
+        assert!((0..=0x1f).chain(0x8000_0000..=0x8000_0008).all(|leaf| leaves.contains(&leaf)));
+        assert!(leaves.is_sorted());
+        let topology = table.iter().filter(|e| e.function == 0xb).collect::<Vec<_>>();
+        assert_eq!(topology.len(), 1);
+        assert_eq!(topology[0].ebx, 0);
+    }
+
+    #[test]
+    fn signature_and_paravirtual_features() {
+        let spr = cpuid("sapphire-rapids");
+        let [eax, ebx, ecx, edx] = look(&spr, KVM_CPUID_SIGNATURE, 0);
+        let name: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert_eq!((eax, &name[..9]), (KVM_CPUID_FEATURES, &b"KVMKVMKVM"[..]));
+        assert_eq!(spr.pv_features(), pv::SUPPORTED);
+        let mut moved = supported(&CpuModel::default());
+        moved.iter_mut().filter(|e| e.function >> 28 == 4).for_each(|e| e.function += 0x100);
+        assert_eq!(Cpuid::from_entries(&moved).unwrap().pv_features(), pv::SUPPORTED);
+        assert_eq!(Cpuid::default().pv_features(), 0);
+    }
+
+    #[test]
+    fn leaves_out_of_range() {
+        let spr = cpuid("sapphire-rapids");
+        let last = look(&spr, 0x1f, 0);
+        assert_eq!(look(&spr, 0x20, 0), last);
+        assert_eq!(look(&spr, 0x8000_0009, 0), last);
+        assert_eq!(look(&spr, 0x4000_0002, 0), last);
+        assert_eq!(look(&spr, 0xc000_0000, 0), last);
+        let mut amd = supported(&CpuModel::default());
+        amd[0].ebx = u32::from_le_bytes(*b"Auth");
+        assert_eq!(look(&Cpuid::from_entries(&amd).unwrap(), 0x20, 0), [0; 4]);
+        assert_eq!(look(&Cpuid::default(), 1, 0), [0; 4], "no table");
+    }
+
+    #[test]
+    fn state_shows() {
+        let spr = cpuid("sapphire-rapids");
+        let mut state = CpuState::reset(0);
+        state.cr4 = cr4::OSXSAVE | cr4::PKE;
+        state.xcr0 = 7;
+        assert_eq!(spr.lookup(1, 0, &state, 0)[2] >> 27 & 1, 1);
+        assert_eq!(spr.lookup(1, 0, &state, 0)[3] >> 9 & 1, 0, "APIC off");
+        assert_eq!(spr.lookup(7, 0, &state, 0)[2] >> 4 & 1, 1);
+        let entries = spr.entries(&state, 0);
+        let leaf_d = entries.iter().find(|e| (e.function, e.index) == (0xd, 0)).unwrap();
+        assert_eq!(leaf_d.ebx, 832);
+    }
+
+    #[test]
+    fn tables_that_kvm_refuses() {
+        let mut table = supported(&CpuModel::default());
+        table.iter_mut().filter(|e| e.function == 0x8000_0008).for_each(|e| e.eax = 46 | 40 << 8);
+        assert_eq!(Cpuid::from_entries(&table).err(), Some(CpuidError::LinearBits(40)));
+        let many = vec![kvm_cpuid_entry2::default(); CPUID_ENTRIES_MAX + 1];
+        assert_eq!(Cpuid::from_entries(&many).err(), Some(CpuidError::TooMany(CPUID_ENTRIES_MAX + 1)));
+    }
+
+    #[test]
+    fn our_machine_has_the_deadline_timer() {
+        let model = CpuModel::default();
+        let identity = Identity { tsc_hz: 2_100_000_000, crystal_hz: 1_000_000_000, ..Identity::default() };
+        let cpuid = Cpuid::from_entries(&for_machine(&model, &identity)).unwrap();
+        let features = cpuid.features();
+        assert!(features.has(Feature::TscDeadline) && features.has(Feature::Hypervisor));
+        assert_eq!(look(&cpuid, 0x15, 0), [10, 21, 1_000_000_000, 0]);
+    }
+}

@@ -1,0 +1,179 @@
+//! The host kernel that we stand in for: its boot command line and module parameters, as far as guests and clients
+//! of KVM can see their effect. (Kernel: Documentation/admin-guide/kernel-parameters.txt.)
+
+use std::str::FromStr;
+
+/// `split_lock_detect=`: what happens to split locks (kernel: arch/x86/kernel/cpu/bus_lock.c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum SplitLockDetect {
+    /// Nothing.
+    Off,
+    /// A warning, and the culprit is slowed down.
+    #[default]
+    Warn,
+    /// SIGBUS.
+    Fatal,
+}
+
+/// The parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostParams {
+    /// `smt=on|off`: two threads to a core. (The kernel has `nosmt`.)
+    pub smt: bool,
+    /// `split_lock_detect=off|warn|fatal`.
+    pub split_lock_detect: SplitLockDetect,
+    /// `kvm.ignore_msrs=0|1`: accesses to unknown MSRs read zero and write nothing instead of #GP.
+    pub ignore_msrs: bool,
+    /// `kvm.report_ignored_msrs=0|1`: and are logged.
+    pub report_ignored_msrs: bool,
+}
+
+impl Default for HostParams {
+    fn default() -> HostParams {
+        HostParams {
+            smt: false,
+            split_lock_detect: SplitLockDetect::default(),
+            ignore_msrs: false,
+            report_ignored_msrs: true,
+        }
+    }
+}
+
+/// What is wrong with a parameter.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HostParamError {
+    /// No such parameter.
+    #[error("unknown host parameter '{name}'; known parameters: {known}")]
+    Unknown {
+        /// What was given.
+        name: String,
+        /// All of them, with the values that they take.
+        known: String,
+    },
+    /// A parameter that cannot have this value.
+    #[error("host parameter {name}: '{value}' is not one of {values}")]
+    Value {
+        /// The parameter.
+        name: &'static str,
+        /// What was given.
+        value: String,
+        /// What it takes.
+        values: &'static str,
+    },
+}
+
+/// One known parameter.
+struct Row {
+    name: &'static str,
+    /// The values that it takes, as messages show them.
+    values: &'static str,
+    /// Sets it; false: not a value.
+    set: fn(&mut HostParams, &str) -> bool,
+}
+
+static PARAMS: &[Row] = &[
+    Row { name: "smt", values: "on|off", set: |p, v| put(&mut p.smt, switch(v)) },
+    Row {
+        name: "split_lock_detect",
+        values: "off|warn|fatal",
+        set: |p, v| {
+            let mode = match v {
+                "off" => Some(SplitLockDetect::Off),
+                "warn" => Some(SplitLockDetect::Warn),
+                "fatal" => Some(SplitLockDetect::Fatal),
+                _ => None,
+            };
+            put(&mut p.split_lock_detect, mode)
+        },
+    },
+    Row { name: "kvm.ignore_msrs", values: "0|1", set: |p, v| put(&mut p.ignore_msrs, module_bool(v)) },
+    Row {
+        name: "kvm.report_ignored_msrs",
+        values: "0|1",
+        set: |p, v| put(&mut p.report_ignored_msrs, module_bool(v)),
+    },
+];
+
+fn put<T>(place: &mut T, value: Option<T>) -> bool {
+    value.map(|value| *place = value).is_some()
+}
+
+fn switch(value: &str) -> Option<bool> {
+    match value {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
+    }
+}
+
+/// As module parameters of type bool read (kernel: `kstrtobool`).
+fn module_bool(value: &str) -> Option<bool> {
+    match value {
+        "0" | "n" | "N" | "off" => Some(false),
+        "1" | "y" | "Y" | "on" => Some(true),
+        _ => None,
+    }
+}
+
+impl HostParams {
+    /// Reads a command line: `name=value` separated by white space; the last one counts.
+    pub fn parse(line: &str) -> Result<HostParams, HostParamError> {
+        let mut params = HostParams::default();
+        line.split_whitespace().try_for_each(|item| params.set(item))?;
+        Ok(params)
+    }
+
+    /// Sets one parameter, `name=value`. As on a kernel command line `-` and `_` are the same in names.
+    pub fn set(&mut self, item: &str) -> Result<(), HostParamError> {
+        let (name, value) = item.split_once('=').unwrap_or((item, ""));
+        let plain = name.replace('-', "_");
+        let row = PARAMS.iter().find(|row| row.name == plain).ok_or_else(|| HostParamError::Unknown {
+            name: name.into(),
+            known: PARAMS.iter().map(|r| format!("{}={}", r.name, r.values)).collect::<Vec<_>>().join(" "),
+        })?;
+        if (row.set)(self, value) {
+            Ok(())
+        } else {
+            Err(HostParamError::Value { name: row.name, value: value.into(), values: row.values })
+        }
+    }
+}
+
+impl FromStr for HostParams {
+    type Err = HostParamError;
+
+    fn from_str(line: &str) -> Result<HostParams, HostParamError> {
+        HostParams::parse(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line() {
+        let params = HostParams::parse("smt=on  split-lock-detect=fatal kvm.ignore_msrs=1 smt=off").unwrap();
+        let expected = HostParams {
+            smt: false,
+            split_lock_detect: SplitLockDetect::Fatal,
+            ignore_msrs: true,
+            ..HostParams::default()
+        };
+        assert_eq!(params, expected);
+        assert_eq!(HostParams::parse(""), Ok(HostParams::default()));
+    }
+
+    #[test]
+    fn errors_list_what_there_is() {
+        let unknown = HostParams::parse("mitigations=off").unwrap_err().to_string();
+        assert_eq!(
+            unknown,
+            "unknown host parameter 'mitigations'; known parameters: smt=on|off \
+             split_lock_detect=off|warn|fatal kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1"
+        );
+        let value = HostParams::parse("smt=maybe").unwrap_err().to_string();
+        assert_eq!(value, "host parameter smt: 'maybe' is not one of on|off");
+        assert!(HostParams::parse("kvm.ignore_msrs").is_err());
+    }
+}

@@ -1,0 +1,103 @@
+//! The processor and local APIC of a vCPU as MSRs act on them.
+
+use silicon::Cpu;
+use silicon::model::Features;
+use silicon::model::msrs::StateMsr;
+
+use super::MsrEnv;
+use crate::irqchip::lapic::Lapic;
+
+/// IA32_APIC_BASE of a vCPU without an in-kernel APIC: the default address, enabled.
+const APIC_BASE_DEFAULT: u64 = 0xfee0_0800;
+
+/// A vCPU's parts, borrowed for one access.
+pub struct CpuEnv<'a> {
+    /// The processor.
+    pub cpu: &'a mut Cpu,
+    /// Its local APIC, if the VM has them in the kernel.
+    pub lapic: Option<&'a Lapic>,
+    /// The guest's features; they may be other than the processor's.
+    pub features: &'a Features,
+    /// Paravirtual features that the guest is told of.
+    pub pv_features: u32,
+    /// The guest's TSC frequency.
+    pub tsc_khz: u32,
+}
+
+/// An address with its high bits made copies of the highest that counts.
+fn canonical(address: u64, bits: u8) -> u64 {
+    let shift = 64 - bits;
+    ((address << shift) as i64 >> shift) as u64
+}
+
+impl MsrEnv for CpuEnv<'_> {
+    fn features(&self) -> &Features {
+        self.features
+    }
+
+    fn pv_features(&self) -> u32 {
+        self.pv_features
+    }
+
+    fn state_msr(&self, msr: StateMsr) -> u64 {
+        self.cpu.read_state_msr(msr)
+    }
+
+    /// The client may set EFER whatever the paging mode, and SYSENTER addresses are made canonical (kernel:
+    /// `set_efer`, `__kvm_set_msr`).
+    fn set_state_msr(&mut self, msr: StateMsr, value: u64, host: bool) -> bool {
+        let value = match msr {
+            StateMsr::SysenterEsp | StateMsr::SysenterEip => {
+                canonical(value, self.cpu.features.linear_bits())
+            }
+            _ => value,
+        };
+        let valid = match msr {
+            StateMsr::Efer if host => value & !(Cpu::EFER_DEFINED) == 0,
+            _ => self.cpu.valid_state_msr(msr, value),
+        };
+        if valid {
+            self.cpu.put_state_msr(msr, value);
+        }
+        valid
+    }
+
+    fn shift_tsc(&mut self, by: u64) {
+        let offset = &mut self.cpu.controls.tsc_offset;
+        *offset = offset.wrapping_add(by);
+        // The deadline is a value of the counter, so it is nearer or farther now.
+        let deadline = self.tsc_deadline();
+        if deadline != 0 {
+            self.set_tsc_deadline(deadline);
+        }
+    }
+
+    fn apic_base(&self) -> u64 {
+        self.lapic.map_or(APIC_BASE_DEFAULT, Lapic::apic_base)
+    }
+
+    fn set_apic_base(&mut self, value: u64, host: bool) -> bool {
+        match self.lapic {
+            Some(lapic) => lapic.set_apic_base(value, host).is_ok(),
+            None => value == APIC_BASE_DEFAULT,
+        }
+    }
+
+    fn x2apic(&mut self, index: u32) -> Option<u64> {
+        self.lapic?.read_msr(index).ok()
+    }
+
+    fn set_x2apic(&mut self, index: u32, value: u64) -> bool {
+        self.lapic.is_some_and(|lapic| lapic.write_msr(index, value).is_ok())
+    }
+
+    fn tsc_deadline(&self) -> u64 {
+        self.lapic.map_or(0, Lapic::tsc_deadline)
+    }
+
+    fn set_tsc_deadline(&mut self, value: u64) {
+        if let Some(lapic) = self.lapic {
+            lapic.set_tsc_deadline(value, self.cpu.tsc(), self.tsc_khz);
+        }
+    }
+}
