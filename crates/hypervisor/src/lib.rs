@@ -1,7 +1,7 @@
 //! ring3 hypervisor.
 
-pub mod eventfd;
 pub mod cpuid;
+pub mod eventfd;
 pub mod host;
 pub mod irqchip;
 pub mod msr;

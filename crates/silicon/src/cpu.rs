@@ -10,7 +10,7 @@ use crate::exception::{Abort, Exception};
 use crate::hostexec::HostExec;
 use crate::mmu::Mmu;
 use crate::mmu::ept::Ept;
-use crate::model::Features;
+use crate::model::{Feature, Features};
 use crate::state::{CodeSize, CpuState, reg};
 use crate::system::deliver::Event;
 use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
@@ -136,7 +136,7 @@ impl Cpu {
         let requests = Arc::default();
         let mmu = Mmu::new(&ept, &requests);
         let mut cpu = Cpu {
-            state: CpuState::reset(0x000c_06f2),
+            state: CpuState::reset(features.signature()),
             features,
             clock: Clock::default(),
             controls: Controls::default(),
@@ -155,6 +155,8 @@ impl Cpu {
             mmu,
             hostexec: HostExec::default(),
         };
+        let (bits, gigabyte) = (cpu.features.physical_bits(), cpu.features.has(Feature::Pdpe1gb));
+        cpu.set_address_width(u32::from(bits), gigabyte);
         cpu.refresh_mode();
         cpu
     }

@@ -5,7 +5,6 @@
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 
-use super::translation::Translation as _;
 use crate::code::lower::{LowerCtx, gpr, op_base};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;

@@ -3,14 +3,13 @@
 use iced_x86::{Code, Instruction, Register};
 
 use super::control::{allowed_if, defined_if, edx_eax, finish, set_edx_eax};
-use super::translation::Translation as _;
 use crate::clock::guest_tsc;
 use crate::code::lower::{LowerCtx, gpr, op_base, seg_index};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::flags::Status;
-use crate::model::Features;
+use crate::model::{Feature, Features};
 use crate::state::{Seg, cr0, cr4, reg};
 use crate::vmx::Exit;
 
@@ -68,9 +67,9 @@ impl Cpu {
 
     /// Replaces what the CPU offers. Decoded code was decoded for the old features, so it goes.
     pub fn set_features(&mut self, features: Features) {
+        self.set_address_width(u32::from(features.physical_bits()), features.has(Feature::Pdpe1gb));
         self.features = features;
         self.code.clear();
-        self.paging_changed();
     }
 }
 

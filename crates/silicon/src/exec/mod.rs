@@ -39,7 +39,6 @@ mod system_tests;
 mod tables;
 #[cfg(test)]
 mod testing;
-mod translation;
 mod vector;
 mod vector_gather;
 mod vector_masked;

@@ -3,7 +3,6 @@
 use iced_x86::{Code, Instruction};
 
 use super::control::{ecx, edx_eax, finish, privileged, set_edx_eax};
-use super::translation::Translation as _;
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;

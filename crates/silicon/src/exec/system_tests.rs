@@ -235,7 +235,10 @@ fn xcr_access() {
     assert_eq!((get(&cpu, reg::RDX), get(&cpu, reg::RAX)), (0, 7));
     set(&mut cpu, reg::RCX, 1);
     assert_eq!(run(&mut cpu, XGETBV), Ok(Flow::Next));
-    assert_eq!(get(&cpu, reg::RAX), 3, "no YMM register is in use");
+    assert_eq!(get(&cpu, reg::RAX) & 4, 0, "no YMM register is in use");
+    cpu.state.zmm[3].0[31] = 1;
+    assert_eq!(run(&mut cpu, XGETBV), Ok(Flow::Next));
+    assert_eq!(get(&cpu, reg::RAX) & 4, 4, "one is");
     set(&mut cpu, reg::RCX, 2);
     assert_eq!(run(&mut cpu, XGETBV), Err(GP));
     set(&mut cpu, reg::RCX, 0);

@@ -27,6 +27,7 @@ pub struct Features {
     decoder: u32,
     cr4: u64,
     physical_bits: u8,
+    signature: u32,
 }
 
 /// CR4 bits that only some CPUs have (SDM vol. 3A, 2.5); older ones are there always.
@@ -64,6 +65,8 @@ static EFER_BITS: &[(u64, Feature)] =
 impl Features {
     /// Physical-address bits of a CPU that does not say (as KVM assumes).
     const PHYSICAL_BITS_UNSAID: u8 = 36;
+    /// Family, model and stepping of a CPU that does not say (as KVM assumes).
+    const SIGNATURE_UNSAID: u32 = 0x600;
 
     /// A CPU with exactly `set`, and physical addresses of `physical_bits` bits.
     pub fn new(set: FeatureSet, physical_bits: u8) -> Features {
@@ -82,7 +85,13 @@ impl Features {
             decoder: decoder_options(set),
             cr4: offered.fold(CR4_BASELINE, |bits, (bit, _)| bits | bit),
             physical_bits: physical_bits.clamp(32, 52),
+            signature: Features::SIGNATURE_UNSAID,
         }
+    }
+
+    /// The same with a family, model and stepping.
+    pub fn with_signature(self, signature: u32) -> Features {
+        Features { signature, ..self }
     }
 
     /// The features that CPUID enumerates; `find` gives the values of a leaf and subleaf.
@@ -92,7 +101,8 @@ impl Features {
         });
         let width = find(0x8000_0008, 0).map_or(0, |values| values.eax as u8);
         let width = if width == 0 { Features::PHYSICAL_BITS_UNSAID } else { width };
-        Features::new(enumerated.map(|row| row.feature).collect(), width)
+        let signature = find(1, 0).map_or(Features::SIGNATURE_UNSAID, |values| values.eax);
+        Features::new(enumerated.map(|row| row.feature).collect(), width).with_signature(signature)
     }
 
     /// Whether the CPU has `feature`.
@@ -120,6 +130,11 @@ impl Features {
     /// Options for the instruction decoder: encodings that mean something else on a CPU without the feature.
     pub fn decoder_options(&self) -> u32 {
         self.decoder
+    }
+
+    /// Family, model and stepping: CPUID.1:EAX, and RDX after RESET and INIT.
+    pub fn signature(&self) -> u32 {
+        self.signature
     }
 
     /// MAXPHYADDR.

@@ -373,7 +373,7 @@ impl CpuModel {
         let wanted = row.features().union(plus).minus(minus).consistent();
         let offered = wanted.intersection(host.offered).consistent();
         let lost = wanted.minus(offered).iter().map(|feature| Lost { feature, why: why(feature, offered) });
-        let features = Features::new(offered, row.physical_bits);
+        let features = Features::new(offered, row.physical_bits).with_signature(row.signature());
         CpuModel { row, features, lost: lost.collect() }
     }
 

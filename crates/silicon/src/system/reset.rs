@@ -9,7 +9,7 @@ impl Cpu {
     /// active instead.
     pub fn init_reset(&mut self) {
         let old = &self.state;
-        let mut state = CpuState::reset(self.signature());
+        let mut state = CpuState::reset(self.features.signature());
         state.cr0 = cr0::ET | (old.cr0 & (cr0::CD | cr0::NW));
         state.activity = Activity::WaitForSipi;
         state.xcr0 = old.xcr0;
@@ -48,11 +48,6 @@ impl Cpu {
         self.state.rip = 0;
         self.state.activity = Activity::Active;
         self.refresh_mode();
-    }
-
-    /// Family, model and stepping: what RDX holds after RESET and INIT.
-    fn signature(&self) -> u32 {
-        0x000c_06f2
     }
 }
 
