@@ -21,7 +21,6 @@
 //! | INVPCID type 0, 1, 2, 3 | [`Cpu::flush_page_in`], [`Cpu::flush_context`], `flush_all(false)`, `flush_all(true)` |
 //! | PKRU (WRPKRU, XRSTOR) | [`Cpu::pkru_changed`] |
 //! | DR0 to DR3, DR7 | [`Cpu::debug_changed`] |
-//! | CPUID's address widths, 1 GiB pages | [`Cpu::set_address_width`] |
 //!
 //! All of these may be called when nothing changed. State that is set from outside guest mode needs none of
 //! them: [`Cpu::run`] compares.
@@ -30,7 +29,8 @@ use std::sync::Arc;
 
 use crate::cpu::{Cpu, Requests};
 use crate::flags::Rflags;
-use crate::state::{CpuState, cr0, cr4, efer};
+use crate::model::Feature;
+use crate::state::{cr0, cr4, efer};
 
 use self::coherence::Link;
 use self::ept::{Backing, Ept, Map};
@@ -59,10 +59,6 @@ pub struct Mmu {
     under: Registers,
     /// DR6 bits of data breakpoints hit.
     debug_hits: u64,
-    /// MAXPHYADDR.
-    physical_bits: u32,
-    /// 1 GiB pages exist.
-    gigabyte_pages: bool,
     /// In guest mode.
     inside: bool,
     link: Link,
@@ -71,8 +67,8 @@ pub struct Mmu {
 /// What cached translations depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Registers {
-    /// What address spaces as a whole depend on.
-    layout: (u64, u64, u64),
+    /// What address spaces as a whole depend on, down to the CPU's MAXPHYADDR and 1 GiB pages.
+    layout: (u64, u64, u64, u8, bool),
     /// What only rights depend on.
     rights: (u64, u64),
     cr3: u64,
@@ -84,13 +80,16 @@ struct Registers {
 impl Registers {
     const CR4_LAYOUT: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::LA57 | cr4::PCIDE | cr4::SMEP;
 
-    fn of(state: &CpuState) -> Registers {
+    fn of(cpu: &Cpu) -> Registers {
+        let state = &cpu.state;
         let [dr0, dr1, dr2, dr3] = state.dr;
         Registers {
             layout: (
                 state.cr0 & cr0::PG,
                 state.cr4 & Registers::CR4_LAYOUT,
                 state.efer & (efer::LMA | efer::NXE),
+                cpu.features.physical_bits(),
+                cpu.features.has(Feature::Pdpe1gb),
             ),
             rights: (state.cr0 & cr0::WP, state.cr4 & (cr4::SMAP | cr4::PKE)),
             cr3: state.cr3,
@@ -111,8 +110,6 @@ impl Mmu {
             last: 0,
             under: Registers::default(),
             debug_hits: 0,
-            physical_bits: 46,
-            gigabyte_pages: true,
             inside: false,
             link: Link::new(ept.clone(), requests.clone()),
         }
@@ -160,7 +157,7 @@ impl Cpu {
 
     /// CR0, CR4 or EFER has been written: forgets what the change makes invalid (SDM vol. 3A, 5.10.4.1).
     pub fn paging_changed(&mut self) {
-        let (now, under) = (Registers::of(&self.state), self.mmu.under);
+        let (now, under) = (Registers::of(self), self.mmu.under);
         if now.layout != under.layout {
             self.flush_all(false);
         } else if now.rights != under.rights {
@@ -207,24 +204,15 @@ impl Cpu {
 
     /// DR0 to DR3 or DR7 has been written. Pages with data breakpoints are not cached in the first level.
     pub fn debug_changed(&mut self) {
-        let debug = Registers::of(&self.state).debug;
+        let debug = Registers::of(self).debug;
         if std::mem::replace(&mut self.mmu.under.debug, debug) != debug {
             self.mmu.tlb.clear_first_level();
         }
     }
 
-    /// Sets MAXPHYADDR (32 to 52) and whether 1 GiB pages exist: what CPUID says of them.
-    pub fn set_address_width(&mut self, physical_bits: u32, gigabyte_pages: bool) {
-        let physical_bits = physical_bits.clamp(32, 52);
-        if (self.mmu.physical_bits, self.mmu.gigabyte_pages) != (physical_bits, gigabyte_pages) {
-            (self.mmu.physical_bits, self.mmu.gigabyte_pages) = (physical_bits, gigabyte_pages);
-            self.flush_all(false);
-        }
-    }
-
     /// Makes the cached translations fit registers that may have been set without telling.
     fn sync_registers(&mut self) {
-        let (now, under) = (Registers::of(&self.state), self.mmu.under);
+        let (now, under) = (Registers::of(self), self.mmu.under);
         self.debug_changed();
         self.pkru_changed();
         self.paging_changed();

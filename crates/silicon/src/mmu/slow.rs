@@ -414,44 +414,13 @@ impl Cpu {
 
     /// Whether the page of `lin` has an enabled data breakpoint.
     fn watches(&self, lin: u64) -> bool {
-        self.state.dr7 & 0xff != 0
-            && (0..4).any(|i| {
-                self.data_breakpoint(i).is_some_and(|(start, len, _)| {
-                    (start >> PAGE_SHIFT..=(start + (len - 1)) >> PAGE_SHIFT).contains(&(lin >> PAGE_SHIFT))
-                })
-            })
-    }
-
-    /// Breakpoint `i`, if it is enabled for data: first address, length, and whether reads count too (SDM vol.
-    /// 3B, 18.2.4 and 18.2.5).
-    fn data_breakpoint(&self, i: usize) -> Option<(u64, u64, bool)> {
-        let dr7 = self.state.dr7;
-        let control = dr7 >> (16 + 4 * i);
-        if dr7 >> (2 * i) & 3 == 0 || control & 1 == 0 {
-            return None;
-        }
-        let len = match control >> 2 & 3 {
-            0 => 1,
-            1 => 2,
-            2 => 8,
-            _ => 4,
-        };
-        Some((self.state.dr[i] & !(len - 1), len, control & 2 != 0))
+        self.state.watched(lin & !PAGE_MASK, PAGE_SIZE, true) != 0
     }
 
     /// Records the data breakpoints that an access has hit.
     fn watch(&mut self, place: Place, lin: u64, size: usize, access: Access) {
-        if !place.watched {
-            return;
-        }
-        for i in 0..4 {
-            if let Some((start, len, reads)) = self.data_breakpoint(i)
-                && (reads || access.kind == Kind::Write)
-                && lin < start + len
-                && start < lin.saturating_add(size as u64)
-            {
-                self.mmu.debug_hits |= 1 << i;
-            }
+        if place.watched {
+            self.mmu.debug_hits |= self.state.watched(lin, size as u64, access.kind == Kind::Write);
         }
     }
 }

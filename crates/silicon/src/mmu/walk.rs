@@ -7,6 +7,7 @@
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::mmu::tlb::{Class, Leaf, PAGE_MASK};
+use crate::model::Feature;
 use crate::state::{cr0, cr4, efer};
 use crate::vmx::{BusAccess, Space};
 
@@ -138,7 +139,7 @@ impl Cpu {
     /// where they change the paging mode, call this before they change anything.
     pub fn load_pdptrs(&mut self, cr3: u64) -> Result<(), Abort> {
         let table = cr3 & 0xffff_ffe0;
-        let reserved = 0x1e6 | !self.physical_mask() & !PAGE_MASK;
+        let reserved = 0x1e6 | !self.features.physical_mask() & !PAGE_MASK;
         let mut loaded = [0; 4];
         for (i, pdpte) in loaded.iter_mut().enumerate() {
             *pdpte = self.read_entry(table + i as u64 * 8, true)?;
@@ -216,11 +217,6 @@ impl Cpu {
         }
     }
 
-    /// All bits that a guest-physical address can have.
-    fn physical_mask(&self) -> u64 {
-        (1 << self.mmu.physical_bits) - 1
-    }
-
     fn descend(&mut self, lin: u64, read: Reader) -> Result<(Path, Leaf), Miss> {
         match self.paging_format() {
             Format::Legacy => self.descend_legacy(lin, read),
@@ -229,7 +225,7 @@ impl Cpu {
     }
 
     fn descend_wide(&mut self, lin: u64, format: Format, read: Reader) -> Result<(Path, Leaf), Miss> {
-        let mask = self.physical_mask() & !PAGE_MASK;
+        let mask = self.features.physical_mask() & !PAGE_MASK;
         let (mut table, mut level) = match format {
             Format::Long(levels) => (self.state.cr3 & mask, levels),
             _ => {
@@ -270,7 +266,7 @@ impl Cpu {
 
     /// Bits of a present 64-bit entry at `level` that must be zero; `large`: it maps a large page.
     fn reserved(&self, format: Format, level: u32, large: bool) -> u64 {
-        let mut bits = !self.physical_mask();
+        let mut bits = !self.features.physical_mask();
         bits &= match format {
             Format::Long(_) => (1 << 52) - 1,
             _ => (1 << 63) - 1,
@@ -280,7 +276,7 @@ impl Cpu {
         }
         bits | match level {
             4 | 5 => entry::SIZE,
-            3 if large && !self.mmu.gigabyte_pages => entry::SIZE,
+            3 if large && !self.features.has(Feature::Pdpe1gb) => entry::SIZE,
             3 if large => 0x3fff_e000,
             2 if large => 0x1f_e000,
             _ => 0,
@@ -297,7 +293,7 @@ impl Cpu {
         path.push(gpa, pde);
         if pde & entry::SIZE != 0 && self.state.cr4 & cr4::PSE != 0 {
             // PSE-36: bits 20:13 hold address bits 39:32, as far as there are that many; the rest is reserved.
-            let high = self.mmu.physical_bits.clamp(32, 40) - 32;
+            let high = self.features.physical_bits().clamp(32, 40) - 32;
             if pde & (0x3f_e000 & !(((1 << high) - 1) << 13)) != 0 {
                 return Err(Miss::Fault(code::PRESENT | code::RESERVED));
             }

@@ -139,6 +139,7 @@ impl Cpu {
             4 | 6 => self.state.dr6 = (value & DR6_WRITABLE) | DR6_FIXED,
             _ => self.state.dr7 = (value & dr7::WRITABLE) | dr7::FIXED,
         }
+        self.debug_changed();
         self.refresh_local();
     }
 }

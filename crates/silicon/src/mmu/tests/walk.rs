@@ -4,6 +4,7 @@ use super::{Machine, NX, PD, PDPT, PML4, PT, PWU};
 use crate::exception::Exception;
 use crate::mmu::tlb::{Class, Leaf};
 use crate::mmu::walk::{Access, Kind};
+use crate::model::{Feature, Features};
 use crate::state::{CpuState, cr0, cr4, efer};
 use crate::vmx::{BusAccess, Exit, Space};
 
@@ -72,7 +73,7 @@ fn two_levels_of_32_bit_entries() {
 #[test]
 fn four_megabyte_pages_and_pse_36() {
     let mut m = legacy(true);
-    m.cpu.set_address_width(40, true);
+    m.cpu.features = Features::new(m.cpu.features.set(), 40);
     let lin = 0x0076_5432;
     m.memory.write::<u32>(PML4 + 4, 0x1240_0000 | 0x1234_5 << 13 & 0x1f_e000 | PS as u32 | 3);
     let high = u64::from(0x1234_5u32 & 0xff) << 32;
@@ -82,7 +83,7 @@ fn four_megabyte_pages_and_pse_36() {
     // Bit 21 is reserved; with fewer address bits so are the upper ones of 20:13.
     m.memory.write::<u32>(PML4 + 4, 1 << 21 | PS as u32 | 3);
     assert_eq!(walk(&mut m, lin, READ), Err(P_ | RSVD));
-    m.cpu.set_address_width(36, true);
+    m.cpu.features = Features::new(m.cpu.features.set(), 36);
     for (bit, expected) in
         [(13, Ok((1u64 << 32) | 0x36_5000)), (16, Ok((1 << 35) | 0x36_5000)), (17, Err(P_ | RSVD))]
     {
@@ -202,7 +203,8 @@ fn large_pages_of_four_level_paging() {
     let leaf = walk(&mut m, lin, READ);
     assert_eq!(page(leaf), Ok(0x5234_5000));
     assert!(leaf.is_ok_and(|l| l.has(Leaf::LARGE | Leaf::HUGE)));
-    m.cpu.set_address_width(46, false);
+    m.cpu.features =
+        Features::new(m.cpu.features.set().iter().filter(|f| *f != Feature::Pdpe1gb).collect(), 46);
     assert_eq!(walk(&mut m, lin, READ), Err(P_ | RSVD));
 }
 
