@@ -10,7 +10,7 @@ use crate::exception::{Abort, Exception};
 use crate::hostexec::HostExec;
 use crate::mmu::Mmu;
 use crate::mmu::ept::Ept;
-use crate::model::{Feature, Features};
+use crate::model::Features;
 use crate::state::{CodeSize, CpuState, reg};
 use crate::system::deliver::Event;
 use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
@@ -155,8 +155,6 @@ impl Cpu {
             mmu,
             hostexec: HostExec::default(),
         };
-        let (bits, gigabyte) = (cpu.features.physical_bits(), cpu.features.has(Feature::Pdpe1gb));
-        cpu.set_address_width(u32::from(bits), gigabyte);
         cpu.refresh_mode();
         cpu
     }

@@ -9,7 +9,7 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::flags::Status;
-use crate::model::{Feature, Features};
+use crate::model::Features;
 use crate::state::{Seg, cr0, cr4, reg};
 use crate::vmx::Exit;
 
@@ -67,9 +67,9 @@ impl Cpu {
 
     /// Replaces what the CPU offers. Decoded code was decoded for the old features, so it goes.
     pub fn set_features(&mut self, features: Features) {
-        self.set_address_width(u32::from(features.physical_bits()), features.has(Feature::Pdpe1gb));
         self.features = features;
         self.code.clear();
+        self.paging_changed();
     }
 }
 
