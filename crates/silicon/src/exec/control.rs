@@ -410,9 +410,9 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let (pcid, address) = (descriptor as u64, (descriptor >> 64) as u64);
     let pcide = cpu.state.cr4 & cr4::PCIDE != 0;
     let valid = kind <= 3
-        && (kind > 1 || pcid <= CR3_PCID && (pcide || pcid == 0))
-        && (kind != 0 || cpu.features.is_canonical(address))
-        && pcid <= CR3_PCID;
+        && pcid <= CR3_PCID
+        && (kind > 1 || pcide || pcid == 0)
+        && (kind != 0 || cpu.features.is_canonical(address));
     allowed_if(cpu, valid)?;
     match kind {
         0 => cpu.flush_page_in(pcid as u16, address),

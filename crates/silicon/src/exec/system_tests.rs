@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use iced_x86::Decoder;
 
+use super::testing::{CODE, DATA, GP0, Guest, UNMAPPED};
 use crate::code::lower::{LowerCtx, lower};
 use crate::code::op::Flow;
 use crate::cpu::{Cpu, Pending};
-use crate::exception::Exception;
+use crate::exception::{Exception, vector};
 use crate::mmu::ept::Ept;
 use crate::model::CpuModel;
 use crate::state::{CodeSize, Segment, cr0, cr4, efer, reg};
@@ -416,4 +417,186 @@ fn user_waits_end_at_once() {
     assert_eq!(cpu.state.status.to_rflags(), 0);
     set(&mut cpu, reg::RBX, 2);
     assert_eq!(run(&mut cpu, TPAUSE_EBX), Err(GP));
+}
+
+/// A 64-bit guest whose page of [`DATA`] is `flags`.
+fn guest_with_page(flags: u64) -> Guest {
+    let mut guest = Guest::new(CodeSize::Bits64);
+    map(&mut guest, DATA, flags);
+    guest
+}
+
+/// Page-table entry of the page at [`DATA`], which belongs to the table at 0x43000.
+fn map(guest: &mut Guest, to: u64, flags: u64) {
+    guest.put(0x4_3000 + (DATA >> 12) * 8, &(to | flags).to_le_bytes());
+    // The tables above must allow what the entry allows.
+    for table in [0x4_0000u64, 0x4_1000, 0x4_2000] {
+        guest.put(table, &((table + 0x1000) | 7).to_le_bytes());
+    }
+}
+
+/// mov rbx, [DATA]
+const LOAD: &[u8] = &[0x48, 0x8b, 0x1c, 0x25, 0x00, 0x80, 0x00, 0x00];
+/// invlpg [DATA]
+const INVLPG: &[u8] = &[0x0f, 0x01, 0x3c, 0x25, 0x00, 0x80, 0x00, 0x00];
+/// mov rax, cr3; mov cr3, rax
+const RELOAD_CR3: &[u8] = &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8];
+
+#[test]
+fn translations_are_forgotten_when_told() {
+    for forget in [INVLPG, RELOAD_CR3] {
+        let mut guest = guest_with_page(3);
+        guest.put(DATA, &1u64.to_le_bytes());
+        guest.put(0x9000, &2u64.to_le_bytes());
+        guest.finish(LOAD);
+        assert_eq!(guest.reg(reg::RBX), 1);
+        map(&mut guest, 0x9000, 3);
+        guest.finish(&[forget, LOAD].concat());
+        assert_eq!(guest.reg(reg::RBX), 2, "{forget:x?}");
+    }
+}
+
+#[test]
+fn invpcid_descriptors() {
+    // invpcid rax, [0xa000]
+    const INVPCID: &[u8] = &[0x66, 0x0f, 0x38, 0x82, 0x04, 0x25, 0x00, 0xa0, 0x00, 0x00];
+    for (kind, pcid, address, pcide, valid) in [
+        (0, 0, DATA, false, true),
+        (0, 0, 1 << 57, false, false),
+        (0, 1, DATA, false, false),
+        (0, 1, DATA, true, true),
+        (1, 1, 1 << 57, true, true),
+        (1, 1, 0, false, false),
+        (2, 1, 0, false, true),
+        (2, 1 << 12, 0, true, false),
+        (3, 0, 0, false, true),
+        (4, 0, 0, false, false),
+        (1 << 32, 0, 0, false, false),
+    ] {
+        let mut guest = Guest::new(CodeSize::Bits64);
+        guest.cpu.state.cr4 |= if pcide { cr4::PCIDE } else { 0 };
+        guest.put(0xa000, &u64::to_le_bytes(pcid));
+        guest.put(0xa008, &u64::to_le_bytes(address));
+        guest.set(reg::RAX, kind);
+        if valid {
+            guest.finish(INVPCID);
+        } else {
+            assert_eq!(guest.fault(INVPCID), GP0, "type {kind:#x}, PCID {pcid:#x}, {address:#x}");
+        }
+    }
+}
+
+#[test]
+fn smap_and_its_override() {
+    let mut guest = guest_with_page(7);
+    guest.cpu.state.cr4 |= cr4::SMAP;
+    assert_eq!(guest.fault(LOAD), (vector::PF, Some(1)));
+    const STAC: &[u8] = &[0x0f, 0x01, 0xcb];
+    const CLAC: &[u8] = &[0x0f, 0x01, 0xca];
+    guest.finish(&[STAC, LOAD].concat());
+    let exit = guest.run(&[STAC, LOAD, CLAC, LOAD].concat());
+    assert!(matches!(exit, Exit::Exception(Exception { vector: vector::PF, .. })), "{exit:?}");
+    assert_eq!(guest.cpu.state.rip, CODE + 3 + LOAD.len() as u64 + 3);
+}
+
+#[test]
+fn protection_keys_follow_wrpkru() {
+    // xor ecx, ecx; xor edx, edx; mov eax, IMM; wrpkru; mov rbx, [DATA]
+    let wrpkru = |rights: u8| {
+        let mut code = vec![0x31, 0xc9, 0x31, 0xd2, 0xb8, rights, 0, 0, 0, 0x0f, 0x01, 0xef];
+        code.extend(LOAD);
+        code
+    };
+    let mut guest = guest_with_page(7 | 1 << 59);
+    guest.cpu.state.cr4 |= cr4::PKE;
+    guest.finish(&wrpkru(0));
+    let exit = guest.run(&wrpkru(0b0100));
+    let denied = Exit::Exception(Exception::pf(DATA, 1 | 1 << 5));
+    assert_eq!(exit, denied, "access disabled for key 1");
+    guest.finish(&wrpkru(0b1000));
+}
+
+#[test]
+fn cache_lines_are_checked_as_byte_loads() {
+    // clflush, clflushopt, clwb of [UNMAPPED]
+    for prefix in [&[0x0f, 0xae, 0x3c][..], &[0x66, 0x0f, 0xae, 0x3c], &[0x66, 0x0f, 0xae, 0x34]] {
+        let at = |address: u64| [prefix, &[0x25], &(address as u32).to_le_bytes()].concat();
+        let mut guest = Guest::new(CodeSize::Bits64);
+        assert_eq!(guest.fault(&at(UNMAPPED)), (vector::PF, Some(0)), "{prefix:x?}");
+        guest.finish(&at(DATA + 63));
+        guest.finish(&[&[0x0f, 0x1c, 0x04, 0x25][..], &(UNMAPPED as u32).to_le_bytes()].concat());
+    }
+}
+
+#[test]
+fn direct_stores() {
+    let line: Vec<u8> = (0..64).collect();
+    // movdir64b rax, [DATA]
+    const MOVDIR64B: &[u8] = &[0x66, 0x0f, 0x38, 0xf8, 0x04, 0x25, 0x00, 0x80, 0x00, 0x00];
+    let mut guest = Guest::new(CodeSize::Bits64);
+    guest.put(DATA, &line);
+    guest.set(reg::RAX, DATA + 0x1040).finish(MOVDIR64B);
+    assert_eq!(guest.bytes(DATA + 0x1040, 64), line);
+    assert_eq!(guest.set(reg::RAX, DATA + 0x1048).fault(MOVDIR64B), GP0, "not aligned");
+    // movdiri [DATA], rax
+    guest.set(reg::RAX, 0x1122_3344_5566_7788);
+    guest.finish(&[0x48, 0x0f, 0x38, 0xf9, 0x04, 0x25, 0x00, 0x80, 0x00, 0x00]);
+    assert_eq!(guest.word(DATA, 8), 0x1122_3344_5566_7788);
+}
+
+#[test]
+fn machine_status_word_in_memory() {
+    let mut guest = Guest::new(CodeSize::Bits64);
+    guest.put(DATA, &[0xff; 8]);
+    // smsw [DATA]: 16 bits whatever the operand size
+    guest.finish(&[0x48, 0x0f, 0x01, 0x24, 0x25, 0x00, 0x80, 0x00, 0x00]);
+    assert_eq!(guest.word(DATA, 8), 0xffff_ffff_ffff_0000 | guest.cpu.state.cr0 & 0xffff);
+    guest.put(DATA, &(cr0::TS as u16).to_le_bytes());
+    // lmsw [DATA]
+    guest.finish(&[0x0f, 0x01, 0x34, 0x25, 0x00, 0x80, 0x00, 0x00]);
+    assert_ne!(guest.cpu.state.cr0 & cr0::TS, 0);
+}
+
+#[test]
+fn from_real_mode_to_long_mode() {
+    let mut guest = Guest::new(CodeSize::Bits64);
+    let code_segment = Segment { attributes: 0x9b, limit: 0xffff, ..Segment::default() };
+    guest.cpu.state.cr0 = cr0::ET;
+    guest.cpu.state.efer = 0;
+    guest.cpu.state.cr4 = 0;
+    guest.cpu.state.segs[1] = code_segment;
+    guest.cpu.refresh_mode();
+    #[rustfmt::skip]
+    guest.finish(&[
+        0x66, 0xb8, 0x20, 0, 0, 0,       // mov eax, CR4.PAE
+        0x0f, 0x22, 0xe0,                // mov cr4, eax
+        0x66, 0xb8, 0, 0, 4, 0,          // mov eax, 0x40000
+        0x0f, 0x22, 0xd8,                // mov cr3, eax
+        0x66, 0xb9, 0x80, 0, 0, 0xc0,    // mov ecx, IA32_EFER
+        0x66, 0xb8, 0, 1, 0, 0,          // mov eax, EFER.LME
+        0x66, 0x31, 0xd2,                // xor edx, edx
+        0x0f, 0x30,                      // wrmsr
+        0x66, 0xb8, 1, 0, 0, 0x80,       // mov eax, CR0.PG | CR0.PE
+        0x0f, 0x22, 0xc0,                // mov cr0, eax
+        0x0f, 0x32,                      // rdmsr
+    ]);
+    assert_eq!(guest.reg(reg::RAX), efer::LME | efer::LMA);
+    assert_eq!(guest.cpu.state.code_size, CodeSize::Bits16, "16-bit compatibility mode");
+}
+
+#[test]
+fn page_directory_pointers_are_loaded_and_checked() {
+    let mut guest = Guest::new(CodeSize::Bits32);
+    guest.cpu.state.cr4 = cr4::PAE;
+    // mov cr3, eax; mov cr0, ebx
+    const TURN_ON: &[u8] = &[0x0f, 0x22, 0xd8, 0x0f, 0x22, 0xc3];
+    guest.set(reg::RAX, 0xb000).set(reg::RBX, cr0::PE | cr0::PG);
+    guest.put(0xb000, &0x4_2001u64.to_le_bytes());
+    guest.put(0x4_2000, &0x83u64.to_le_bytes());
+    guest.put(0xb008, &0x1e6u64.to_le_bytes());
+    guest.finish(TURN_ON);
+    assert_eq!(guest.cpu.state.pdptr, [0x4_2001, 0x1e6, 0, 0], "reserved bits count in present entries only");
+    guest.put(0xb008, &0x1e7u64.to_le_bytes());
+    assert_eq!(guest.fault(&[0x0f, 0x22, 0xd8]), GP0);
+    assert_eq!(guest.cpu.state.pdptr[1], 0x1e6, "nothing is loaded then");
 }

@@ -56,7 +56,7 @@ pub struct CpuidEntry {
 }
 
 /// Which logical processor a table is for, and the clocks that it tells of.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Identity {
     /// How many sockets, cores and threads there are.
     pub shape: Shape,
@@ -66,12 +66,6 @@ pub struct Identity {
     pub tsc_hz: u64,
     /// Frequency of the clock that drives the TSC and the local APIC's timer; 0 leaves it unsaid.
     pub crystal_hz: u64,
-}
-
-impl Default for Identity {
-    fn default() -> Identity {
-        Identity { shape: Shape::default(), apic_id: 0, tsc_hz: 0, crystal_hz: 0 }
-    }
 }
 
 /// Leaves in which ECX selects a subleaf.
