@@ -23,6 +23,8 @@ pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;
 pub(crate) mod dr7 {
     /// Local and global enables of breakpoints 0 to 3.
     pub(crate) const ENABLES: u64 = 0xff;
+    /// The local enables among them, and LE: what a task switch clears.
+    pub(crate) const LOCAL: u64 = 0x155;
     /// General detect.
     pub(crate) const GD: u64 = 1 << 13;
     /// Bits that MOV can change.

@@ -7,3 +7,5 @@ pub mod reset;
 pub mod segment;
 pub(crate) mod stack;
 pub(crate) mod task;
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ use crate::cpu::{Cpu, Pending};
 use crate::exception::{Abort, Exception};
 use crate::flags::Rflags;
 use crate::state::{Seg, Segment, cr0, cr4, reg};
-use crate::system::debug::DR6_BT;
+use crate::system::debug::{DR6_BT, dr7};
 use crate::system::segment::{Descriptor, code, is_null, kind, rpl};
 use crate::vmx::{Exit, Space};
 
@@ -219,7 +219,8 @@ impl Cpu {
         self.state.set_rflags(image.flags);
         self.state.rip = image.ip;
         self.state.regs[..8].copy_from_slice(&image.regs);
-        self.state.dr7 &= !0x155;
+        self.state.dr7 &= !dr7::LOCAL;
+        self.debug_changed();
         for seg in Seg::ALL {
             self.state.segs[seg as usize] = Segment::null(image.segments[seg as usize], 0);
         }
