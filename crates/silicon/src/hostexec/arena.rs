@@ -8,8 +8,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
-/// Bytes in an arena. Pages are only touched as stubs fill them.
-const SIZE: usize = 4 << 20;
 /// Stubs begin at multiples of this.
 const ALIGN: usize = 16;
 
@@ -18,6 +16,7 @@ const ALIGN: usize = 16;
 pub(crate) struct Arena {
     writable: NonNull<u8>,
     executable: NonNull<u8>,
+    size: usize,
     used: usize,
 }
 
@@ -25,8 +24,8 @@ pub(crate) struct Arena {
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// An empty arena.
-    pub(crate) fn new() -> io::Result<Arena> {
+    /// An empty arena of `size` bytes, whole pages. They are only touched as stubs fill them.
+    pub(crate) fn new(size: usize) -> io::Result<Arena> {
         // SAFETY: the name is a NUL-terminated constant; the call touches no memory of ours.
         let fd = unsafe { libc::memfd_create(c"ring3-stubs".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -35,26 +34,26 @@ impl Arena {
         // SAFETY: `fd` was just made and nobody else owns it.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: sizes the file that we own.
-        if unsafe { libc::ftruncate(file.as_raw_fd(), SIZE as libc::off_t) } != 0 {
+        if unsafe { libc::ftruncate(file.as_raw_fd(), size as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let writable = map(&file, libc::PROT_READ | libc::PROT_WRITE)?;
-        let executable = match map(&file, libc::PROT_READ | libc::PROT_EXEC) {
+        let writable = map(&file, size, libc::PROT_READ | libc::PROT_WRITE)?;
+        let executable = match map(&file, size, libc::PROT_READ | libc::PROT_EXEC) {
             Ok(view) => view,
             Err(error) => {
-                // SAFETY: maps of `SIZE` bytes made just above, and not used any more.
-                unsafe { libc::munmap(writable.as_ptr().cast(), SIZE) };
+                // SAFETY: a map of `size` bytes made just above, and not used any more.
+                unsafe { libc::munmap(writable.as_ptr().cast(), size) };
                 return Err(error);
             }
         };
-        Ok(Arena { writable, executable, used: 0 })
+        Ok(Arena { writable, executable, size, used: 0 })
     }
 
     /// Adds `code`; the address to call, or `None` when the arena is full.
     pub(crate) fn add(&mut self, code: &[u8]) -> Option<u64> {
         let start = self.used.next_multiple_of(ALIGN);
         let end = start.checked_add(code.len())?;
-        if end > SIZE {
+        if end > self.size {
             return None;
         }
         // SAFETY: `start..end` lies within the writable view, and no reference to it exists.
@@ -72,15 +71,15 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         for view in [self.writable, self.executable] {
-            // SAFETY: both are our own maps of `SIZE` bytes; the owner of the stubs' addresses is gone.
-            unsafe { libc::munmap(view.as_ptr().cast(), SIZE) };
+            // SAFETY: both are our own maps of `size` bytes; the owner of the stubs' addresses is gone.
+            unsafe { libc::munmap(view.as_ptr().cast(), self.size) };
         }
     }
 }
 
-fn map(file: &OwnedFd, protection: libc::c_int) -> io::Result<NonNull<u8>> {
+fn map(file: &OwnedFd, size: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
     // SAFETY: a new mapping at an address that the kernel chooses.
-    let at = unsafe { libc::mmap(ptr::null_mut(), SIZE, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    let at = unsafe { libc::mmap(ptr::null_mut(), size, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
     if at == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -93,8 +92,8 @@ mod tests {
 
     #[test]
     fn a_full_arena_refuses_and_a_cleared_one_takes_again() {
-        let mut arena = Arena::new().unwrap();
-        let block = vec![0x90; SIZE / 2];
+        let mut arena = Arena::new(4096).unwrap();
+        let block = vec![0x90; 2048];
         let first = arena.add(&block);
         assert!(first.is_some());
         assert!(arena.add(&block).is_some());

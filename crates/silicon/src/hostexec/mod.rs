@@ -182,6 +182,7 @@ impl Cpu {
         if ts && vector || classes & class::X87 != 0 && (em || ts) {
             return Err(self.raise(Exception::NM));
         }
+        self.hostexec.refresh(&self.state);
         if classes & (class::X87 | class::MMX) != 0 {
             self.load_x87();
             if self.x87_exception_pending() {

@@ -59,9 +59,19 @@ struct Inner {
     factory: InstructionInfoFactory,
 }
 
+/// Bytes of stubs at most, some 60 000 of them.
+const ARENA: usize = 4 << 20;
+
 impl Default for Stubs {
     fn default() -> Stubs {
-        let arena = Arena::new();
+        Stubs::with_room(ARENA)
+    }
+}
+
+impl Stubs {
+    /// No stubs yet, and room for `bytes` of them.
+    pub(crate) fn with_room(bytes: usize) -> Stubs {
+        let arena = Arena::new(bytes);
         if let Err(error) = &arena {
             tracing::error!("no executable memory, vector and x87 instructions will raise #UD: {error}");
         }

@@ -1,5 +1,6 @@
 //! Every vector, MMX and x87 form that this machine offers, against the host's own execution of the same bytes.
 
+mod faults;
 mod generate;
 mod native;
 
