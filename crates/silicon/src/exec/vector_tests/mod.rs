@@ -3,6 +3,7 @@
 mod faults;
 mod generate;
 mod native;
+mod xsave;
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, Register};
 
