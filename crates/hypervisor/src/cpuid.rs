@@ -115,6 +115,7 @@ pub fn for_machine(model: &CpuModel, identity: &Identity) -> Vec<kvm_cpuid_entry
     set_bit(&mut table, Feature::TscDeadline, true);
     set_bit(&mut table, Feature::Hypervisor, true);
     set_bit(&mut table, Feature::Monitor, false);
+    table.iter_mut().filter(|e| e.leaf == 5).for_each(|e| e.values = CpuidValues::default());
     table.extend(paravirtual());
     table.iter().map(entry).collect()
 }

@@ -16,8 +16,6 @@ pub struct CpuEnv<'a> {
     pub cpu: &'a mut Cpu,
     /// Its local APIC, if the VM has them in the kernel.
     pub lapic: Option<&'a Lapic>,
-    /// The guest's features; they may be other than the processor's.
-    pub features: &'a Features,
     /// Paravirtual features that the guest is told of.
     pub pv_features: u32,
     /// The guest's TSC frequency.
@@ -32,7 +30,7 @@ fn canonical(address: u64, bits: u8) -> u64 {
 
 impl MsrEnv for CpuEnv<'_> {
     fn features(&self) -> &Features {
-        self.features
+        &self.cpu.features
     }
 
     fn pv_features(&self) -> u32 {

@@ -43,8 +43,6 @@ pub struct ModelRow {
     pub(super) max_leaf: u32,
     pub(super) base_mhz: u32,
     pub(super) turbo_mhz: u32,
-    /// IA32_ARCH_CAPABILITIES, for parts that have it.
-    pub arch_capabilities: u64,
 }
 
 impl ModelRow {
@@ -145,7 +143,6 @@ static NEHALEM: ModelRow = ModelRow {
     max_leaf: 0xb,
     base_mhz: 2933,
     turbo_mhz: 3333,
-    arch_capabilities: 0,
 };
 
 static HASWELL: ModelRow = ModelRow {
@@ -192,7 +189,6 @@ static HASWELL: ModelRow = ModelRow {
     max_leaf: 0xd,
     base_mhz: 2600,
     turbo_mhz: 3300,
-    arch_capabilities: 0,
 };
 
 static SKYLAKE: ModelRow = ModelRow {
@@ -230,7 +226,6 @@ static SKYLAKE: ModelRow = ModelRow {
     max_leaf: 0x16,
     base_mhz: 2100,
     turbo_mhz: 3700,
-    arch_capabilities: 0,
 };
 
 static SAPPHIRE_RAPIDS: ModelRow = ModelRow {
@@ -292,7 +287,6 @@ static SAPPHIRE_RAPIDS: ModelRow = ModelRow {
     max_leaf: 0x1f,
     base_mhz: 2100,
     turbo_mhz: 3800,
-    arch_capabilities: NOT_VULNERABLE,
 };
 
 /// Everything that we know of; what is offered is what this machine and we can execute.
@@ -417,8 +411,8 @@ impl CpuModel {
         &self.lost
     }
 
-    /// IA32_ARCH_CAPABILITIES. Parts without the MSR read as a processor that does not speculate does, which
-    /// is what we are.
+    /// IA32_ARCH_CAPABILITIES: whatever the part, the processor underneath is one that does not speculate. KVM
+    /// tells guests of parts without the register the same of its own.
     pub fn arch_capabilities(&self) -> u64 {
         NOT_VULNERABLE
     }
