@@ -231,6 +231,11 @@ impl Cpu {
         }
     }
 
+    /// Whether an access that an exit carried has been answered and its instruction waits to be executed again.
+    pub fn access_pending(&self) -> bool {
+        !self.replay.done.is_empty()
+    }
+
     /// The instruction, or one iteration of a REP instruction, is complete: accesses made for it are forgotten.
     #[inline(always)]
     pub(crate) fn commit_bus(&mut self) {

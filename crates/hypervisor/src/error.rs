@@ -1,0 +1,70 @@
+//! Errors of the typed calls, each with the errno that KVM gives.
+
+use thiserror::Error;
+
+use crate::cpuid::CpuidError;
+use crate::eventfd::EventFdError;
+use crate::irqchip::IrqChipError;
+
+/// Why a call failed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A memory slot that KVM_SET_USER_MEMORY_REGION refuses.
+    #[error("memory slot {slot}: {why}")]
+    MemorySlot {
+        /// Slot number as given.
+        slot: u32,
+        /// What is wrong with it.
+        why: &'static str,
+        /// Errno that KVM gives for it.
+        errno: i32,
+    },
+    /// The object is there already.
+    #[error("{0} exists already")]
+    Exists(&'static str),
+    /// The call needs an object that has not been created.
+    #[error("{0} has not been created")]
+    Missing(&'static str),
+    /// An argument is out of range.
+    #[error("invalid argument: {0}")]
+    Invalid(&'static str),
+    /// Too many entries.
+    #[error("too many entries: at most {0}")]
+    TooMany(usize),
+    /// KVM_RUN was interrupted (signal, kick or immediate exit).
+    #[error("interrupted")]
+    Interrupted,
+    /// The interrupt controllers refuse.
+    #[error(transparent)]
+    IrqChip(#[from] IrqChipError),
+    /// KVM_SET_CPUID2 refuses a table.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// An irqfd or ioeventfd is refused.
+    #[error(transparent)]
+    EventFd(#[from] EventFdError),
+    /// The host refused a resource.
+    #[error("the host refused: {0}")]
+    Host(#[from] std::io::Error),
+}
+
+impl Error {
+    /// The errno of the KVM API.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::MemorySlot { errno, .. } => *errno,
+            Error::Exists(_) => libc::EEXIST,
+            Error::Missing(_) => libc::ENXIO,
+            Error::Invalid(_) => libc::EINVAL,
+            Error::TooMany(_) => libc::E2BIG,
+            Error::IrqChip(IrqChipError::Exists) => libc::EEXIST,
+            Error::IrqChip(IrqChipError::NoDevice) => libc::ENXIO,
+            Error::IrqChip(IrqChipError::Invalid | IrqChipError::Routing(_)) => libc::EINVAL,
+            Error::Cpuid(CpuidError::TooMany(_)) => libc::E2BIG,
+            Error::EventFd(e) => e.errno(),
+            Error::Cpuid(_) => libc::EINVAL,
+            Error::Interrupted => libc::EINTR,
+            Error::Host(e) => e.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+}
