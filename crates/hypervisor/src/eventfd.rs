@@ -178,6 +178,12 @@ struct Shared {
 /// The token of the stop descriptor; eventfd identities are 31 bits wide.
 const STOP: u64 = u64::MAX;
 
+impl std::fmt::Debug for IrqFds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IrqFds").finish_non_exhaustive()
+    }
+}
+
 impl IrqFds {
     /// Starts the worker for the irqfds of `chip`.
     pub fn new(chip: &Arc<IrqChip>) -> Result<Self, EventFdError> {

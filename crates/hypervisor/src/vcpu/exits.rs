@@ -202,7 +202,6 @@ impl Vcpu {
             tsc_khz: tsc::host_khz(),
             cpu: &mut self.cpu,
             lapic: self.lapic.as_deref(),
-            features: &self.guest_features,
             pv_features: self.pv_features,
         };
         (&mut self.msrs, env)

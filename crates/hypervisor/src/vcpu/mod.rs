@@ -13,7 +13,6 @@ use kvm_bindings::{
 };
 use silicon::Cpu;
 use silicon::exception::Exception;
-use silicon::model::Features;
 use silicon::model::feature::Feature;
 use silicon::state::CpuState;
 use silicon::vmx::Injection;
@@ -75,8 +74,6 @@ pub struct Vcpu {
     handle: Arc<VcpuHandle>,
     lapic: Option<Arc<Lapic>>,
     cpuid: Cpuid,
-    /// What the guest's CPUID enumerates, kept apart from the processor for the MSR checks.
-    guest_features: Features,
     pv_features: u32,
     msrs: MsrState,
     clock_page: ClockPage,
@@ -103,14 +100,12 @@ impl Vcpu {
             if id != 0 && lapic.is_some() { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE };
         let reset_state = Box::new(cpu.state.clone());
         let msrs = MsrState::new(model, vm.system().host());
-        let guest_features = model.features();
         Ok(Vcpu {
             cpu,
             vm,
             handle,
             lapic,
             cpuid,
-            guest_features,
             pv_features: 0,
             msrs,
             clock_page: ClockPage::default(),
@@ -139,9 +134,8 @@ impl Vcpu {
     /// KVM_SET_CPUID2: what the guest sees, and what the processor offers it from now on.
     pub fn set_cpuid2(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
         self.cpuid = Cpuid::from_entries(entries)?;
-        self.guest_features = self.cpuid.features();
         self.pv_features = self.cpuid.pv_features();
-        self.cpu.set_features(self.guest_features.clone());
+        self.cpu.set_features(self.cpuid.features());
         if let Some(lapic) = &self.lapic {
             let has = |feature| self.cpu.features.has(feature);
             lapic.set_features(ApicFeatures {
