@@ -72,6 +72,14 @@ struct CodePage {
     blocks: HashMap<u16, Box<Block>, BuildMixer>,
     /// Other CPUs may still write this page without telling: compare at each use.
     unstable: bool,
+    /// The 64-byte lines, bit per line, that bytes of blocks lie in; perhaps more.
+    lines: u64,
+}
+
+/// The 64-byte lines of a page, bit per line, that bytes `from..to` lie in; bytes past the page do not count.
+fn lines(from: usize, to: usize) -> u64 {
+    let last = to.saturating_sub(1).min(PAGE as usize - 1) / 64;
+    (u64::MAX << (from / 64 & 63)) & (u64::MAX >> (63 - last))
 }
 
 /// Multiplicative hasher for small integer keys.
@@ -172,6 +180,9 @@ impl CodeCache {
     /// Drops the blocks of `gfn` that bytes `from..to` of the page belong to; the number dropped.
     pub(crate) fn written(&mut self, gfn: u64, from: usize, to: usize) -> usize {
         let Some(page) = self.pages.get_mut(&gfn) else { return 0 };
+        if page.lines & lines(from, to) == 0 {
+            return 0;
+        }
         let stale: Vec<u16> = (page.blocks.iter())
             .filter(|(key, block)| {
                 let start = usize::from(**key & 0xfff);
@@ -184,6 +195,9 @@ impl CodeCache {
                 self.ops -= block.ops.len();
                 retire(&mut self.graveyard, block);
             }
+        }
+        if page.blocks.is_empty() {
+            page.lines = 0;
         }
         if !stale.is_empty() {
             self.epoch += 1;
@@ -275,6 +289,7 @@ impl Cpu {
         let code = &mut self.code;
         let code_page = code.pages.entry(page.gfn).or_default();
         let fresh = code_page.blocks.is_empty();
+        code_page.lines |= lines(usize::from(offset), usize::from(offset) + block.source.len());
         if let Some(old) = code_page.blocks.insert(key, Box::new(block)) {
             code.ops -= old.ops.len();
             retire(&mut code.graveyard, old);
@@ -420,4 +435,24 @@ fn decode_one(bytes: &[u8], at: usize, ctx: &LowerCtx) -> (Instruction, bool) {
     let mut decoder = Decoder::with_ip(ctx.code_size.bits(), bytes, at as u64, options);
     let ins = decoder.decode();
     (ins, decoder.last_error() == DecoderError::NoMoreBytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_a_page() {
+        for (from, to, expected) in [
+            (0, 1, 1),
+            (63, 64, 1),
+            (63, 65, 3),
+            (64, 128, 2),
+            (4095, 4096, 1 << 63),
+            (4090, 4100, 1 << 63),
+            (0, 4096, u64::MAX),
+        ] {
+            assert_eq!(lines(from, to), expected, "{from}..{to}");
+        }
+    }
 }

@@ -202,6 +202,17 @@ impl Cpu {
         true
     }
 
+    /// Whether what [`Cpu::claim_writes`] gave for `gpa`'s page is still good, and the page is in the dirty log.
+    pub(crate) fn holds_writes(&mut self, gpa: u64) -> bool {
+        let own = self.mmu.link.bit();
+        let Some(backing) = self.backing(gpa) else { return false };
+        let page = backing.page(gpa);
+        let set = |mask: Option<&AtomicU64>| mask.map_or(0, |mask| mask.load(Ordering::Relaxed));
+        set(backing.pages.writers(page)) & own != 0
+            && set(backing.pages.code(page)) == 0
+            && backing.dirty.as_ref().is_none_or(|log| log.holds(page))
+    }
+
     /// Tells all CPUs with decoded code that `len` bytes at `gpa`, within one page, have just been written
     /// without permission from [`Cpu::claim_writes`].
     pub(crate) fn code_written(&mut self, gpa: u64, len: usize) {

@@ -125,13 +125,17 @@ impl DirtyLog {
         DirtyLog(zeroed(pages.div_ceil(64)))
     }
 
+    /// Whether a page is marked.
+    pub(crate) fn holds(&self, page: usize) -> bool {
+        self.0.get(page / 64).is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (page % 64)) != 0)
+    }
+
     /// Marks a page.
     pub(crate) fn set(&self, page: usize) {
-        if let Some(word) = self.0.get(page / 64) {
-            let bit = 1 << (page % 64);
-            if word.load(Ordering::Relaxed) & bit == 0 {
-                word.fetch_or(bit, Ordering::SeqCst);
-            }
+        if !self.holds(page)
+            && let Some(word) = self.0.get(page / 64)
+        {
+            word.fetch_or(1 << (page % 64), Ordering::SeqCst);
         }
     }
 }

@@ -324,13 +324,21 @@ impl Cpu {
         if write && writable {
             backing.log(gpa);
         }
-        let claimed = write && writable && self.claim_writes(gpa);
+        let claimed = writable
+            && if write { self.claim_writes(gpa) } else { self.stores_freely(leaf, access.class, gpa) };
         let watched = self.watches(lin);
         if !watched && access.class != Class::Checked {
             let page_host = host.wrapping_sub(lin & PAGE_MASK);
             self.mmu.tlb.fill(access.class, lin, leaf, page_host, claimed);
         }
         Ok(Place { gpa, host: Some(host), writable, coded: !claimed, watched })
+    }
+
+    /// Whether a store to `gpa`'s page, through `leaf`, needs nothing done that an earlier store has not done.
+    fn stores_freely(&mut self, leaf: Leaf, class: Class, gpa: u64) -> bool {
+        leaf.has(Leaf::WRITE | Leaf::DIRTY)
+            && self.permits(leaf, Access { kind: Kind::Write, class }).is_ok()
+            && self.holds_writes(gpa)
     }
 
     /// Linear address `at` bytes on from `lin`: it wraps at 4 GiB outside 64-bit mode.
