@@ -250,7 +250,7 @@ impl Cpu {
     /// Interrupt shadows end, and under single step a debug exception becomes pending.
     pub fn skip_instruction(&mut self) {
         let next = self.state.rip.wrapping_add(u64::from(self.exit_instruction_length));
-        self.state.rip = next & self.state.ip_mask();
+        self.state.rip = next & self.state.eip_mask();
         self.replay.done.clear();
         self.replay.cursor = 0;
         self.replay.waiting = None;
@@ -260,13 +260,13 @@ impl Cpu {
     /// Instruction pointer of `op`, which must belong to the running block.
     #[inline(always)]
     pub(crate) fn ip_of(&self, op: &Op) -> u64 {
-        self.state.regs[reg::IP_BASE as usize].wrapping_add(u64::from(op.page_offset)) & self.state.ip_mask()
+        self.state.regs[reg::IP_BASE as usize].wrapping_add(u64::from(op.page_offset)) & self.state.eip_mask()
     }
 
     /// Instruction pointer after `op`.
     #[inline(always)]
     pub(crate) fn next_ip(&self, op: &Op) -> u64 {
         let next = u64::from(op.page_offset) + u64::from(op.length);
-        self.state.regs[reg::IP_BASE as usize].wrapping_add(next) & self.state.ip_mask()
+        self.state.regs[reg::IP_BASE as usize].wrapping_add(next) & self.state.eip_mask()
     }
 }

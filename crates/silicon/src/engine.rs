@@ -65,13 +65,10 @@ impl Cpu {
             } else {
                 false
             };
-            let result = match self.find_block(step) {
-                Ok(_) if step => self.step(),
-                Ok(block) => self.execute(block).map(|_| ()),
-                Err(abort) => {
-                    self.exit_instruction_length = 0;
-                    Err(abort)
-                }
+            let result = if step {
+                self.step()
+            } else {
+                self.fetch(false).and_then(|block| self.execute(block)).map(|_| ())
             };
             if result.is_err()
                 && let Err(exit) = self.unwind()
@@ -79,6 +76,16 @@ impl Cpu {
                 return exit;
             }
         }
+    }
+
+    /// The block at RIP; a fault in fetching it is not an instruction's.
+    #[inline(always)]
+    fn fetch(&mut self, single: bool) -> Result<BlockRef, Abort> {
+        let block = self.find_block(single);
+        if block.is_err() {
+            self.exit_instruction_length = 0;
+        }
+        block
     }
 
     /// Runs a block to its end, or to the instruction that aborts.
@@ -110,7 +117,7 @@ impl Cpu {
         self.trap_after = self.state.flag(Rflags::TF);
         let shadow = self.state.interruptibility & SHADOWS;
         let rip = self.state.rip;
-        let block = self.find_block(true)?;
+        let block = self.fetch(true)?;
         // What an instruction hit that then did not complete is not reported.
         self.mmu.take_debug_hits();
         // RF holds for one instruction; IRET and task switches give a new one.
@@ -203,7 +210,7 @@ impl Cpu {
             Injection::Nmi => Event::Nmi,
             Injection::Exception(exception) => Event::Injected(exception),
             Injection::Software { vector, length } => {
-                let next_ip = self.state.rip.wrapping_add(u64::from(length)) & self.state.ip_mask();
+                let next_ip = self.state.rip.wrapping_add(u64::from(length)) & self.state.eip_mask();
                 Event::Software { vector, next_ip }
             }
         };

@@ -409,14 +409,11 @@ impl CpuState {
         self.efer & efer::LMA != 0
     }
 
-    /// The mask that the instruction pointer wraps at: by code size 0xffff, 0xffff_ffff or all ones.
+    /// The mask that the instruction pointer wraps at as execution goes on: that of RIP or EIP. 16-bit code that
+    /// runs past 64 KiB does not wrap but meets the limit of CS.
     #[inline(always)]
-    pub fn ip_mask(&self) -> u64 {
-        match self.code_size {
-            CodeSize::Bits64 => u64::MAX,
-            CodeSize::Bits32 => 0xffff_ffff,
-            CodeSize::Bits16 => 0xffff,
-        }
+    pub fn eip_mask(&self) -> u64 {
+        if self.code_size == CodeSize::Bits64 { u64::MAX } else { 0xffff_ffff }
     }
 }
 

@@ -72,7 +72,8 @@ pub enum Injection {
     Interrupt(u8),
     /// Non-maskable interrupt; blocks NMIs until IRET.
     Nmi,
-    /// Hardware exception.
+    /// Hardware exception. As on VMX, CR2, DR6, DR7.GD and RFLAGS.RF are the hypervisor's to set before the
+    /// entry; the exception's payload is not looked at.
     Exception(Exception),
     /// Software interrupt or exception (INT n, INT3, INTO) whose delivery was cut short by an exit.
     Software {

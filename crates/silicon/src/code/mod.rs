@@ -56,6 +56,12 @@ impl BlockRef {
         // SAFETY: blocks are freed only in `reclaim`, which the engine calls while it holds no `BlockRef`.
         unsafe { &self.0.as_ref().ops }
     }
+
+    /// Bytes of code.
+    fn len(&self) -> u64 {
+        // SAFETY: as above.
+        unsafe { self.0.as_ref().source.len() as u64 }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -246,6 +252,7 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn find_block(&mut self, single: bool) -> Result<BlockRef, Abort> {
         let lin = self.code_linear();
+        let single = single || self.near_code_limit();
         self.state.regs[usize::from(reg::IP_BASE)] = self.state.rip.wrapping_sub(lin & (PAGE - 1));
         let entry = &self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)];
         if entry.lin == lin
@@ -266,15 +273,36 @@ impl Cpu {
         (self.mmu.address_space() << 3) | ((self.state.code_size as u64) << 1) | user
     }
 
+    /// A block from here might reach beyond the limit of CS: instructions are taken one by one, and each is
+    /// checked. (With a limit of 4 GiB, EIP wraps.)
+    #[inline(always)]
+    fn near_code_limit(&self) -> bool {
+        let limit = self.state.segs[1].limit;
+        self.state.code_size != CodeSize::Bits64
+            && limit != u32::MAX
+            && self.state.rip + PAGE + 15 > u64::from(limit)
+    }
+
     #[inline(never)]
     fn find_block_slow(&mut self, lin: u64, single: bool) -> Result<BlockRef, Abort> {
+        if !self.near_code_limit() {
+            return self.look_up_block(lin, single);
+        }
+        let limit = u64::from(self.state.segs[1].limit);
+        if self.state.rip <= limit {
+            let block = self.look_up_block(lin, single)?;
+            if self.state.rip + block.len() - 1 <= limit {
+                return Ok(block);
+            }
+        }
+        Err(self.raise(Exception::gp(0)))
+    }
+
+    fn look_up_block(&mut self, lin: u64, single: bool) -> Result<BlockRef, Abort> {
         self.code.reclaim();
         if self.code.ops > CACHE_OPS_MAX {
             self.code.clear();
             self.code.reclaim();
-        }
-        if self.state.code_size != CodeSize::Bits64 && self.state.rip > u64::from(self.state.segs[1].limit) {
-            return Err(self.raise(Exception::gp(0)));
         }
         let page = self.fetch_page(lin)?;
         let offset = (lin & (PAGE - 1)) as u16;

@@ -79,7 +79,7 @@ impl Cpu {
     fn next_of<const LONG: bool>(&self, op: &Op) -> u64 {
         let next = u64::from(op.page_offset) + u64::from(op.length);
         let next = self.state.regs[usize::from(reg::IP_BASE)].wrapping_add(next);
-        if LONG { next } else { next & self.state.ip_mask() }
+        if LONG { next } else { next & self.state.eip_mask() }
     }
 }
 

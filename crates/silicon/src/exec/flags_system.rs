@@ -1,4 +1,4 @@
-//! Instructions on RFLAGS as a whole or on single flags, and HLT (SDM vol. 2; vol. 3B, 20.3 and 20.4 for VME
+//! PUSHF, POPF, CLI, STI, and HLT (SDM vol. 2; vol. 3B, 20.3 and 20.4 for VME
 //! and PVI).
 
 use iced_x86::{Code, Instruction};
@@ -7,9 +7,9 @@ use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
-use crate::flags::{Rflags, Status};
-use crate::state::{Activity, cr4, interruptibility, reg};
-use crate::system::stack::Stack;
+use crate::flags::Rflags;
+use crate::mmu::Word;
+use crate::state::{Activity, cr4, interruptibility};
 use crate::vmx::Exit;
 
 /// What POPF with a 16-bit operand can change at any level.
@@ -25,6 +25,16 @@ impl Cpu {
             return Err(self.raise(Exception::gp(0)));
         }
         Ok(())
+    }
+
+    /// Whether PUSHF and POPF of `size` bytes act on VIF: in virtual-8086 mode below IOPL 3. #GP(0) where they
+    /// may not be used at all.
+    fn check_virtual_stack_flags(&mut self, size: usize) -> Result<bool, Abort> {
+        let restricted = self.state.v8086() && self.state.iopl() < 3;
+        if restricted && (self.state.cr4 & cr4::VME == 0 || size != 2) {
+            return Err(self.raise(Exception::gp(0)));
+        }
+        Ok(restricted)
     }
 
     /// Sets VIF.
@@ -72,29 +82,20 @@ impl Cpu {
     }
 }
 
-fn pushf(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+fn pushf<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
     let mut flags = cpu.state.rflags() & !(Rflags::VM | Rflags::RF).bits();
-    if cpu.state.v8086() && cpu.state.iopl() < 3 {
-        if cpu.state.cr4 & cr4::VME == 0 || op.size != 2 {
-            return Err(cpu.raise(Exception::gp(0)));
-        }
+    if cpu.check_virtual_stack_flags(T::SIZE)? {
         flags = cpu.flags_with_virtual_interrupt(flags);
     }
-    let mut stack = Stack::current(&cpu.state);
-    stack.push(cpu, u64::from(op.size), flags)?;
-    stack.commit_pointer(cpu);
+    cpu.push(T::from_u64(flags))?;
     Ok(Flow::Next)
 }
 
-fn popf(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let restricted = cpu.state.v8086() && cpu.state.iopl() < 3;
-    if restricted && (cpu.state.cr4 & cr4::VME == 0 || op.size != 2) {
-        return Err(cpu.raise(Exception::gp(0)));
-    }
-    let mut stack = Stack::current(&cpu.state);
-    let flags = stack.pop(cpu, u64::from(op.size))?;
+fn popf<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    let restricted = cpu.check_virtual_stack_flags(T::SIZE)?;
+    let flags = cpu.peek::<T>(0)?.to_u64();
     let mut mask = ANY16;
-    if op.size != 2 {
+    if T::SIZE != 2 {
         mask |= ANY32;
     }
     if restricted {
@@ -107,7 +108,7 @@ fn popf(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
             mask |= Rflags::IOPL;
         }
     }
-    stack.commit_pointer(cpu);
+    cpu.set_sp(cpu.rsp().wrapping_add(T::SIZE as u64));
     let old = cpu.state.rflags_system;
     let kept = cpu.state.rflags() & !mask.bits() & !Rflags::RF.bits();
     cpu.state.set_rflags(kept | (flags & mask.bits()));
@@ -145,48 +146,6 @@ fn sti(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     Ok(Flow::Next)
 }
 
-fn cld(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    cpu.set_system_flag(Rflags::DF, false);
-    Ok(Flow::Next)
-}
-
-fn std(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    cpu.set_system_flag(Rflags::DF, true);
-    Ok(Flow::Next)
-}
-
-fn clc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    cpu.state.status = cpu.state.status.with(Rflags::CF, false);
-    Ok(Flow::Next)
-}
-
-fn stc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    cpu.state.status = cpu.state.status.with(Rflags::CF, true);
-    Ok(Flow::Next)
-}
-
-fn cmc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    let status = cpu.state.status;
-    cpu.state.status = status.with(Rflags::CF, !status.cf());
-    Ok(Flow::Next)
-}
-
-/// AH := SF:ZF:0:AF:0:PF:1:CF.
-fn lahf(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    let low = (cpu.state.status.to_rflags() & 0xd5) | Rflags::FIXED.bits();
-    let rax = &mut cpu.state.regs[usize::from(reg::RAX)];
-    *rax = (*rax & !0xff00) | (low << 8);
-    Ok(Flow::Next)
-}
-
-/// The five low status flags from AH; OF stays.
-fn sahf(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    let ah = (cpu.state.regs[usize::from(reg::RAX)] >> 8) & 0xd5;
-    let overflow = cpu.state.status.to_rflags() & Rflags::OF.bits();
-    cpu.state.status = Status::from_rflags(ah | overflow);
-    Ok(Flow::Next)
-}
-
 fn hlt(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.state.cpl != 0 {
         return Err(cpu.raise(Exception::gp(0)));
@@ -200,26 +159,17 @@ fn hlt(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 }
 
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
-    let (handler, size): (Handler, u8) = match ins.code() {
-        Code::Pushfw => (pushf, 2),
-        Code::Pushfd => (pushf, 4),
-        Code::Pushfq => (pushf, 8),
-        Code::Popfw => (popf, 2),
-        Code::Popfd => (popf, 4),
-        Code::Popfq => (popf, 8),
-        Code::Cli => (cli, 0),
-        Code::Sti => (sti, 0),
-        Code::Cld => (cld, 0),
-        Code::Std => (std, 0),
-        Code::Clc => (clc, 0),
-        Code::Stc => (stc, 0),
-        Code::Cmc => (cmc, 0),
-        Code::Lahf => (lahf, 0),
-        Code::Sahf => (sahf, 0),
-        Code::Hlt => (hlt, 0),
+    let handler: Handler = match ins.code() {
+        Code::Pushfw => pushf::<u16>,
+        Code::Pushfd => pushf::<u32>,
+        Code::Pushfq => pushf::<u64>,
+        Code::Popfw => popf::<u16>,
+        Code::Popfd => popf::<u32>,
+        Code::Popfq => popf::<u64>,
+        Code::Cli => cli,
+        Code::Sti => sti,
+        Code::Hlt => hlt,
         _ => return None,
     };
-    let mut op = op_base(ins, ctx, handler);
-    op.size = size;
-    Some(op)
+    Some(op_base(ins, ctx, handler))
 }

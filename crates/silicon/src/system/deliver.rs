@@ -16,7 +16,7 @@ pub enum Event {
     /// A fault, trap or abort that the processor detected. RIP is already where the handler returns to.
     Exception(Exception),
     /// An exception that VM entry injects. As on VMX, CR2, DR6, DR7.GD and RFLAGS.RF are the hypervisor's to
-    /// set beforehand (SDM vol. 3C, 26.6.1.1): delivery does not change them.
+    /// set beforehand (SDM vol. 3C, 26.6.1.1): delivery neither changes them nor looks at the payload.
     Injected(Exception),
     /// An external interrupt.
     Interrupt(u8),
@@ -105,9 +105,11 @@ impl Cpu {
     /// a fault in that a triple fault. Iterative, so that no guest can make the host recurse.
     pub(crate) fn deliver(&mut self, event: Event) -> Result<(), Exit> {
         let mut current = event;
-        self.state.activity = Activity::Active;
+        self.mmu.take_debug_hits();
         loop {
             if self.deliver_once(current).is_ok() {
+                // Watched words that the delivery itself pushed to: a trap before the handler's first instruction.
+                self.pending_debug |= self.mmu.take_debug_hits();
                 return Ok(());
             }
             match std::mem::replace(&mut self.pending, Pending::None) {

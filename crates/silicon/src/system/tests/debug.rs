@@ -204,3 +204,20 @@ fn string_instructions_trap_between_iterations() {
     assert_eq!(machine.cpu.run(), Exit::Hlt);
     assert_eq!((machine.cpu.state.rip, machine.reg(reg::RCX)), (CODE0 + 3, 0));
 }
+
+#[test]
+fn delivery_itself_meets_data_breakpoints() {
+    let mut machine = armed(STACK0 - 8, 1, 2);
+    assert_eq!(trap(&mut machine, &[0xcd, 0x40], Machine::handler(0x40)), 0xffff_0ff1);
+    let mut machine = armed(STACK0 - 8, 1, 2);
+    assert_eq!(trap(&mut machine, &[0x0f, 0x0b], Machine::handler(UD)), 0xffff_0ff1);
+}
+
+#[test]
+fn a_breakpoint_comes_before_the_fault_of_its_fetch() {
+    let mut machine = armed(CODE3, 0, 0);
+    machine.unmap(CODE3);
+    machine.cpu.state.rip = CODE3;
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!((machine.vector(), machine.top(0, 8)), (Some(DB), CODE3));
+}

@@ -378,3 +378,37 @@ impl Machine {
         assert_eq!(self.vector(), Some(0x80), "{code:02x?} {:#x}", self.cpu.state.rip);
     }
 }
+
+#[test]
+fn code_runs_to_the_limit_and_not_beyond() {
+    // (bytes that end at the limit of 64 KiB or cross it, IP of the fault)
+    let table: [(&[u8], u64, u64); 3] = [
+        (&[0x90, 0x90], 0xfffe, 0),            // two nops, then nothing
+        (&[0x90, 0xb8, 0x34], 0xfffd, 0xfffe), // mov ax, imm16 that crosses
+        (&[0xeb, 0x00], 0xfffe, 0xfffe),       // a jump to IP 0x10000, truncated to 0
+    ];
+    for (code, ip, fault) in table {
+        let mut machine = Machine::new(Mode::Real);
+        machine.cpu.state.rip = ip;
+        machine.put(CODE0 + 0x1_0000, &[0x12, 0xf4]);
+        machine.put(CODE0, &[0xf4]);
+        machine.put(CODE0 + ip, code);
+        assert_eq!(machine.cpu.run(), Exit::Hlt, "{code:x?}");
+        if code[0] == 0xeb {
+            assert_eq!(machine.cpu.state.rip, 0);
+            continue;
+        }
+        assert_eq!((machine.vector(), machine.top(0, 2)), (Some(GP), fault), "{code:x?}");
+    }
+    // The same bytes under a larger limit.
+    let mut machine = Machine::new(Mode::Protected);
+    machine.gdt(sel::GATE, descriptor(CODE0, 0x1f, 0x9b, 0x4));
+    machine.put(CODE0, &[0x90; 0x40]);
+    machine.put(CODE0 + 0x40, &[0xf4]);
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.state.rip, CODE0 + 0x40);
+    machine.set_code(sel::GATE);
+    machine.cpu.state.rip = 0;
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!((machine.vector(), machine.top(1, 4)), (Some(GP), 0x20));
+}

@@ -22,8 +22,10 @@ fn machine(iopl: u64, cr4: u64) -> Machine {
     machine
 }
 
-/// Outcome of one instruction: next IP, or the fault's vector and error code.
-fn outcome(machine: &mut Machine, code: &[u8]) -> Result<u64, (u8, u32)> {
+/// What one instruction came to: the next IP, or the fault's vector and error code.
+type Outcome = Result<u64, (u8, u32)>;
+
+fn outcome(machine: &mut Machine, code: &[u8]) -> Outcome {
     machine.cpu.controls.exception_bitmap = !0;
     machine.cpu.controls.instruction_limit = machine.cpu.counters.instructions + 1;
     match machine.run(code) {
@@ -72,7 +74,7 @@ fn handlers_must_be_at_level_0() {
 fn sensitive_instructions_need_iopl_3() {
     let gp = Err((GP, 0));
     // (code, IOPL 3, IOPL 0, IOPL 0 with VME)
-    let table: [(&[u8], Result<u64, (u8, u32)>, Result<u64, (u8, u32)>, Result<u64, (u8, u32)>); 8] = [
+    let table: [(&[u8], Outcome, Outcome, Outcome); 8] = [
         (&[0xfa], Ok(1), gp, Ok(1)),
         (&[0xfb], Ok(1), gp, Ok(1)),
         (&[0x9c], Ok(1), gp, Ok(1)),
