@@ -3,6 +3,8 @@
 
 use std::str::FromStr;
 
+use silicon::topology::Shape;
+
 /// `split_lock_detect=`: what happens to split locks (kernel: arch/x86/kernel/cpu/bus_lock.c).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum SplitLockDetect {
@@ -123,6 +125,15 @@ impl HostParams {
         Ok(params)
     }
 
+    /// How `cpus` logical processors are arranged in one package: two to a core with SMT, if they come out even.
+    pub fn shape(&self, cpus: u32) -> Shape {
+        if self.smt && cpus.is_multiple_of(2) {
+            Shape { threads: 2, ..Shape::cores(cpus / 2) }
+        } else {
+            Shape::cores(cpus)
+        }
+    }
+
     /// Sets one parameter, `name=value`. As on a kernel command line `-` and `_` are the same in names.
     pub fn set(&mut self, item: &str) -> Result<(), HostParamError> {
         let (name, value) = item.split_once('=').unwrap_or((item, ""));
@@ -162,6 +173,14 @@ mod tests {
         };
         assert_eq!(params, expected);
         assert_eq!(HostParams::parse(""), Ok(HostParams::default()));
+    }
+
+    #[test]
+    fn smt_pairs_threads() {
+        let shape = |line, cpus| HostParams::parse(line).unwrap().shape(cpus);
+        assert_eq!(shape("", 4), Shape { sockets: 1, cores: 4, threads: 1 });
+        assert_eq!(shape("smt=on", 4), Shape { sockets: 1, cores: 2, threads: 2 });
+        assert_eq!(shape("smt=on", 3), Shape { sockets: 1, cores: 3, threads: 1 });
     }
 
     #[test]
