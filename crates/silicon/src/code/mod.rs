@@ -80,7 +80,15 @@ struct CodePage {
     unstable: bool,
     /// The 64-byte lines, bit per line, that bytes of blocks lie in; perhaps more.
     lines: u64,
+    /// Stores to other lines since blocks were last decoded here, or since `purges` last changed.
+    misses: u32,
+    /// How often all blocks were dropped because of such stores.
+    purges: u32,
 }
+
+/// Stores beside the code of a page before its blocks are dropped to make such stores fast; twice as many after
+/// each time.
+const PATIENCE: u32 = 64;
 
 /// The 64-byte lines of a page, bit per line, that bytes `from..to` lie in; bytes past the page do not count.
 fn lines(from: usize, to: usize) -> u64 {
@@ -186,8 +194,15 @@ impl CodeCache {
     /// Drops the blocks of `gfn` that bytes `from..to` of the page belong to; the number dropped.
     pub(crate) fn written(&mut self, gfn: u64, from: usize, to: usize) -> usize {
         let Some(page) = self.pages.get_mut(&gfn) else { return 0 };
+        let (mut from, mut to) = (from, to);
         if page.lines & lines(from, to) == 0 {
-            return 0;
+            page.misses += 1;
+            if page.misses < PATIENCE << page.purges.min(16) {
+                return 0;
+            }
+            // The page may have become data, its code never to run again. If not, it is decoded anew.
+            (page.misses, page.purges) = (0, page.purges.saturating_add(1));
+            (from, to) = (0, PAGE as usize);
         }
         let stale: Vec<u16> = (page.blocks.iter())
             .filter(|(key, block)| {

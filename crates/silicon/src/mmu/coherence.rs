@@ -123,7 +123,13 @@ impl Cpu {
         }
         match ept.world.stop_from_inside(|_| work(&mut *self)) {
             Some(result) => result,
-            None => Err(self.retry()),
+            None => {
+                // Let the other pass here and now: the next boundary may lie beyond this instruction, if it is
+                // being replayed. Nothing of the instruction has been done, and no pointer is held.
+                let bits = self.requests.take(Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE);
+                self.mmu_requests(bits | Requests::EXCLUSIVE);
+                Err(self.retry())
+            }
         }
     }
 

@@ -121,27 +121,28 @@ struct Exec {
     host: u64,
 }
 
-/// A set of numbers that may answer yes too often but never no too often.
+/// A set of numbers that may answer yes too often but never no too often: a Bloom filter with two hashes.
 #[derive(Debug)]
 struct Filter(Box<[u64]>);
 
 impl Filter {
-    const WORDS: usize = 512;
+    const BITS: usize = 1 << 15;
 
     fn new() -> Filter {
-        Filter(vec![0; Filter::WORDS].into_boxed_slice())
+        Filter(vec![0; Filter::BITS / 64].into_boxed_slice())
     }
-    fn place(number: u64) -> (usize, u64) {
-        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 49;
-        ((mixed >> 6) as usize & (Filter::WORDS - 1), 1 << (mixed & 63))
+    /// The two bits that stand for `number`.
+    fn places(number: u64) -> [usize; 2] {
+        let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        [mixed >> 49, mixed >> 34].map(|hash| hash as usize & (Filter::BITS - 1))
     }
     fn add(&mut self, number: u64) {
-        let (word, bit) = Filter::place(number);
-        self.0[word] |= bit;
+        for place in Filter::places(number) {
+            self.0[place / 64] |= 1 << (place % 64);
+        }
     }
     fn may_hold(&self, number: u64) -> bool {
-        let (word, bit) = Filter::place(number);
-        self.0[word] & bit != 0
+        Filter::places(number).iter().all(|place| self.0[place / 64] & (1 << (place % 64)) != 0)
     }
     fn clear(&mut self) {
         self.0.fill(0);

@@ -79,6 +79,54 @@ fn a_page_that_holds_no_code_any_more_is_fast_again() {
 }
 
 #[test]
+fn stores_beside_code_that_does_not_run_become_fast() {
+    let (mut a, mut b) = pair();
+    a.memory.write(CODE, NOP_RET);
+    decoded(&mut a.cpu, CODE);
+    decoded(&mut b.cpu, CODE);
+    for _ in 0..100 {
+        b.cpu.store::<u64>(DS, CODE + 0x800, 1).unwrap();
+        boundary(&mut a.cpu);
+    }
+    assert!(b.cpu.mmu.tlb.write_hit(CODE, 1).is_some());
+    // Code that does run is decoded again, and the next time patience is longer.
+    for cpu in [&mut a.cpu, &mut b.cpu] {
+        assert_eq!(decoded(cpu, CODE), 1);
+        assert_eq!(cpu.counters.blocks_decoded, 2);
+    }
+    boundary(&mut b.cpu);
+    for _ in 0..100 {
+        b.cpu.store::<u64>(DS, CODE + 0x800, 1).unwrap();
+        boundary(&mut a.cpu);
+    }
+    assert!(b.cpu.mmu.tlb.write_hit(CODE, 1).is_none());
+}
+
+#[test]
+fn a_replayed_instruction_lets_the_world_stop() {
+    let (mut a, b) = pair();
+    // The lock goes to a device: its read is made, its write is not yet.
+    let result = a.cpu.locked::<u32>(DS, 0x8000_0000, |v| Some(v + 1));
+    assert!(matches!(a.exit(result), crate::vmx::Exit::EptViolation(access) if access.write.is_none()));
+    a.cpu.complete_read(7);
+    a.cpu.replay.cursor = 0;
+    a.cpu.mmu_enter();
+    let ept = a.cpu.ept.clone();
+    let stopper = thread::spawn(move || ept.set_regions(vec![]));
+    while a.cpu.requests.get() & Requests::EXCLUSIVE == 0 {
+        thread::yield_now();
+    }
+    let result = a.cpu.locked::<u32>(DS, 0x8000_0000, |v| Some(v + 1));
+    assert!(result.is_err() && a.cpu.pending == Pending::Retry);
+    stopper.join().unwrap();
+    a.cpu.replay.cursor = 0;
+    let result = a.cpu.locked::<u32>(DS, 0x8000_0000, |v| Some(v + 1));
+    assert!(matches!(a.exit(result), crate::vmx::Exit::EptViolation(access) if access.write == Some(8)));
+    a.cpu.mmu_leave();
+    drop(b);
+}
+
+#[test]
 fn another_cpu_writes_code() {
     let (mut a, mut b) = pair();
     a.memory.write(CODE, NOP_RET);
