@@ -20,14 +20,18 @@ use crate::state::reg;
 enum Shape {
     /// Bit i: element i.
     Elements = 0,
-    /// Any bit: all of it (broadcasts).
+    /// Any bit: all of it (embedded broadcasts).
     Whole = 1,
     /// As many elements as bits are set, from the start (expand and compress).
     Packed = 2,
+    /// Bit i: element i modulo their number (broadcasts of several elements).
+    Repeated = 3,
 }
 
 /// Position of the shape in [`Op::extra`].
 const SHAPE: u32 = 8;
+/// Bit of [`Op::extra`]: the whole operand must be accessible whatever the mask.
+const NO_SUPPRESSION: u32 = 1 << 10;
 /// Position of the number of mask bits.
 const COUNT: u32 = 16;
 /// [`Op::r0`]: the mask is the sign bits of this vector register, not a mask register.
@@ -57,7 +61,8 @@ impl Parts {
         let shape = match (op.extra >> SHAPE) & 3 {
             0 => Shape::Elements,
             1 => Shape::Whole,
-            _ => Shape::Packed,
+            2 => Shape::Packed,
+            _ => Shape::Repeated,
         };
         Parts { mask, count, shape, element, size: usize::from(op.size).min(64) }
     }
@@ -67,6 +72,7 @@ impl Parts {
         let (mask, element, size) = match self.shape {
             Shape::Elements => (self.mask, self.element, self.size),
             Shape::Whole => (u64::from(self.mask != 0), self.size, self.size),
+            Shape::Repeated => (fold(self.mask, self.size / self.element), self.element, self.size),
             Shape::Packed => {
                 let set = self.mask.count_ones();
                 (if set >= 64 { u64::MAX } else { (1 << set) - 1 }, self.element, self.size)
@@ -78,6 +84,12 @@ impl Parts {
             .map(move |i| (i * element, element))
             .filter(move |(at, length)| at + length <= size)
     }
+}
+
+/// The groups of `width` bits of `mask`, merged.
+fn fold(mask: u64, width: usize) -> u64 {
+    let width = width.clamp(1, 32);
+    (0..64).step_by(width).fold(0, |merged, at| merged | mask >> at) & ((1 << width) - 1)
 }
 
 /// Sign bits of the elements, as a mask.
@@ -127,7 +139,8 @@ fn lower_maskmovdqu(ins: &Instruction, base: Op) -> Op {
 
 /// Makes `op`, lowered as a plain load or store, one with fault suppression if `ins` has a mask.
 pub(super) fn lower_masked(ins: &Instruction, stores: bool, mut op: Op) -> Op {
-    let partial = stores || suppresses_faults(ins.mnemonic());
+    let suppresses = suppresses_faults(ins);
+    let partial = stores || suppresses;
     if ins.encoding() != EncodingKind::EVEX || !ins.has_op_mask() || !partial {
         return op;
     }
@@ -135,19 +148,22 @@ pub(super) fn lower_masked(ins: &Instruction, stores: bool, mut op: Op) -> Op {
     let name = ins.mnemonic();
     let shape = if is_packed(name) {
         Shape::Packed
-    } else if ins.is_broadcast() || is_broadcast(name) {
+    } else if ins.is_broadcast() {
         Shape::Whole
+    } else if is_broadcast(name) {
+        Shape::Repeated
     } else {
         Shape::Elements
     };
     let count = match shape {
-        Shape::Whole => vector_length(ins) / element,
+        Shape::Whole | Shape::Repeated => vector_length(ins) / element,
         _ => usize::from(op.size) / element,
     };
     op.handler.set(if stores { masked_store } else { masked_load });
     op.r0 = ins.op_mask().number() as u8;
     op.r1 = element.trailing_zeros() as u8;
     op.extra |= (shape as u32) << SHAPE | (count.clamp(1, 64) as u32) << COUNT;
+    op.extra |= if suppresses { 0 } else { NO_SUPPRESSION };
     op
 }
 
@@ -162,6 +178,7 @@ fn element_size(ins: &Instruction) -> usize {
     use Mnemonic::*;
     match ins.mnemonic() {
         Vpmuldq | Vpmuludq => 8,
+        Vpshufbitqmb => 1,
         Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps => 4,
         Vcvtps2pd | Vcvtps2qq | Vcvtps2uqq | Vcvttps2qq | Vcvttps2uqq | Vcvtdq2pd | Vcvtudq2pd
             if ins.is_broadcast() =>
@@ -189,8 +206,9 @@ fn is_broadcast(name: Mnemonic) -> bool {
 
 /// Whether masked-out elements cannot fault: all but the exception types whose names end in NF
 /// (SDM vol. 2A, table 2-44 ff.), which read the whole operand.
-fn suppresses_faults(name: Mnemonic) -> bool {
+fn suppresses_faults(ins: &Instruction) -> bool {
     use Mnemonic::*;
+    let name = ins.mnemonic();
     let permutes = matches!(name, Valignd | Valignq | Vpalignr | Vpshufb | Vpshufd | Vpshufhw | Vpshuflw)
         || matches!(name, Vpermb | Vpermw | Vpermd | Vpermq | Vpermps | Vpermpd | Vpermilps | Vpermilpd)
         || matches!(name, Vpermi2b | Vpermi2w | Vpermi2d | Vpermi2q | Vpermi2ps | Vpermi2pd)
@@ -200,10 +218,11 @@ fn suppresses_faults(name: Mnemonic) -> bool {
         || matches!(name, Vpunpcklbw | Vpunpcklwd | Vpunpckldq | Vpunpcklqdq)
         || matches!(name, Vpunpckhbw | Vpunpckhwd | Vpunpckhdq | Vpunpckhqdq);
     let packs = matches!(name, Vpacksswb | Vpackssdw | Vpackuswb | Vpackusdw)
-        || matches!(name, Vpmaddubsw | Vpmaddwd | Vdbpsadbw | Vpmultishiftqb | Vpshufbitqmb)
+        || matches!(name, Vpmaddubsw | Vpmaddwd | Vdbpsadbw | Vpmultishiftqb)
         || matches!(name, Vgf2p8affineqb | Vgf2p8affineinvqb | Vpconflictd | Vpconflictq);
-    let shifts =
-        matches!(name, Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad | Vpsraq);
+    // Shifts by a count in memory; those of a memory operand by an immediate count do.
+    let shifts = ins.op2_kind() == OpKind::Memory
+        && matches!(name, Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad | Vpsraq);
     let inserts = matches!(name, Vinsertf32x4 | Vinsertf32x8 | Vinsertf64x2 | Vinsertf64x4)
         || matches!(name, Vinserti32x4 | Vinserti32x8 | Vinserti64x2 | Vinserti64x4)
         || matches!(name, Vextractf32x4 | Vextractf32x8 | Vextractf64x2 | Vextractf64x4)
@@ -284,6 +303,10 @@ fn masked_store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         // SAFETY: the whole operand can be written there.
         unsafe { execute(cpu, op, mem, unmasked)? };
         return Ok(Flow::Next);
+    }
+    if op.extra & NO_SUPPRESSION != 0 {
+        let lin = address(cpu, op, true)?;
+        cpu.probe(cpu.op_seg(op), lin, usize::from(op.size), true)?;
     }
     let mut copy = Copy64([0; 64]);
     let parts = Parts::of(cpu, op);

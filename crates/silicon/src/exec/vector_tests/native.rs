@@ -2,7 +2,9 @@
 //! stored. This is what stubs are compared with.
 #![expect(unsafe_code, reason = "executes machine code made for the purpose")]
 
+use std::cell::Cell;
 use std::mem::offset_of;
+use std::sync::Once;
 
 use iced_x86::{Code, Encoder, Instruction, MemoryOperand, Register};
 
@@ -41,16 +43,88 @@ impl Thunk {
         Thunk(page.cast())
     }
 
-    /// Executes `bytes`, which must not fault, on the registers of `native`.
-    pub(super) fn run(&mut self, bytes: &[u8], native: &mut Native) {
-        let code = wrap(bytes);
+    /// Executes `bytes` on the registers of `native`; true if they fault on memory.
+    pub(super) fn run(&mut self, bytes: &[u8], native: &mut Native) -> bool {
+        static INSTALL: Once = Once::new();
+        INSTALL.call_once(install);
+        let (code, after) = wrap(bytes);
         assert!(code.len() <= PAGE);
+        RESUME.set(self.0 as u64 + after as u64);
         // SAFETY: the page is ours and big enough; the code keeps to the System V calling convention.
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.0, code.len());
             let call: extern "sysv64" fn(*mut Native) = std::mem::transmute(self.0);
             call(native);
         }
+        RESUME.replace(0) == 0
+    }
+}
+
+thread_local! {
+    /// Where a memory fault resumes: where all registers are stored. Zero outside the harness and after a fault.
+    static RESUME: Cell<u64> = const { Cell::new(0) };
+}
+
+fn install() {
+    // SAFETY: an all-zero sigaction is a valid value; `handler` has the signature that SA_SIGINFO asks for.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        assert_eq!(libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut()), 0);
+    }
+}
+
+extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let resume = RESUME.replace(0);
+    // SAFETY: the kernel passes a ucontext; a fault that is not the harness's ends the process on return.
+    unsafe {
+        if resume == 0 {
+            libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+            return;
+        }
+        (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] = resume as i64;
+    }
+}
+
+/// Two pages, of which the second can be taken away.
+pub(super) struct Pages(*mut u8);
+
+impl Pages {
+    pub(super) fn new() -> Pages {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new anonymous mapping.
+        let pages = unsafe { libc::mmap(std::ptr::null_mut(), 2 * PAGE, protection, flags, -1, 0) };
+        assert_ne!(pages, libc::MAP_FAILED);
+        Pages(pages.cast())
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.0 as u64
+    }
+
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
+        self.protect(libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: our own two pages, both accessible.
+        unsafe { std::slice::from_raw_parts_mut(self.0, 2 * PAGE) }
+    }
+
+    /// Makes accesses to the second page fault until [`Pages::bytes`] is called.
+    pub(super) fn take_second(&mut self) {
+        self.protect(libc::PROT_NONE);
+    }
+
+    fn protect(&mut self, protection: libc::c_int) {
+        // SAFETY: our own second page.
+        assert_eq!(unsafe { libc::mprotect(self.0.add(PAGE).cast(), PAGE, protection) }, 0);
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping.
+        unsafe { libc::munmap(self.0.cast(), 2 * PAGE) };
     }
 }
 
@@ -69,8 +143,8 @@ fn at(offset: usize) -> MemoryOperand {
     MemoryOperand::with_base_displ(Register::R15, offset as i64)
 }
 
-/// `bytes` between the loading and the storing of all registers.
-fn wrap(bytes: &[u8]) -> Vec<u8> {
+/// `bytes` between the loading and the storing of all registers, and where the storing begins.
+fn wrap(bytes: &[u8]) -> (Vec<u8>, usize) {
     let mut e = Encoder::new(64);
     let mut put = |ins: Instruction| {
         e.encode(&ins, 0).unwrap();
@@ -100,6 +174,7 @@ fn wrap(bytes: &[u8]) -> Vec<u8> {
     for &byte in bytes {
         e.write_u8(byte);
     }
+    let before = e.take_buffer();
     let mut put = |ins: Instruction| {
         e.encode(&ins, 0).unwrap();
     };
@@ -123,5 +198,6 @@ fn wrap(bytes: &[u8]) -> Vec<u8> {
         put(Instruction::with1(Code::Pop_r64, register).unwrap());
     }
     put(Instruction::with(Code::Retnq));
-    e.take_buffer()
+    let after = before.len();
+    ([before, e.take_buffer()].concat(), after)
 }
