@@ -124,6 +124,8 @@ pub struct Cpu {
     pub(crate) deferred: Option<Exception>,
     /// A single-step trap follows the running instruction.
     pub(crate) trap_after: bool,
+    /// Address of the operation that ended the block; see [`Cpu::at`].
+    pub(crate) current_op: usize,
     pub(crate) replay: Replay,
     pub(crate) code: CodeCache,
     pub(crate) mmu: Mmu,
@@ -150,6 +152,7 @@ impl Cpu {
             idt_vectoring: None,
             deferred: None,
             trap_after: false,
+            current_op: 0,
             replay: Replay::default(),
             code: CodeCache::new(),
             mmu,

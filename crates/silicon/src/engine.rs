@@ -92,22 +92,24 @@ impl Cpu {
     #[inline(always)]
     fn execute(&mut self, block: BlockRef) -> Result<Flow, Abort> {
         let ops = block.ops();
-        for (done, op) in ops.iter().enumerate() {
-            match (op.handler.get())(self, op) {
-                Ok(Flow::Next) => {}
-                Ok(Flow::End) => {
-                    self.counters.instructions = self.counters.instructions.wrapping_add(done as u64 + 1);
-                    return Ok(Flow::End);
-                }
-                Err(abort) => {
-                    self.counters.instructions += done as u64;
-                    self.state.rip = self.ip_of(op);
-                    self.exit_instruction_length = op.length;
-                    return Err(abort);
-                }
-            }
+        let Some(first) = ops.first() else { return Ok(Flow::End) };
+        let result = (first.handler.get())(self, first);
+        let done = self.ended_at(ops);
+        match result {
+            Ok(_) => self.counters.instructions = self.counters.instructions.wrapping_add(done as u64 + 1),
+            Err(_) => self.undone(ops, done),
         }
-        Ok(Flow::End)
+        result
+    }
+
+    /// Operation `index` of the block did not complete: RIP goes back to it.
+    #[cold]
+    fn undone(&mut self, ops: &[Op], index: usize) {
+        self.counters.instructions += index as u64;
+        if let Some(op) = ops.get(index) {
+            self.state.rip = self.ip_of(op);
+            self.exit_instruction_length = op.length;
+        }
     }
 
     /// Runs one instruction with everything that hangs on instruction boundaries: breakpoints, single-step

@@ -66,6 +66,7 @@ pub fn op_base(ins: &Instruction, ctx: &LowerCtx, handler: Handler) -> Op {
         length: ins.len() as u8,
         size: 0,
         extra: 0,
+        body: handler,
     };
     if ins.has_lock_prefix() {
         op.flags |= Op::LOCK;

@@ -8,6 +8,7 @@
 
 pub mod lower;
 pub mod op;
+pub(crate) mod thread;
 
 use std::collections::HashMap;
 use std::ptr::NonNull;
@@ -237,6 +238,7 @@ fn retire(graveyard: &mut Vec<Box<Block>>, block: Box<Block>) {
 
 /// The block that held this operation was dropped: look the code up again.
 fn resync(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     cpu.state.rip = cpu.ip_of(op);
     // The engine counts this operation as one more, which may be the first of all.
     cpu.counters.instructions = cpu.counters.instructions.wrapping_sub(1);
@@ -437,11 +439,15 @@ impl Cpu {
                     crossing = true;
                     continue;
                 }
-                ops.push(op_base(&ins, &ctx, too_long));
+                let mut op = op_base(&ins, &ctx, too_long);
+                thread::thread(&mut op);
+                ops.push(op);
                 at += 1;
                 break;
             }
-            ops.push(lower::lower(&ins, &ctx));
+            let mut op = lower::lower(&ins, &ctx);
+            thread::thread(&mut op);
+            ops.push(op);
             at += ins.len().max(1);
             // Instructions that change the machine end the block by what their handlers return.
             let ends = ins.flow_control() != FlowControl::Next;

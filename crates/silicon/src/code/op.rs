@@ -54,6 +54,8 @@ pub struct Op {
     pub size: u8,
     /// A handler's own extra payload.
     pub extra: u32,
+    /// What [`crate::code::thread::plain`] calls.
+    pub body: Handler,
 }
 
 impl Op {
@@ -69,6 +71,9 @@ impl Op {
     pub const REP: u8 = 1 << 4;
     /// REPNE prefix (F2).
     pub const REPNE: u8 = 1 << 5;
+
+    /// The handler is a threaded one; see [`crate::code::thread`].
+    pub const THREADED: u8 = 1 << 6;
 
     /// Whether flag bit `bit` is set.
     #[inline(always)]

@@ -1,8 +1,11 @@
 //! Effective addresses, register operands and memory operands.
+#![expect(unsafe_code, reason = "memory operands are reached by the host pointers that the TLB gives")]
 
-use crate::code::op::Op;
+use crate::code::op::{Flow, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
+use crate::flags::Status;
 use crate::mmu::Word;
 use crate::state::Seg;
 
@@ -77,16 +80,122 @@ impl Cpu {
         let lin = self.ea(op, T::SIZE, true)?;
         self.store(self.op_seg(op), lin, value)
     }
+}
 
-    /// Reads, changes and writes `op`'s memory operand; not atomic. It faults as a write does. What `change`
-    /// returns beside the new value is returned once the store is done.
+/// Ways to memory operands for threaded handlers. What the first-level TLB knows is done inline; all else goes
+/// on in a function of its own, called in tail position, so that the handlers need no stack frame.
+impl Cpu {
+    /// Host address of `op`'s memory operand if a load needs no more than the TLB.
     #[inline(always)]
-    pub(crate) fn update_operand<T: Word, R>(
-        &mut self,
-        op: &Op,
-        change: impl FnOnce(T) -> (T, R),
-    ) -> Result<R, Abort> {
-        let lin = self.ea(op, T::SIZE, true)?;
-        self.update(self.op_seg(op), lin, change)
+    fn quick_read<T: Word>(&self, op: &Op) -> Option<*const T> {
+        if op.has(Op::SLOW_EA) {
+            return None;
+        }
+        let lin = self.offset(op).wrapping_add(self.state.ea_base[usize::from(op.seg & 7)]);
+        self.mmu.tlb.read_hit(lin, T::SIZE).map(|host| host as *const T)
     }
+
+    /// Likewise for a store.
+    #[inline(always)]
+    fn quick_write<T: Word>(&self, op: &Op) -> Option<*mut T> {
+        if op.has(Op::SLOW_EA) {
+            return None;
+        }
+        let lin = self.offset(op).wrapping_add(self.state.ea_base[usize::from(op.seg & 7)]);
+        self.mmu.tlb.write_hit(lin, T::SIZE).map(|host| host as *mut T)
+    }
+
+    /// Loads the word at `lin` if that needs no more than the TLB.
+    #[inline(always)]
+    pub(crate) fn quick_load<T: Word>(&self, lin: u64) -> Option<T> {
+        let host = self.mmu.tlb.read_hit(lin, T::SIZE)? as *const T;
+        // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be read.
+        Some(unsafe { T::read(host) })
+    }
+
+    /// Stores the word at `lin` if that needs no more than the TLB; whether it has.
+    #[inline(always)]
+    pub(crate) fn quick_store<T: Word>(&mut self, lin: u64, value: T) -> bool {
+        let Some(host) = self.mmu.tlb.write_hit(lin, T::SIZE) else { return false };
+        // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be written.
+        unsafe { T::write(host as *mut T, value) };
+        true
+    }
+}
+
+/// A handler that loads its memory operand, does something that cannot fail with it, and goes on.
+#[inline(always)]
+pub(crate) fn with_loaded<T: Word>(
+    cpu: &mut Cpu,
+    op: &Op,
+    then: impl FnOnce(&mut Cpu, &Op, T),
+) -> Result<Flow, Abort> {
+    let Some(host) = cpu.quick_read::<T>(op) else { return with_loaded_slow(cpu, op, then) };
+    // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be read.
+    let value = unsafe { T::read(host) };
+    then(cpu, op, value);
+    next(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn with_loaded_slow<T: Word>(
+    cpu: &mut Cpu,
+    op: &Op,
+    then: impl FnOnce(&mut Cpu, &Op, T),
+) -> Result<Flow, Abort> {
+    cpu.at(op);
+    let value = cpu.load_operand(op)?;
+    then(cpu, op, value);
+    next(cpu, op)
+}
+
+/// A handler that stores `value` to its memory operand and goes on.
+#[inline(always)]
+pub(crate) fn store_and_go<T: Word>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, Abort> {
+    let Some(host) = cpu.quick_write::<T>(op) else { return store_and_go_slow(cpu, op, value) };
+    // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be written.
+    unsafe { T::write(host, value) };
+    next(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn store_and_go_slow<T: Word>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, Abort> {
+    cpu.at(op);
+    cpu.store_operand(op, value)?;
+    next(cpu, op)
+}
+
+/// A handler that changes its memory operand, not atomically, sets the flags and goes on.
+#[inline(always)]
+pub(crate) fn with_updated<T: Word>(
+    cpu: &mut Cpu,
+    op: &Op,
+    change: impl FnOnce(&Cpu, &Op, T) -> (T, Status),
+) -> Result<Flow, Abort> {
+    let Some(host) = cpu.quick_write::<T>(op) else { return with_updated_slow(cpu, op, change) };
+    // SAFETY: a TLB hit for a store leads to `T::SIZE` bytes of guest memory that may be read and written.
+    let (value, status) = change(cpu, op, unsafe { T::read(host) });
+    // SAFETY: as above.
+    unsafe { T::write(host, value) };
+    cpu.state.status = status;
+    next(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn with_updated_slow<T: Word>(
+    cpu: &mut Cpu,
+    op: &Op,
+    change: impl FnOnce(&Cpu, &Op, T) -> (T, Status),
+) -> Result<Flow, Abort> {
+    cpu.at(op);
+    let lin = cpu.ea(op, T::SIZE, true)?;
+    let seg = cpu.op_seg(op);
+    let old = T::from_u64(cpu.load_for_write(seg, lin, T::SIZE)?);
+    let (value, status) = change(cpu, op, old);
+    cpu.store(seg, lin, value)?;
+    cpu.state.status = status;
+    next(cpu, op)
 }

@@ -9,8 +9,10 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
+use crate::exec::address::{with_loaded, with_updated};
 use crate::exec::operand::{Form, by_size, form, gpr_operand, is_memory, operand_size};
 use crate::flags::Status;
 use crate::mmu::Word;
@@ -182,7 +184,7 @@ fn reg_reg<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
         cpu.set(op.r0, result);
     }
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn reg_imm<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -191,37 +193,37 @@ fn reg_imm<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
         cpu.set(op.r0, result);
     }
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn reg_mem<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let b = cpu.load_operand(op)?;
-    let (result, status) = O::apply(cpu.get(op.r0), b, cpu.state.status);
-    if O::WRITES {
-        cpu.set(op.r0, result);
-    }
-    cpu.state.status = status;
-    Ok(Flow::Next)
+    with_loaded(cpu, op, |cpu, op, b: T| {
+        let (result, status) = O::apply(cpu.get(op.r0), b, cpu.state.status);
+        if O::WRITES {
+            cpu.set(op.r0, result);
+        }
+        cpu.state.status = status;
+    })
 }
 
 fn mem_reg<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let b = cpu.get(op.r1);
-    mem_value::<O, T>(cpu, op, b)
+    if O::WRITES {
+        with_updated(cpu, op, |cpu, op, a: T| O::apply(a, cpu.get(op.r1), cpu.state.status))
+    } else {
+        with_loaded(cpu, op, |cpu, op, a: T| {
+            cpu.state.status = O::apply(a, cpu.get(op.r1), cpu.state.status).1;
+        })
+    }
 }
 
 fn mem_imm<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    mem_value::<O, T>(cpu, op, T::from_u64(op.imm))
-}
-
-#[inline(always)]
-fn mem_value<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op, b: T) -> Result<Flow, Abort> {
-    let before = cpu.state.status;
-    cpu.state.status = if O::WRITES {
-        cpu.update_operand(op, |a| O::apply(a, b, before))?
+    if O::WRITES {
+        with_updated(cpu, op, |cpu, op, a: T| O::apply(a, T::from_u64(op.imm), cpu.state.status))
     } else {
-        O::apply(cpu.load_operand(op)?, b, before).1
-    };
-    Ok(Flow::Next)
+        with_loaded(cpu, op, |cpu, op, a: T| {
+            cpu.state.status = O::apply(a, T::from_u64(op.imm), cpu.state.status).1;
+        })
+    }
 }
 
 fn lock_mem_reg<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -240,6 +242,7 @@ fn lock_mem<T: Word>(
     op: &Op,
     apply: impl Fn(T, Status) -> (T, Status),
 ) -> Result<Flow, Abort> {
+    cpu.at(op);
     let lin = cpu.ea(op, T::SIZE, true)?;
     let before = cpu.state.status;
     let mut after = before;
@@ -249,20 +252,18 @@ fn lock_mem<T: Word>(
         Some(result)
     })?;
     cpu.state.status = after;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn unary_reg<O: Unary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let (result, status) = O::apply(cpu.get(op.r0), cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn unary_mem<O: Unary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let before = cpu.state.status;
-    cpu.state.status = cpu.update_operand(op, |a| O::apply(a, before))?;
-    Ok(Flow::Next)
+    with_updated(cpu, op, |cpu, _, a: T| O::apply(a, cpu.state.status))
 }
 
 fn unary_lock_mem<O: Unary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -276,7 +277,7 @@ const ZERO_FLAGS: Status = Status(0x4400);
 fn zero(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, 0u64);
     cpu.state.status = ZERO_FLAGS;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn binary_handler<O: BinaryOp>(form: Form, size: usize, lock: bool) -> Option<Handler> {

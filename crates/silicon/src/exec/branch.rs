@@ -6,28 +6,15 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
-use crate::code::op::{Flow, Handler, Op};
+use crate::code::op::{Flow, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
-use crate::exec::operand::{by_condition, by_size, condition, gpr_operand, is_memory, operand_size};
+use crate::exec::operand::{by_condition, by_mode, by_size, condition, gpr_operand, is_memory, operand_size};
 use crate::mmu::Word;
 use crate::state::{CodeSize, cr4, reg};
 
 /// Slot of the stack pointer.
 const SP: usize = reg::RSP as usize;
-
-/// Picks the handler for the mode: `by_mode!(long, LONG => handler::<LONG>)`.
-macro_rules! by_mode {
-    ($long:expr, $l:ident => $handler:expr) => {
-        if $long {
-            const $l: bool = true;
-            $handler as Handler
-        } else {
-            const $l: bool = false;
-            $handler as Handler
-        }
-    };
-}
 
 impl Cpu {
     /// Checks that execution may go on at `target` in the current code segment: canonical in 64-bit mode,
@@ -61,8 +48,21 @@ impl Cpu {
     #[inline(always)]
     fn call<T: Word, const LONG: bool>(&mut self, op: &Op, target: u64) -> Result<Flow, Abort> {
         self.check_target::<LONG>(target)?;
-        let next = self.next_of::<LONG>(op);
-        self.push(T::from_u64(next))?;
+        let next = T::from_u64(self.next_of::<LONG>(op));
+        if LONG {
+            let sp = self.state.regs[SP].wrapping_sub(T::SIZE as u64);
+            if self.quick_store(sp, next) {
+                self.state.regs[SP] = sp;
+                self.state.rip = target;
+                return Ok(Flow::End);
+            }
+        }
+        self.call_slow(target, next)
+    }
+
+    #[inline(never)]
+    fn call_slow<T: Word>(&mut self, target: u64, next: T) -> Result<Flow, Abort> {
+        self.push(next)?;
         self.state.rip = target;
         Ok(Flow::End)
     }
@@ -84,19 +84,23 @@ impl Cpu {
 }
 
 fn jmp_relative<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     cpu.jump::<LONG>(cpu.relative::<LONG>(op))
 }
 
 fn jmp_reg<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     cpu.jump::<LONG>(cpu.get::<T>(op.r0).to_u64())
 }
 
 fn jmp_mem<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let target: T = cpu.load_operand(op)?;
     cpu.jump::<LONG>(target.to_u64())
 }
 
 fn jcc<const CC: u8, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     if cpu.state.status.condition(CC) {
         return cpu.jump::<LONG>(cpu.relative::<LONG>(op));
     }
@@ -105,20 +109,36 @@ fn jcc<const CC: u8, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, A
 }
 
 fn call_relative<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     cpu.call::<T, LONG>(op, cpu.relative::<LONG>(op))
 }
 
 fn call_reg<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     cpu.call::<T, LONG>(op, cpu.get::<T>(op.r0).to_u64())
 }
 
 fn call_mem<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let target: T = cpu.load_operand(op)?;
     cpu.call::<T, LONG>(op, target.to_u64())
 }
 
 /// RET; `imm` is the number of bytes to release besides the return address.
 fn ret<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
+    let sp = cpu.state.regs[SP];
+    if LONG && let Some(target) = cpu.quick_load::<T>(sp) {
+        cpu.check_target::<LONG>(target.to_u64())?;
+        cpu.state.regs[SP] = sp.wrapping_add(T::SIZE as u64).wrapping_add(op.imm);
+        cpu.state.rip = target.to_u64();
+        return Ok(Flow::End);
+    }
+    ret_slow::<T, LONG>(cpu, op)
+}
+
+#[inline(never)]
+fn ret_slow<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let target = cpu.peek::<T>(0)?.to_u64();
     cpu.check_target::<LONG>(target)?;
     cpu.set_sp(cpu.state.regs[SP].wrapping_add(T::SIZE as u64).wrapping_add(op.imm));
@@ -128,6 +148,7 @@ fn ret<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
 
 /// JCXZ, JECXZ, JRCXZ: `T` is the address size.
 fn jump_if_count_zero<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     if cpu.get::<T>(reg::RCX) == T::default() {
         return cpu.jump::<LONG>(cpu.relative::<LONG>(op));
     }
@@ -137,6 +158,7 @@ fn jump_if_count_zero<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Resu
 
 /// LOOP, LOOPE, LOOPNE: `T` is the address size, `r2` the kind.
 fn loop_count<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let count = T::from_u64(cpu.get::<T>(reg::RCX).to_u64().wrapping_sub(1));
     let zf = cpu.state.status.zf();
     let wanted = match op.r2 {

@@ -50,16 +50,21 @@ mod xsave_area;
 /// A family's `lower`: the operation for an instruction of its own, `None` for any other.
 type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;
 
-/// The families, the most frequent first.
+/// The families whose handlers are threaded ([`crate::code::thread`]), the most frequent first.
 #[rustfmt::skip]
-const FAMILIES: &[Lower] = &[
+const THREADED: &[Lower] = &[
     mov::lower,
     alu::lower,
     branch::lower,
     stack::lower,
+    shift::lower,
+];
+
+/// The families with plain handlers.
+#[rustfmt::skip]
+const PLAIN: &[Lower] = &[
     string::lower,
     io::lower,
-    shift::lower,
     muldiv::lower,
     bits::lower,
     bmi::lower,
@@ -85,5 +90,10 @@ const FAMILIES: &[Lower] = &[
 
 /// Asks the families in turn.
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
-    FAMILIES.iter().find_map(|family| family(ins, ctx))
+    let ask = |family: &Lower| family(ins, ctx);
+    if let Some(mut op) = THREADED.iter().find_map(ask) {
+        op.flags |= Op::THREADED;
+        return Some(op);
+    }
+    PLAIN.iter().find_map(ask)
 }

@@ -9,8 +9,10 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
+use crate::exec::address::{store_and_go, with_loaded};
 use crate::exec::operand::{
     Form, by_condition, by_size, condition, form, gpr_operand, is_memory, operand_size,
 };
@@ -27,105 +29,97 @@ pub(crate) fn sign_extend<T: Word>(value: T) -> u64 {
 
 fn mov_reg_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set::<T>(op.r0, cpu.get(op.r1));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn mov_reg_imm<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, T::from_u64(op.imm));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn mov_reg_mem<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let value: T = cpu.load_operand(op)?;
-    cpu.set(op.r0, value);
-    Ok(Flow::Next)
+    with_loaded(cpu, op, |cpu, op, value: T| cpu.set(op.r0, value))
 }
 
 fn mov_mem_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: T = cpu.get(op.r1);
-    cpu.store_operand(op, value)?;
-    Ok(Flow::Next)
+    store_and_go(cpu, op, value)
 }
 
 fn mov_mem_imm<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.store_operand(op, T::from_u64(op.imm))?;
-    Ok(Flow::Next)
+    store_and_go(cpu, op, T::from_u64(op.imm))
 }
 
 fn movzx_reg<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: S = cpu.get(op.r1);
     cpu.set(op.r0, D::from_u64(value.to_u64()));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn movzx_mem<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let value: S = cpu.load_operand(op)?;
-    cpu.set(op.r0, D::from_u64(value.to_u64()));
-    Ok(Flow::Next)
+    with_loaded(cpu, op, |cpu, op, value: S| cpu.set(op.r0, D::from_u64(value.to_u64())))
 }
 
 fn movsx_reg<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: S = cpu.get(op.r1);
     cpu.set(op.r0, D::from_u64(sign_extend(value)));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn movsx_mem<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let value: S = cpu.load_operand(op)?;
-    cpu.set(op.r0, D::from_u64(sign_extend(value)));
-    Ok(Flow::Next)
+    with_loaded(cpu, op, |cpu, op, value: S| cpu.set(op.r0, D::from_u64(sign_extend(value))))
 }
 
 fn lea<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, T::from_u64(cpu.offset(op)));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// LEA whose address size is smaller than its operand size.
 fn lea_masked<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, T::from_u64(cpu.offset(op) & op.addr_mask()));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn xchg_reg_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let (a, b): (T, T) = (cpu.get(op.r0), cpu.get(op.r1));
     cpu.set(op.r0, b);
     cpu.set(op.r1, a);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// XCHG with memory is locked with or without the prefix.
 fn xchg_mem_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let lin = cpu.ea(op, T::SIZE, true)?;
     let new: T = cpu.get(op.r1);
     let old = cpu.locked(cpu.op_seg(op), lin, |_| Some(new))?;
     cpu.set(op.r1, old);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn cmov_reg<T: Word, const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let source = if cpu.state.status.condition(CC) { op.r1 } else { op.r0 };
     // Written in either case: a 32-bit CMOV clears the upper half even when the condition is false.
     cpu.set::<T>(op.r0, cpu.get(source));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn cmov_mem<T: Word, const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let value: T = cpu.load_operand(op)?;
-    let old: T = cpu.get(op.r0);
-    cpu.set(op.r0, if cpu.state.status.condition(CC) { value } else { old });
-    Ok(Flow::Next)
+    with_loaded(cpu, op, |cpu, op, value: T| {
+        let old: T = cpu.get(op.r0);
+        cpu.set(op.r0, if cpu.state.status.condition(CC) { value } else { old });
+    })
 }
 
 fn set_reg<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, u8::from(cpu.state.status.condition(CC)));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn set_mem<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value = u8::from(cpu.state.status.condition(CC));
-    cpu.store_operand(op, value)?;
-    Ok(Flow::Next)
+    store_and_go(cpu, op, value)
 }
 
 fn bswap16(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -135,17 +129,17 @@ fn bswap16(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         asm!(".byte 0x66, 0x0f, 0xc8", inout("ax") value, options(pure, nomem, nostack, preserves_flags))
     };
     cpu.set(op.r0, value);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn bswap32(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, cpu.get::<u32>(op.r0).swap_bytes());
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn bswap64(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.set(op.r0, cpu.get::<u64>(op.r0).swap_bytes());
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 #[inline(always)]
@@ -154,57 +148,56 @@ fn swap_bytes<T: Word>(value: T) -> T {
 }
 
 fn movbe_load<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let value: T = cpu.load_operand(op)?;
-    cpu.set(op.r0, swap_bytes(value));
-    Ok(Flow::Next)
+    with_loaded(cpu, op, |cpu, op, value: T| cpu.set(op.r0, swap_bytes(value)))
 }
 
 fn movbe_store<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value = swap_bytes::<T>(cpu.get(op.r1));
-    cpu.store_operand(op, value)?;
-    Ok(Flow::Next)
+    store_and_go(cpu, op, value)
 }
 
 fn xlat(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let al: u8 = cpu.get(reg::RAX);
     let offset = cpu.offset(op).wrapping_add(u64::from(al));
     let lin = cpu.ea_at(op, offset, 1, false)?;
     let value: u8 = cpu.load(cpu.op_seg(op), lin)?;
     cpu.set(reg::RAX, value);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// CBW, CWDE, CDQE.
-fn widen_rax<S: Word, D: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn widen_rax<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: S = cpu.get(reg::RAX);
     cpu.set(reg::RAX, D::from_u64(sign_extend(value)));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// CWD, CDQ, CQO.
-fn sign_to_rdx<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn sign_to_rdx<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: T = cpu.get(reg::RAX);
     let sign = (sign_extend(value) as i64 >> 63) as u64;
     cpu.set(reg::RDX, T::from_u64(sign));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn nop(_: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
-    Ok(Flow::Next)
+fn nop(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    next(cpu, op)
 }
 
-fn pause(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn pause(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     if cpu.controls.pause_exiting {
         return Err(cpu.exit(Exit::Pause));
     }
     std::hint::spin_loop();
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// Guest accesses are host accesses, so the host's own fence orders them.
-fn full_fence(_: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn full_fence(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     fence(Ordering::SeqCst);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn lower_mov(ins: &Instruction, mut op: Op) -> Option<Op> {

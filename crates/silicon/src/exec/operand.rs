@@ -35,6 +35,20 @@ macro_rules! by_size {
 }
 pub(crate) use by_size;
 
+/// Picks the handler for the mode: `by_mode!(long, LONG => handler::<LONG>)`.
+macro_rules! by_mode {
+    ($long:expr, $l:ident => $handler:expr) => {
+        if $long {
+            const $l: bool = true;
+            $handler as $crate::code::op::Handler
+        } else {
+            const $l: bool = false;
+            $handler as $crate::code::op::Handler
+        }
+    };
+}
+pub(crate) use by_mode;
+
 /// Picks the handler for a condition code, 0 to 15: `by_condition!(cc, CC => handler::<CC>)`.
 macro_rules! by_condition {
     ($cc:expr, $c:ident => $handler:expr) => {

@@ -10,8 +10,10 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
+use crate::exec::address::with_updated;
 use crate::exec::operand::{by_size, gpr_operand, is_immediate, is_memory, operand_size};
 use crate::flags::Status;
 use crate::mmu::Word;
@@ -143,26 +145,22 @@ fn reg_one<O: Shift<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> 
     let (result, status) = O::one(cpu.get(op.r0), cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn reg_many<O: Shift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let (result, status) = O::many(cpu.get(op.r0), C::count(cpu, op), cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn mem_one<O: Shift<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let before = cpu.state.status;
-    cpu.state.status = cpu.update_operand(op, |a| O::one(a, before))?;
-    Ok(Flow::Next)
+    with_updated(cpu, op, |cpu, _, a: T| O::one(a, cpu.state.status))
 }
 
 fn mem_many<O: Shift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let (before, count) = (cpu.state.status, C::count(cpu, op));
-    cpu.state.status = cpu.update_operand(op, |a| O::many(a, count, before))?;
-    Ok(Flow::Next)
+    with_updated(cpu, op, |cpu, op, a: T| O::many(a, C::count(cpu, op), cpu.state.status))
 }
 
 fn double_reg<O: DoubleShift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -170,13 +168,11 @@ fn double_reg<O: DoubleShift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> R
     let (result, status) = O::apply(cpu.get(op.r0), cpu.get(op.r1), count, cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn double_mem<O: DoubleShift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let (before, count, b) = (cpu.state.status, C::count(cpu, op), cpu.get(op.r1));
-    cpu.state.status = cpu.update_operand(op, |a| O::apply(a, b, count, before))?;
-    Ok(Flow::Next)
+    with_updated(cpu, op, |cpu, op, a: T| O::apply(a, cpu.get(op.r1), C::count(cpu, op), cpu.state.status))
 }
 
 /// How a shift is given.

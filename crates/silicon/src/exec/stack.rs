@@ -6,9 +6,10 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, seg_index, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
-use crate::exec::operand::{by_size, gpr_operand, is_immediate, is_memory};
+use crate::exec::operand::{by_mode, by_size, gpr_operand, is_immediate, is_memory};
 use crate::mmu::Word;
 use crate::state::{CodeSize, Seg, reg};
 
@@ -78,58 +79,93 @@ impl Cpu {
     }
 }
 
-fn push_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let value: T = cpu.get(op.r0);
-    cpu.push(value)?;
-    Ok(Flow::Next)
+/// Pushes `value` and goes on. `LONG`: made for 64-bit mode, where the stack has no segment to check.
+#[inline(always)]
+fn push_and_go<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, Abort> {
+    if LONG {
+        let sp = cpu.state.regs[SP].wrapping_sub(T::SIZE as u64);
+        if cpu.quick_store(sp, value) {
+            cpu.state.regs[SP] = sp;
+            return next(cpu, op);
+        }
+    }
+    push_and_go_slow(cpu, op, value)
 }
 
-fn push_imm<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.push(T::from_u64(op.imm))?;
-    Ok(Flow::Next)
+#[inline(never)]
+fn push_and_go_slow<T: Word>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, Abort> {
+    cpu.at(op);
+    cpu.push(value)?;
+    next(cpu, op)
+}
+
+fn push_reg<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    push_and_go::<T, LONG>(cpu, op, cpu.get(op.r0))
+}
+
+fn push_imm<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    push_and_go::<T, LONG>(cpu, op, T::from_u64(op.imm))
 }
 
 fn push_mem<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let value: T = cpu.load_operand(op)?;
     cpu.push(value)?;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn push_seg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let selector = cpu.state.segs[usize::from(op.r0 % 6)].selector;
     cpu.push(T::from_u64(u64::from(selector)))?;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// A 32-bit push of a segment register stores 16 bits only (SDM vol. 2, PUSH).
 fn push_seg32(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let selector = cpu.state.segs[usize::from(op.r0 % 6)].selector;
     let sp = cpu.state.regs[SP].wrapping_sub(4);
     let lin = cpu.stack_linear(sp, 2, true)?;
     cpu.store(Seg::Ss, lin, selector)?;
     cpu.set_sp(sp);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn pop_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+fn pop_reg<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    let sp = cpu.state.regs[SP];
+    if LONG && let Some(value) = cpu.quick_load::<T>(sp) {
+        cpu.state.regs[SP] = sp.wrapping_add(T::SIZE as u64);
+        cpu.set(op.r0, value);
+        return next(cpu, op);
+    }
+    pop_reg_slow::<T>(cpu, op)
+}
+
+#[inline(never)]
+fn pop_reg_slow<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let value: T = cpu.pop()?;
     cpu.set(op.r0, value);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// POP to memory: an address that uses the stack pointer uses it as it is after the increment.
 fn pop_mem<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let before = cpu.state.regs[SP];
     let value: T = cpu.pop()?;
     let stored = cpu.store_operand(op, value);
-    if stored.is_err() {
+    if let Err(abort) = stored {
         cpu.state.regs[SP] = before;
+        return Err(abort);
     }
-    stored.map(|()| Flow::Next)
+    next(cpu, op)
 }
 
 /// PUSHA: every word is checked before the first is written.
-fn pusha<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn pusha<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let sp = cpu.state.regs[SP];
     let mut at = [0; 8];
     for (i, lin) in at.iter_mut().enumerate() {
@@ -142,11 +178,12 @@ fn pusha<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
         cpu.store(Seg::Ss, lin, value)?;
     }
     cpu.set_sp(sp.wrapping_sub(8 * T::SIZE as u64));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// POPA: the stack's image of the stack pointer is skipped.
-fn popa<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn popa<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let sp = cpu.state.regs[SP];
     let mut values = [T::default(); 8];
     for (i, value) in values.iter_mut().enumerate() {
@@ -158,20 +195,21 @@ fn popa<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
         }
     }
     cpu.set_sp(sp.wrapping_add(8 * T::SIZE as u64));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// ENTER (SDM vol. 2). The registers change only when all of it has succeeded.
 fn enter<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let (old_sp, old_bp) = (cpu.state.regs[SP], cpu.state.regs[BP]);
-    let result = enter_frame::<T>(cpu, op);
-    if result.is_err() {
+    if let Err(abort) = enter_frame::<T>(cpu, op) {
         (cpu.state.regs[SP], cpu.state.regs[BP]) = (old_sp, old_bp);
+        return Err(abort);
     }
-    result
+    next(cpu, op)
 }
 
-fn enter_frame<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+fn enter_frame<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
     let level = op.extra;
     let mut bp = cpu.state.regs[BP];
     cpu.push(T::from_u64(bp))?;
@@ -191,26 +229,38 @@ fn enter_frame<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.probe(Seg::Ss, top, T::SIZE, true)?;
     cpu.set(reg::RBP, T::from_u64(frame));
     cpu.set_sp(sp);
-    Ok(Flow::Next)
+    Ok(())
 }
 
-fn leave<T: Word>(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn leave<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    let bp = cpu.state.regs[BP];
+    if LONG && let Some(value) = cpu.quick_load::<T>(bp) {
+        cpu.state.regs[SP] = bp.wrapping_add(T::SIZE as u64);
+        cpu.set(reg::RBP, value);
+        return next(cpu, op);
+    }
+    leave_slow::<T>(cpu, op)
+}
+
+#[inline(never)]
+fn leave_slow<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let bp = cpu.state.regs[BP];
     let lin = cpu.stack_linear(bp, T::SIZE, false)?;
     let value: T = cpu.load(Seg::Ss, lin)?;
     cpu.set_sp(bp.wrapping_add(T::SIZE as u64));
     cpu.set(reg::RBP, value);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn lower_push(ins: &Instruction, mut op: Op) -> Option<Op> {
+fn lower_push(ins: &Instruction, mut op: Op, long: bool) -> Option<Op> {
     let size = usize::try_from(-ins.stack_pointer_increment()).ok()?;
     let handler: Handler = if let Some(register) = gpr_operand(ins, 0) {
         op.r0 = gpr(register);
-        by_size!(size, T in [u16 u32 u64] => push_reg::<T>)
+        by_mode!(long, LONG => by_size!(size, T in [u16 u32 u64] => push_reg::<T, LONG>))
     } else if is_immediate(ins, 0) {
         op.imm = ins.immediate(0);
-        by_size!(size, T in [u16 u32 u64] => push_imm::<T>)
+        by_mode!(long, LONG => by_size!(size, T in [u16 u32 u64] => push_imm::<T, LONG>))
     } else if is_memory(ins, 0) {
         by_size!(size, T in [u16 u32 u64] => push_mem::<T>)
     } else if ins.op0_kind() == OpKind::Register && ins.op0_register().is_segment_register() {
@@ -223,11 +273,11 @@ fn lower_push(ins: &Instruction, mut op: Op) -> Option<Op> {
     Some(op)
 }
 
-fn lower_pop(ins: &Instruction, mut op: Op) -> Option<Op> {
+fn lower_pop(ins: &Instruction, mut op: Op, long: bool) -> Option<Op> {
     let size = usize::try_from(ins.stack_pointer_increment()).ok()?;
     if let Some(register) = gpr_operand(ins, 0) {
         op.r0 = gpr(register);
-        op.handler.set(by_size!(size, T in [u16 u32 u64] => pop_reg::<T>));
+        op.handler.set(by_mode!(long, LONG => by_size!(size, T in [u16 u32 u64] => pop_reg::<T, LONG>)));
     } else if is_memory(ins, 0) {
         op.handler.set(by_size!(size, T in [u16 u32 u64] => pop_mem::<T>));
     } else {
@@ -239,9 +289,10 @@ fn lower_pop(ins: &Instruction, mut op: Op) -> Option<Op> {
 /// Lowers this file's instructions.
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
     let mut op = op_base(ins, ctx, undefined);
+    let long = ctx.code_size == CodeSize::Bits64;
     let handler: Handler = match ins.mnemonic() {
-        Mnemonic::Push => return lower_push(ins, op),
-        Mnemonic::Pop => return lower_pop(ins, op),
+        Mnemonic::Push => return lower_push(ins, op, long),
+        Mnemonic::Pop => return lower_pop(ins, op, long),
         Mnemonic::Pusha => pusha::<u16>,
         Mnemonic::Pushad => pusha::<u32>,
         Mnemonic::Popa => popa::<u16>,
@@ -249,7 +300,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         Mnemonic::Leave => {
             // LEAVE pops the frame pointer: its size is the operand size.
             let size = leave_size(ins);
-            by_size!(size, T in [u16 u32 u64] => leave::<T>)
+            by_mode!(long, LONG => by_size!(size, T in [u16 u32 u64] => leave::<T, LONG>))
         }
         Mnemonic::Enter => {
             op.imm = u64::from(ins.immediate16());

@@ -40,7 +40,7 @@ pub mod access;
 mod coherence;
 pub mod ept;
 mod slow;
-mod tlb;
+pub(crate) mod tlb;
 mod walk;
 mod word;
 mod world;
@@ -50,7 +50,7 @@ pub use self::word::Word;
 /// Translation state of one CPU.
 #[derive(Debug)]
 pub struct Mmu {
-    tlb: Tlb,
+    pub(crate) tlb: Tlb,
     /// The map of guest-physical memory that this CPU uses, its generation, and the region last used.
     map: Arc<Map>,
     generation: u64,
