@@ -1,5 +1,7 @@
 //! The interpreter's main loop: guest mode from entry to exit.
 
+use std::time::Duration;
+
 use crate::code::BlockRef;
 use crate::code::op::{Flow, Op};
 use crate::cpu::{Cpu, Pending, Requests};
@@ -15,13 +17,16 @@ const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 /// A block has at most this many instructions; closer to the limit we step.
 const BLOCK_LONGEST: u64 = 64;
 
+/// How long a CPU that waits in guest mode sleeps between looks at its requests.
+const WAIT: Duration = Duration::from_micros(20);
+
 /// What to run next.
 enum Next {
     /// A block.
     Block,
     /// One instruction, then look again.
     Step,
-    /// Nothing: the CPU is halted.
+    /// Nothing: the CPU is not active, and waits for a request in guest mode.
     Wait,
 }
 
@@ -57,7 +62,7 @@ impl Cpu {
                     Ok(Next::Block) => false,
                     Ok(Next::Step) => true,
                     Ok(Next::Wait) => {
-                        std::thread::yield_now();
+                        std::thread::sleep(WAIT);
                         continue;
                     }
                     Err(exit) => return exit,
@@ -247,7 +252,7 @@ impl Cpu {
         if self.controls.interrupt_window_exiting && self.interrupt_allowed() {
             return Err(Exit::InterruptWindow);
         }
-        if self.state.activity == Activity::Halted {
+        if self.state.activity != Activity::Active {
             return Ok(Next::Wait);
         }
         let close_to_limit = self.controls.instruction_limit - self.counters.instructions < BLOCK_LONGEST;
@@ -303,10 +308,13 @@ impl Cpu {
             || controls.monitor_trap_flag
             || controls.instruction_limit != u64::MAX
             || !self.replay.done.is_empty();
-        if local {
-            self.requests.post(Requests::LOCAL);
-        } else {
-            self.requests.take(Requests::LOCAL);
+        // Nobody else changes this bit, so it is written only when it has to be.
+        if local != (self.requests.get() & Requests::LOCAL != 0) {
+            if local {
+                self.requests.post(Requests::LOCAL);
+            } else {
+                self.requests.take(Requests::LOCAL);
+            }
         }
     }
 }

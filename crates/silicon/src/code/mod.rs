@@ -297,7 +297,7 @@ impl Cpu {
         let limit = self.state.segs[1].limit;
         self.state.code_size != CodeSize::Bits64
             && limit != u32::MAX
-            && self.state.rip + PAGE + 15 > u64::from(limit)
+            && self.state.rip.saturating_add(PAGE + 15) > u64::from(limit)
     }
 
     #[inline(never)]

@@ -60,7 +60,7 @@ impl Cpu {
     fn system_flags_changed(&mut self, op: &Op, old: u64) -> Flow {
         let changed = Rflags::from_bits_retain(old ^ self.state.rflags_system);
         if changed.intersects(Rflags::AC) {
-            self.refresh_mode();
+            self.mode_changed();
         }
         if changed.intersects(Rflags::TF) {
             self.refresh_local();

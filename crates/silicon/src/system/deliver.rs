@@ -3,7 +3,7 @@
 use crate::cpu::{Cpu, Pending, Requests};
 use crate::exception::{Abort, Exception, vector};
 use crate::flags::Rflags;
-use crate::state::{Activity, Seg, Segment, cr0, interruptibility};
+use crate::state::{Activity, CodeSize, Seg, Segment, cr0, interruptibility};
 use crate::system::debug::{DR6_BD, DR6_TRAPS, dr7};
 use crate::system::segment::{Descriptor, code, is_null, kind};
 use crate::system::stack::Stack;
@@ -397,10 +397,17 @@ impl Cpu {
 
     /// Continues at `ip` in `cs` with privilege level `cpl`.
     pub(crate) fn transfer(&mut self, cs: Segment, cpl: u8, ip: u64) {
+        // From 64-bit code to 64-bit code only the privilege level changes.
+        let stays = self.state.code_size == CodeSize::Bits64 && cs.long();
         self.state.segs[Seg::Cs as usize] = cs;
         self.state.cpl = cpl;
         self.state.rip = ip;
-        self.refresh_mode();
+        if stays {
+            self.state.stack32 = self.state.segs[Seg::Ss as usize].big();
+            self.mode_changed();
+        } else {
+            self.refresh_mode();
+        }
     }
 
     /// #GP(0) unless `ip` lies in `cs`: canonical for 64-bit code, otherwise within the limit.

@@ -145,7 +145,7 @@ impl Segment {
     /// let through (SDM vol. 3A, 5.3: implementation-specific).
     #[inline]
     pub(crate) fn covers(&self, offset: u64, size: u64) -> bool {
-        let last = offset.wrapping_add(size).wrapping_sub(1);
+        let last = offset.saturating_add(size.saturating_sub(1));
         if self.attributes & 0b1_1100 == 0b1_0100 {
             let top = if self.big() { 0xffff_ffff } else { 0xffff };
             return offset > u64::from(self.limit) && last <= top;
