@@ -1,0 +1,1 @@
+//! Bare-metal guest programs: what a processor does that no host program can show.
