@@ -2,9 +2,19 @@
 //! that drive the hypervisor's virtual CPUs.
 
 pub mod acpi;
+mod assembly;
 pub mod boot;
+pub mod config;
 pub mod devices;
+pub mod host;
 pub mod layout;
 pub mod loader;
+pub mod machine;
 pub mod memory;
 pub mod mptable;
+mod registers;
+pub mod report;
+
+pub use config::Config;
+pub use machine::{Machine, StartError};
+pub use report::{Outcome, Report, Statistics};

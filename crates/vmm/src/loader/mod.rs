@@ -160,6 +160,13 @@ impl LoadError {
     }
 }
 
+/// Whether the image is likely a Linux kernel, which wants a command line of its own kind: a bzImage, or an ELF file
+/// that is no multiboot image.
+pub fn is_linux<S: Source>(kernel: &Image<S>) -> bool {
+    bzimage::is_bzimage(kernel.head())
+        || elf::is_elf(kernel.head()) && multiboot::find_header(kernel.head()).is_none()
+}
+
 /// Recognizes `kernel`, loads it with its initial RAM disk and command line, and says how to start it.
 pub fn load<K: Source, I: Source>(
     memory: &GuestMemory,

@@ -1,0 +1,245 @@
+//! The command line: options, what their values mean, and the help that explains them.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+use hypervisor::HostParams;
+use silicon::model::CpuModel;
+use vmm::config::{Config, ConsoleTarget, DiskConfig, MAX_CPUS};
+use vmm::memory;
+
+const ABOUT: &str = "Runs virtual machines on an x86 processor made of software";
+
+const LONG_ABOUT: &str = "\
+Runs virtual machines on an x86 processor made of software.
+
+No hardware virtualization is needed: ring3 is KVM in user space over its own processor.";
+
+const BOOT_LONG_ABOUT: &str = "\
+Boots a guest. Its console (the first serial port, 0x3f8) is stdin and stdout, and nothing else is printed there; \
+messages go to stderr, more of them with RING3_LOG=info (or debug, or a tracing filter such as \
+hypervisor=trace).
+
+At the console Ctrl-A x quits, Ctrl-A h helps, and Ctrl-A Ctrl-A sends Ctrl-A to the guest.";
+
+const EXAMPLES: &str = "\
+Examples:
+  Debian's kernel with an initramfs, to an interactive shell:
+    ring3 boot --kernel /boot/vmlinuz-6.12-cloud-amd64 --initrd initrd.cpio.gz \\
+               --append 'console=ttyS0 rdinit=/bin/sh'
+
+  Four virtual CPUs, 2 GiB of memory, a disk that the guest writes and one that it only reads:
+    ring3 boot --kernel vmlinuz --cpus 4 --memory 2G --disk root.img --disk data.img,ro \\
+               --append 'console=ttyS0 root=/dev/vda'
+
+  An older processor without SMAP:
+    ring3 boot --kernel vmlinuz --cpu haswell,-smap
+
+  A bare-metal test program whose result is the exit status:
+    ring3 boot --kernel test.elf --exit-port; echo $?
+
+Exit status:
+  0    the guest powered off or rebooted, or Ctrl-A x was typed
+  odd  with --exit-port, the value that the guest wrote: (value << 1) | 1
+  2    bad arguments, or a file that cannot be used
+  4    triple fault; registers are on stderr
+  6    internal error
+  128+ a signal ended the machine (130 SIGINT, 143 SIGTERM)";
+
+/// `ring3 …`
+#[derive(Debug, Parser)]
+#[command(name = "ring3", version, about = ABOUT, long_about = LONG_ABOUT)]
+pub(crate) struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What `ring3` can do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a guest: a Linux kernel or a bare-metal program
+    #[command(long_about = BOOT_LONG_ABOUT, after_long_help = EXAMPLES)]
+    Boot(Box<BootArguments>),
+}
+
+/// `ring3 boot …`
+#[derive(Debug, Args)]
+pub(crate) struct BootArguments {
+    /// Kernel: a Linux bzImage, an ELF file with a PVH note, or a multiboot-1 image
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+
+    /// Initial RAM disk (for a multiboot image: its first module)
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line [default for Linux: console=ttyS0]
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    append: Option<String>,
+
+    /// Memory, with a unit: 512M, 2G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    memory: u64,
+
+    /// Virtual CPUs, 1 to 8
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_cpus)]
+    cpus: u8,
+
+    #[arg(long, value_name = "MODEL[,+feat,-feat…]", default_value = "sapphire-rapids",
+          value_parser = CpuModel::parse, help = cpu_help(), allow_hyphen_values = true)]
+    pub(crate) cpu: CpuModel,
+
+    /// Disk: a raw image or a block device; `,ro` makes it read-only. Repeat for more
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    disks: Vec<DiskConfig>,
+
+    /// Parameters of the host kernel that ring3 stands in for, as on its command line
+    #[arg(long, value_name = "PARAMS", default_value = "", hide_default_value = true,
+          value_parser = HostParams::parse)]
+    host: HostParams,
+
+    /// The serial console: stdio, file:PATH or none
+    #[arg(long, value_name = "TARGET", default_value = "stdio", value_parser = parse_serial)]
+    serial: ConsoleTarget,
+
+    /// Write what the guest sends to its virtio console (hvc0) to this file
+    #[arg(long, value_name = "FILE")]
+    virtio_console: Option<PathBuf>,
+
+    /// Print figures on stderr at the end: time, instructions, exits by reason
+    #[arg(long)]
+    pub(crate) stats: bool,
+
+    /// Offer the debug-exit port 0xf4: a value written there ends the machine with status (value << 1) | 1
+    #[arg(long)]
+    exit_port: bool,
+}
+
+fn cpu_help() -> String {
+    let names: Vec<_> = silicon::model::models::names().collect();
+    format!("CPU model ({}), with features added and taken away", names.join(", "))
+}
+
+impl BootArguments {
+    /// The machine that the arguments ask for.
+    pub(crate) fn into_config(self, started: Instant) -> Config {
+        Config {
+            kernel: self.kernel,
+            initrd: self.initrd,
+            command_line: self.append,
+            memory: self.memory,
+            cpus: self.cpus,
+            cpu_model: self.cpu,
+            host: self.host,
+            disks: self.disks,
+            serial: self.serial,
+            console: self.virtio_console,
+            exit_port: self.exit_port,
+            rng_seed: None,
+            started,
+        }
+    }
+}
+
+/// Reads a size with a unit: `512M`, `2G`, also `2GiB`.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let wrong = || format!("'{text}' is not a size; write a whole number and a unit, such as 512M or 2G");
+    let shift = match unit.to_ascii_lowercase().trim_end_matches('b').trim_end_matches('i') {
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "" if number == "0" => 0,
+        "" if unit.is_empty() && !number.is_empty() => {
+            return Err(format!("{number} has no unit: did you mean {number}M?"));
+        }
+        _ => return Err(wrong()),
+    };
+    if number.is_empty() {
+        return Err(wrong());
+    }
+    let number: u64 = number.parse().map_err(|_| format!("{text} is more than there can be"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than there can be"))
+}
+
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    memory::check_size(size).map_err(|error| error.to_string())?;
+    Ok(size)
+}
+
+fn parse_cpus(text: &str) -> Result<u8, String> {
+    match text.parse() {
+        Ok(count @ 1..=MAX_CPUS) => Ok(count),
+        _ => Err(format!("'{text}' is not possible: a machine has 1 to {MAX_CPUS} virtual CPUs")),
+    }
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    if let Some(path) = text.strip_suffix(",ro") {
+        return Ok(DiskConfig { path: path.into(), read_only: true });
+    }
+    let path = PathBuf::from(text);
+    match text.rsplit_once(',') {
+        Some((_, option)) if !path.exists() => {
+            Err(format!("'{option}' is not a disk option; the only one is 'ro', for read-only"))
+        }
+        _ => Ok(DiskConfig { path, read_only: false }),
+    }
+}
+
+fn parse_serial(text: &str) -> Result<ConsoleTarget, String> {
+    match text {
+        "stdio" => Ok(ConsoleTarget::Stdio),
+        "none" => Ok(ConsoleTarget::None),
+        _ => match text.strip_prefix("file:") {
+            Some("") => Err("'file:' needs a path, such as file:console.log".into()),
+            Some(path) => Ok(ConsoleTarget::File(path.into())),
+            None => Err(format!("'{text}' is not a console target: stdio, file:PATH or none")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, size) in [
+            ("512M", Some(512 << 20)),
+            ("2g", Some(2 << 30)),
+            ("2GiB", Some(2 << 30)),
+            ("4MB", Some(4 << 20)),
+            ("1T", Some(1 << 40)),
+            ("0", Some(0)),
+            ("512", None),
+            ("", None),
+            ("M", None),
+            ("1.5G", None),
+            ("-1M", None),
+            ("99999999999999999999G", None),
+            ("18446744073709551615T", None),
+        ] {
+            assert_eq!(parse_size(text).ok(), size, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn targets_and_disks() {
+        assert_eq!(parse_serial("file:a:b"), Ok(ConsoleTarget::File("a:b".into())));
+        assert!(parse_serial("file:").is_err() && parse_serial("pty").is_err());
+        assert_eq!(parse_disk("a,b,ro"), Ok(DiskConfig { path: "a,b".into(), read_only: true }));
+        assert!(parse_disk("a,rw").unwrap_err().contains("'rw'"));
+    }
+}
