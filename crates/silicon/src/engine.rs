@@ -17,6 +17,8 @@ const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 /// A block has at most this many instructions; closer to the limit we step.
 const BLOCK_LONGEST: u64 = 64;
 
+/// Requests that other threads make.
+const FOREIGN: u32 = Requests::KICK | Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE;
 /// How long a CPU that waits in guest mode sleeps between looks at its requests.
 const WAIT: Duration = Duration::from_micros(20);
 
@@ -233,12 +235,13 @@ impl Cpu {
         if !self.replay.done.is_empty() {
             return Ok(Next::Step);
         }
-        let requests =
-            self.requests.take(Requests::KICK | Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE);
-        self.mmu_requests(requests);
-        if requests & Requests::KICK != 0 {
-            self.exit_instruction_length = 0;
-            return Err(Exit::ExternalInterrupt);
+        if self.requests.get() & FOREIGN != 0 {
+            let requests = self.requests.take(FOREIGN);
+            self.mmu_requests(requests);
+            if requests & Requests::KICK != 0 {
+                self.exit_instruction_length = 0;
+                return Err(Exit::ExternalInterrupt);
+            }
         }
         if self.counters.instructions >= self.controls.instruction_limit {
             return Err(Exit::Budget);
