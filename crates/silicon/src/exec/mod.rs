@@ -42,6 +42,7 @@ mod testing;
 mod vector;
 mod vector_gather;
 mod vector_masked;
+mod vector_moves;
 #[cfg(test)]
 mod vector_tests;
 mod xsave;

@@ -12,7 +12,7 @@ use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
-use crate::exec::{vector_gather, vector_masked};
+use crate::exec::{vector_gather, vector_masked, vector_moves};
 use crate::hostexec::stub::Stub;
 use crate::hostexec::{MXCSR_DEFINED, class, make_room};
 
@@ -30,7 +30,8 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr => return Some(base(store_mxcsr)),
         _ => {}
     }
-    if let Some(op) = vector_masked::lower_implicit(ins, base(load)) {
+    let special = vector_moves::lower(ins, base(load));
+    if let Some(op) = special.or_else(|| vector_masked::lower_implicit(ins, base(load))) {
         return Some(op);
     }
     if ins.memory_index().is_vector_register() {
@@ -84,6 +85,11 @@ pub(super) fn memory_operand(ins: &Instruction) -> Option<u32> {
     (0..ins.op_count()).find(|&i| ins.op_kind(i) == OpKind::Memory)
 }
 
+/// Whether both operands are one register.
+pub(super) fn is_same_register(ins: &Instruction) -> bool {
+    ins.op0_register() == ins.op1_register() && ins.op1_kind() == OpKind::Register
+}
+
 /// Whether the instruction writes its memory operand. None of those here also reads it.
 pub(super) fn is_store(ins: &Instruction, operand: u32) -> bool {
     let mut factory = iced_x86::InstructionInfoFactory::new();
@@ -93,7 +99,7 @@ pub(super) fn is_store(ins: &Instruction, operand: u32) -> bool {
 
 /// Address bits that must be zero, else #GP (SDM vol. 2A, 2.4 and 2.7: exception types 1, 2, 4 of legacy
 /// instructions, type 1 and E1 of VEX and EVEX ones).
-fn alignment(ins: &Instruction) -> u8 {
+pub(super) fn alignment(ins: &Instruction) -> u8 {
     use Mnemonic::*;
     let size = ins.memory_size().size();
     let aligned = match ins.encoding() {
