@@ -126,6 +126,10 @@ pub struct Cpu {
     pub(crate) trap_after: bool,
     /// Address of the operation that ended the block; see [`Cpu::at`].
     pub(crate) current_op: usize,
+    /// Address of the first operation of the running block.
+    pub(crate) block_start: usize,
+    /// How many more blocks may follow before the engine is to look around.
+    pub(crate) chain: u32,
     pub(crate) replay: Replay,
     pub(crate) code: CodeCache,
     pub(crate) mmu: Mmu,
@@ -153,6 +157,8 @@ impl Cpu {
             deferred: None,
             trap_after: false,
             current_op: 0,
+            block_start: 0,
+            chain: 0,
             replay: Replay::default(),
             code: CodeCache::new(),
             mmu,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::code::BlockRef;
-use crate::code::op::{Flow, Op};
+use crate::code::op::Op;
 use crate::cpu::{Cpu, Pending, Requests};
 use crate::exception::{Abort, Exception};
 use crate::flags::Rflags;
@@ -75,7 +75,7 @@ impl Cpu {
             let result = if step {
                 self.step()
             } else {
-                self.fetch(false).and_then(|block| self.execute(block)).map(|_| ())
+                self.fetch(false).and_then(|block| self.run_block(block, true))
             };
             if result.is_err()
                 && let Err(exit) = self.unwind()
@@ -95,30 +95,6 @@ impl Cpu {
         block
     }
 
-    /// Runs a block to its end, or to the instruction that aborts.
-    #[inline(always)]
-    fn execute(&mut self, block: BlockRef) -> Result<Flow, Abort> {
-        let ops = block.ops();
-        let Some(first) = ops.first() else { return Ok(Flow::End) };
-        let result = (first.handler.get())(self, first);
-        let done = self.ended_at(ops);
-        match result {
-            Ok(_) => self.counters.instructions = self.counters.instructions.wrapping_add(done as u64 + 1),
-            Err(_) => self.undone(ops, done),
-        }
-        result
-    }
-
-    /// Operation `index` of the block did not complete: RIP goes back to it.
-    #[cold]
-    fn undone(&mut self, ops: &[Op], index: usize) {
-        self.counters.instructions += index as u64;
-        if let Some(op) = ops.get(index) {
-            self.state.rip = self.ip_of(op);
-            self.exit_instruction_length = op.length;
-        }
-    }
-
     /// Runs one instruction with everything that hangs on instruction boundaries: breakpoints, single-step
     /// traps, interrupt shadows, the replay of exited accesses.
     fn step(&mut self) -> Result<(), Abort> {
@@ -132,7 +108,7 @@ impl Cpu {
         // RF holds for one instruction; IRET and task switches give a new one.
         let resume = self.state.rflags_system & Rflags::RF.bits();
         self.state.rflags_system &= !Rflags::RF.bits();
-        let result = self.execute(block);
+        let result = self.run_block(block, false);
         let undone = result.is_err();
         if undone {
             self.state.rflags_system |= resume;

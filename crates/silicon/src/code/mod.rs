@@ -271,16 +271,18 @@ impl Cpu {
         let lin = self.code_linear();
         let single = single || self.near_code_limit();
         self.state.regs[usize::from(reg::IP_BASE)] = self.state.rip.wrapping_sub(lin & (PAGE - 1));
-        let entry = &self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)];
-        if entry.lin == lin
-            && entry.context == self.fetch_context()
-            && entry.epoch == self.code.epoch
-            && !single
-            && let Some(block) = entry.block
-        {
-            return Ok(block);
+        match self.block_at_hand(lin) {
+            Some(block) if !single => Ok(block),
+            _ => self.find_block_slow(lin, single),
         }
-        self.find_block_slow(lin, single)
+    }
+
+    /// The block at `lin`, if the jump cache has it.
+    #[inline(always)]
+    pub(crate) fn block_at_hand(&self, lin: u64) -> Option<BlockRef> {
+        let entry = &self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)];
+        let hit = entry.lin == lin && entry.context == self.fetch_context() && entry.epoch == self.code.epoch;
+        if hit { entry.block } else { None }
     }
 
     /// Identifies the address space and mode that instruction fetches use.

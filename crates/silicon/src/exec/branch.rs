@@ -7,6 +7,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Op};
+use crate::code::thread::go_on;
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::exec::operand::{by_condition, by_mode, by_size, condition, gpr_operand, is_memory, operand_size};
@@ -39,10 +40,10 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn jump<const LONG: bool>(&mut self, target: u64) -> Result<Flow, Abort> {
+    fn jump<const LONG: bool>(&mut self, op: &Op, target: u64) -> Result<Flow, Abort> {
         self.check_target::<LONG>(target)?;
         self.state.rip = target;
-        Ok(Flow::End)
+        go_to_rip::<LONG>(self, op)
     }
 
     #[inline(always)]
@@ -54,7 +55,7 @@ impl Cpu {
             if self.quick_store(sp, next) {
                 self.state.regs[SP] = sp;
                 self.state.rip = target;
-                return Ok(Flow::End);
+                return go_on(self, op);
             }
         }
         self.call_slow(target, next)
@@ -83,29 +84,35 @@ impl Cpu {
     }
 }
 
+/// RIP is set; the block of `op` ends.
+#[inline(always)]
+fn go_to_rip<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if LONG { go_on(cpu, op) } else { Ok(Flow::End) }
+}
+
 fn jmp_relative<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.at(op);
-    cpu.jump::<LONG>(cpu.relative::<LONG>(op))
+    cpu.jump::<LONG>(op, cpu.relative::<LONG>(op))
 }
 
 fn jmp_reg<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.at(op);
-    cpu.jump::<LONG>(cpu.get::<T>(op.r0).to_u64())
+    cpu.jump::<LONG>(op, cpu.get::<T>(op.r0).to_u64())
 }
 
 fn jmp_mem<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.at(op);
     let target: T = cpu.load_operand(op)?;
-    cpu.jump::<LONG>(target.to_u64())
+    cpu.jump::<LONG>(op, target.to_u64())
 }
 
 fn jcc<const CC: u8, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.at(op);
     if cpu.state.status.condition(CC) {
-        return cpu.jump::<LONG>(cpu.relative::<LONG>(op));
+        return cpu.jump::<LONG>(op, cpu.relative::<LONG>(op));
     }
     cpu.state.rip = cpu.next_of::<LONG>(op);
-    Ok(Flow::End)
+    go_to_rip::<LONG>(cpu, op)
 }
 
 fn call_relative<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -132,7 +139,7 @@ fn ret<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
         cpu.check_target::<LONG>(target.to_u64())?;
         cpu.state.regs[SP] = sp.wrapping_add(T::SIZE as u64).wrapping_add(op.imm);
         cpu.state.rip = target.to_u64();
-        return Ok(Flow::End);
+        return go_on(cpu, op);
     }
     ret_slow::<T, LONG>(cpu, op)
 }
@@ -150,10 +157,10 @@ fn ret_slow<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, A
 fn jump_if_count_zero<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.at(op);
     if cpu.get::<T>(reg::RCX) == T::default() {
-        return cpu.jump::<LONG>(cpu.relative::<LONG>(op));
+        return cpu.jump::<LONG>(op, cpu.relative::<LONG>(op));
     }
     cpu.state.rip = cpu.next_of::<LONG>(op);
-    Ok(Flow::End)
+    go_to_rip::<LONG>(cpu, op)
 }
 
 /// LOOP, LOOPE, LOOPNE: `T` is the address size, `r2` the kind.
@@ -167,12 +174,14 @@ fn loop_count<T: Word, const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow,
         _ => true,
     };
     if count != T::default() && wanted {
-        cpu.jump::<LONG>(cpu.relative::<LONG>(op))?;
+        let target = cpu.relative::<LONG>(op);
+        cpu.check_target::<LONG>(target)?;
+        cpu.state.rip = target;
     } else {
         cpu.state.rip = cpu.next_of::<LONG>(op);
     }
     cpu.set(reg::RCX, count);
-    Ok(Flow::End)
+    go_to_rip::<LONG>(cpu, op)
 }
 
 const LOOPE: u8 = 1;
