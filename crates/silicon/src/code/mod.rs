@@ -94,7 +94,7 @@ const PATIENCE: u32 = 64;
 /// The 64-byte lines of a page, bit per line, that bytes `from..to` lie in; bytes past the page do not count.
 fn lines(from: usize, to: usize) -> u64 {
     let last = to.saturating_sub(1).min(PAGE as usize - 1) / 64;
-    (u64::MAX << (from / 64 & 63)) & (u64::MAX >> (63 - last))
+    (u64::MAX << ((from / 64) & 63)) & (u64::MAX >> (63 - last))
 }
 
 /// Multiplicative hasher for small integer keys.

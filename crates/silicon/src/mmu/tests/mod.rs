@@ -3,6 +3,7 @@
 
 mod access;
 mod coherence;
+mod random;
 mod walk;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};

@@ -75,8 +75,8 @@ fn four_megabyte_pages_and_pse_36() {
     let mut m = legacy(true);
     m.cpu.features = Features::new(m.cpu.features.set(), 40);
     let lin = 0x0076_5432;
-    m.memory.write::<u32>(PML4 + 4, 0x1240_0000 | 0x1234_5 << 13 & 0x1f_e000 | PS as u32 | 3);
-    let high = u64::from(0x1234_5u32 & 0xff) << 32;
+    m.memory.write::<u32>(PML4 + 4, 0x1240_0000 | 0x45 << 13 | PS as u32 | 3);
+    let high = 0x45u64 << 32;
     assert_eq!(page(walk(&mut m, lin, WRITE)), Ok(high | 0x1276_5000));
     assert_eq!(m.memory.read::<u32>(PML4 + 4) & 0x60, 0x60);
     assert!(walk(&mut m, lin, READ).is_ok_and(|leaf| leaf.has(Leaf::LARGE)));
@@ -283,7 +283,8 @@ fn rights() {
     let plain = |_: &mut CpuState| {};
     type Setup = fn(&mut CpuState);
     let (user, kernel) = (5, 1);
-    let table: &[(u64, Setup, Kind, Class, Result<(), u32>)] = &[
+    type Row = (u64, Setup, Kind, Class, Result<(), u32>);
+    let table: &[Row] = &[
         (user, plain, Read, Class::User, Ok(())),
         (user, plain, Write, Class::User, Err(P_ | W_ | U_)),
         (user | 2, plain, Write, Class::User, Ok(())),
