@@ -34,6 +34,10 @@ use crate::{acpi, boot, mptable, registers};
 /// IA32_MTRR_DEF_TYPE: MTRRs enabled, everything write-back, as firmware leaves it.
 const MTRR_DEF_TYPE: kvm_msr_entry = kvm_msr_entry { index: 0x2ff, reserved: 0, data: 1 << 11 | 6 };
 
+/// IA32_MISC_ENABLE, and its bit for fast string operations, which firmware sets.
+const MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRING: u64 = 1 << 0;
+
 /// How long the reader of the console may take nothing at the end before the rest is dropped.
 const LAST_OUTPUT: Duration = Duration::from_secs(5);
 
@@ -214,9 +218,7 @@ fn create_vcpus(
         let mut vcpu = vm.create_vcpu(id)?;
         let identity = Identity { shape, apic_id: id, ..Identity::default() };
         vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(&config.cpu_model, &identity))?;
-        if vcpu.set_msrs(&[MTRR_DEF_TYPE]) == 0 {
-            tracing::debug!("the CPU model has no MTRRs");
-        }
+        set_firmware_msrs(&mut vcpu);
         if id == 0 {
             let (regs, sregs) = boot::registers(memory, entry, vcpu.sregs())?;
             vcpu.set_sregs(&sregs)?;
@@ -225,6 +227,16 @@ fn create_vcpus(
         vcpus.push(vcpu);
     }
     Ok(vcpus)
+}
+
+/// Sets the MSRs that firmware would have set before it starts an operating system.
+fn set_firmware_msrs(vcpu: &mut Vcpu) {
+    let mut misc = [kvm_msr_entry { index: MISC_ENABLE, ..kvm_msr_entry::default() }];
+    let known = vcpu.get_msrs(&mut misc) == misc.len();
+    misc[0].data |= FAST_STRING;
+    if !known || vcpu.set_msrs(&misc) == 0 || vcpu.set_msrs(&[MTRR_DEF_TYPE]) == 0 {
+        tracing::debug!("the CPU model lacks MSRs that firmware sets");
+    }
 }
 
 impl Machine {
