@@ -173,6 +173,9 @@ build_page_tables:
 
     .code64
 start64:
+    mov al, 0xff /* no interrupts from the 8259s */
+    out 0x21, al
+    out 0xa1, al
     mov eax, KERNEL_DS
     mov ds, eax
     mov es, eax
@@ -359,6 +362,7 @@ fail:
     jmp fail
 
 print:
+    cld
     mov edx, 0x3f8
 1:  lodsb
     test al, al

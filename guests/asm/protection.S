@@ -62,22 +62,21 @@ no_smep:
     TRY
     mov al, [rbp]
     FAULTS(PF, 1)
-    /* A descriptor table in a user page: an implicit access, AC or not. */
-    mov rsi, offset gdt
-    mov rdi, rbp
-    mov ecx, (gdt_end - gdt) / 8
-    stac
-    cld
-    rep movsq
-    sgdt [saved_gdt]
-    lgdt [user_gdt]
 #ifndef QEMU /* which takes AC for implicit accesses too */
+    /* A descriptor table in a user page: an implicit access, AC or not. */
+    mov rax, 0x0000820000000000 + (SCRATCH << 16) + 0xfff /* an LDT there */
+    mov [gdt + SPARE_SEL], rax
+    mov qword ptr [gdt + SPARE_SEL + 8], 0
+    mov eax, SPARE_SEL
+    lldt ax
+    stac
     TRY
-    mov eax, KERNEL_DS
+    mov eax, 4
     mov es, eax
     FAULTS(PF, 1)
+    xor eax, eax
+    lldt ax
 #endif
-    lgdt [saved_gdt]
     clac
     mov rax, cr4
     and rax, ~CR4_SMAP
@@ -190,10 +189,3 @@ no_umip:
     FAULTS(UD, 0)
 no_pku:
     PASS
-
-    .section .data
-    .balign 8
-saved_gdt: .quad 0, 0
-user_gdt:
-    .word gdt_end - gdt - 1
-    .quad SCRATCH

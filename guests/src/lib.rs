@@ -1,1 +1,65 @@
-//! Bare-metal guest programs: what a processor does that no host program can show.
+//! Bare-metal guest programs: what the host cannot show. Each program in `asm` checks itself and says PASS, SKIP or
+//! FAIL with its source line on the serial port, then writes 0 or 1 to the debug-exit port (0xf4). They are multiboot
+//! images, so any virtual machine monitor can run them; [`machine`] is a small one over the hypervisor's calls.
+
+pub mod elf;
+pub mod machine;
+
+/// A guest program.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// Name of its source file without `.S`.
+    pub name: &'static str,
+    /// The ELF image.
+    pub image: &'static [u8],
+    /// vCPUs that it wants.
+    pub cpus: u32,
+}
+
+macro_rules! programs {
+    ($($(#[$doc:meta])* $constant:ident $name:literal $cpus:literal;)*) => {
+        $(
+            $(#[$doc])*
+            pub const $constant: Program = Program {
+                name: $name,
+                image: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".elf")),
+                cpus: $cpus,
+            };
+        )*
+        /// All programs.
+        pub const PROGRAMS: &[Program] = &[$($constant),*];
+    };
+}
+
+programs! {
+    /// Every exception that software can cause.
+    EXCEPTIONS "exceptions" 1;
+    /// Page-table bits, error codes, Accessed and Dirty.
+    PAGES "pages" 1;
+    /// SMEP, SMAP, UMIP, protection keys.
+    PROTECTION "protection" 1;
+    /// Single step, breakpoints, DR6 and DR7.
+    DEBUG "debug" 1;
+    /// String instructions that fault midway.
+    STRINGS "strings" 1;
+    /// Code that changes itself.
+    SELF_MODIFY "smc" 1;
+    /// Code that another processor changes.
+    CROSS_MODIFY "cross_modify" 2;
+    /// SYSCALL, SYSENTER, call gates, compatibility mode.
+    SYSCALLS "syscalls" 1;
+    /// Hardware task switches.
+    TASKS "tasks" 1;
+    /// Real, protected, compatibility and long mode one after the other.
+    MODES "modes" 1;
+    /// Virtual-8086 mode.
+    VIRTUAL_8086 "virtual8086" 1;
+    /// The local APIC's timer and priorities.
+    APIC_TIMER "apic_timer" 1;
+    /// Interprocessor interrupts, INIT and SIPI.
+    IPI "ipi" 4;
+    /// NMI blocking and interrupt shadows.
+    NMI "nmi" 1;
+    /// Locked operations of four processors.
+    ATOMICS "atomics" 4;
+}

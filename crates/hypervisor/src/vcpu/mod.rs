@@ -14,7 +14,7 @@ use kvm_bindings::{
 use silicon::Cpu;
 use silicon::exception::Exception;
 use silicon::model::feature::Feature;
-use silicon::state::CpuState;
+use silicon::state::{CpuState, interruptibility};
 use silicon::vmx::Injection;
 
 use crate::cpuid::Cpuid;
@@ -167,7 +167,13 @@ impl Vcpu {
 
     /// KVM_NMI.
     pub fn nmi(&mut self) {
-        self.nmis = (self.nmis + 1).min(2);
+        self.nmis = (self.nmis + 1).min(self.nmi_limit());
+    }
+
+    /// One NMI may wait behind the one in progress; two if none is (kernel: process_nmi in arch/x86/kvm/x86.c).
+    fn nmi_limit(&self) -> u32 {
+        let blocked = self.cpu.state.interruptibility & interruptibility::NMI != 0;
+        if blocked || self.cpu.injection == Some(Injection::Nmi) { 1 } else { 2 }
     }
 
     /// KVM_INTERRUPT, for VMs without in-kernel interrupt controllers.
@@ -281,7 +287,7 @@ impl Vcpu {
     fn take_apic_events(&mut self) {
         let Some(lapic) = self.lapic.clone() else { return };
         let events = lapic.take_events();
-        self.nmis = (self.nmis + events.nmi).min(2);
+        self.nmis = (self.nmis + events.nmi).min(self.nmi_limit());
         if events.init {
             self.cpu.init_reset();
             lapic.reset(true);
@@ -325,9 +331,9 @@ impl Vcpu {
                 self.nmis -= 1;
                 self.cpu.injection = Some(Injection::Nmi);
                 self.handle.stats.nmis.fetch_add(1, Ordering::Relaxed);
-            } else {
-                self.cpu.controls.nmi_window_exiting = true;
             }
+            // One may be left, or have to wait.
+            self.cpu.controls.nmi_window_exiting = self.nmis != 0;
         }
         if !self.interrupt_pending() {
             return;

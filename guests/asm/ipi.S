@@ -1,0 +1,95 @@
+/* Interprocessor interrupts: fixed, to self, to all, to the others, NMI; INIT and SIPI start a processor again. */
+#include "guest.h"
+#include "smp.h"
+
+#define COUNT(vector) dword ptr [interrupt_counts + 4 * (vector)]
+#define UNTIL(a, b) 95: pause; cmp a, b
+
+main:
+    mov qword ptr [on_interrupt], offset end_of_interrupt
+    call enable_apic
+    mov edi, 3
+    call start_others
+    sti
+
+    IPI(1, ICR_FIXED | 0x41)
+    UNTIL(COUNT(0x41), 1); jne 95b
+    IPI(0, ICR_FIXED | ICR_SELF | 0x42)
+    UNTIL(COUNT(0x42), 1); jne 95b
+    IPI(0, ICR_FIXED | ICR_ALL | 0x43)
+    UNTIL(COUNT(0x43), 4); jne 95b
+    IPI(0, ICR_FIXED | ICR_OTHERS | 0x44)
+    UNTIL(COUNT(0x44), 3); jne 95b
+    /* Logical destination, flat: bits 1 and 3. */
+    mov ecx, APIC
+    mov eax, 0x0a000000
+    mov [rcx + APIC_ICR_HIGH], eax
+    mov dword ptr [rcx + APIC_ICR], ICR_FIXED | 0x800 | 0x45
+    UNTIL(COUNT(0x45), 2); jne 95b
+
+    /* A hundred in a row, each waited for, then a burst of which at least one arrives. */
+    xor ebx, ebx
+1:  IPI(2, ICR_FIXED | 0x46)
+    inc ebx
+2:  pause
+    cmp COUNT(0x46), ebx
+    jne 2b
+    cmp ebx, 100
+    jne 1b
+    mov ebx, 100
+1:  IPI(2, ICR_FIXED | 0x47)
+    dec ebx
+    jnz 1b
+    UNTIL(COUNT(0x47), 1); jb 95b
+
+    /* An NMI arrives though interrupts are off, and wakes from HLT. */
+    mov qword ptr [continue_at], offset nmi
+    IPI(3, ICR_NMI)
+    UNTIL(dword ptr [nmis], 1); jne 95b
+    mov qword ptr [continue_at], 0
+
+    /* INIT stops a processor; SIPI starts it again at the trampoline. */
+    mov eax, [others_running]
+    REQUIRE_EQ(eax, 3)
+    IPI(1, ICR_INIT)
+    mov edi, 1000
+    call wait_microseconds
+    IPI(1, ICR_FIXED | 0x48) /* not taken while it waits for SIPI */
+    mov edi, 1000
+    call wait_microseconds
+    REQUIRE_EQ(COUNT(0x48), 0)
+    IPI(1, ICR_STARTUP | TRAMPOLINE >> 12)
+    UNTIL(dword ptr [others_running], 4); jne 95b
+    IPI(1, ICR_FIXED | 0x49)
+    UNTIL(COUNT(0x49), 1); jne 95b
+    PASS
+
+ap_main:
+    /* Logical ID: one bit for each processor. */
+    mov ecx, APIC
+    mov eax, [rcx + APIC_ID]
+    shr eax, 24
+    xchg eax, ecx
+    mov edx, 1
+    shl edx, cl
+    shl edx, 24
+    mov ecx, APIC
+    mov [rcx + 0xd0], edx
+    mov dword ptr [rcx + 0xe0], 0xffffffff
+1:  sti
+    hlt
+    jmp 1b
+
+end_of_interrupt:
+    push rcx
+    EOI
+    pop rcx
+    ret
+
+nmi:
+    lock inc dword ptr [nmis]
+    jmp return_from_exception
+
+    .section .data
+    .balign 8
+nmis: .quad 0

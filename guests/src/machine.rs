@@ -1,0 +1,217 @@
+//! A machine of memory, vCPUs, in-kernel interrupt controllers, a serial port that collects and a debug-exit port.
+#![expect(unsafe_code, reason = "guest memory is host memory that the processor knows by address")]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hypervisor::{HostParams, System, Vcpu, VcpuExit, Vm};
+use kvm_bindings::{kvm_pit_config, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use silicon::model::CpuModel;
+
+use crate::elf;
+
+/// Bytes of guest memory.
+pub const MEMORY: usize = 16 << 20;
+/// Serial port.
+const SERIAL: u16 = 0x3f8;
+/// Line status: transmitter empty.
+const SERIAL_STATUS: u16 = 0x3fd;
+const STATUS_EMPTY: u64 = 0x60;
+/// Debug-exit port.
+const EXIT_PORT: u16 = 0xf4;
+/// What EAX holds at a multiboot entry.
+const MULTIBOOT_MAGIC: u64 = 0x2bad_b002;
+
+/// What a guest left behind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What it wrote to the serial port.
+    pub console: String,
+    /// What it wrote to the debug-exit port.
+    pub status: Option<u32>,
+    /// Why it ended without writing there.
+    pub stopped: Option<String>,
+}
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The hypervisor refused something.
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+    /// The image is not one of ours.
+    #[error("the image is no ELF file that fits into memory")]
+    Image,
+}
+
+/// Zeroed, page-aligned memory.
+struct Memory(*mut u8);
+
+impl Memory {
+    const LAYOUT: Layout = match Layout::from_size_align(MEMORY, 4096) {
+        Ok(layout) => layout,
+        Err(_) => panic!("a power of two"),
+    };
+
+    fn new() -> Memory {
+        // SAFETY: the size is not zero.
+        let pointer = unsafe { alloc_zeroed(Memory::LAYOUT) };
+        if pointer.is_null() {
+            handle_alloc_error(Memory::LAYOUT);
+        }
+        Memory(pointer)
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Error> {
+        let address = usize::try_from(address).map_err(|_| Error::Image)?;
+        if address.checked_add(bytes.len()).is_none_or(|end| end > MEMORY) {
+            return Err(Error::Image);
+        }
+        // SAFETY: inside the allocation, and no guest runs yet.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(address), bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with the same layout.
+        unsafe { dealloc(self.0, Memory::LAYOUT) };
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    report: Mutex<Report>,
+    over: AtomicBool,
+    ended: Condvar,
+}
+
+impl Shared {
+    fn report(&self) -> MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, change: impl FnOnce(&mut Report)) {
+        let mut report = self.report();
+        if !self.over.swap(true, Ordering::SeqCst) {
+            change(&mut report);
+        }
+        self.ended.notify_all();
+    }
+}
+
+/// Runs a multiboot image on `cpus` processors of `model` until it ends, or `patience` is over.
+pub fn run(image: &[u8], cpus: u32, model: CpuModel, patience: Duration) -> Result<Report, Error> {
+    let mut memory = Memory::new();
+    let image = elf::parse(image).ok_or(Error::Image)?;
+    for segment in &image.segments {
+        memory.write(segment.address, segment.bytes)?;
+    }
+    let system = System::new(model, HostParams::default());
+    let vm = system.create_vm()?;
+    vm.set_user_memory_region(kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: MEMORY as u64,
+        userspace_addr: memory.0 as u64,
+    })?;
+    vm.create_irqchip()?;
+    vm.create_pit2(kvm_pit_config::default())?;
+    let mut vcpus = Vec::new();
+    for id in 0..cpus {
+        let mut vcpu = vm.create_vcpu(id)?;
+        vcpu.set_cpuid2(&system.supported_cpuid())?;
+        if id == 0 {
+            enter_protected_mode(&mut vcpu, image.entry)?;
+        }
+        vcpus.push(vcpu);
+    }
+    let report = run_vcpus(&vm, vcpus, patience);
+    drop(memory);
+    Ok(report)
+}
+
+/// The state that the multiboot specification (version 0.6.96, 3.2) wants.
+fn enter_protected_mode(vcpu: &mut Vcpu, entry: u64) -> Result<(), Error> {
+    let mut sregs = vcpu.sregs();
+    let flat = kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 0x10,
+        type_: 3,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..kvm_segment::default()
+    };
+    sregs.cs = kvm_segment { selector: 8, type_: 11, ..flat };
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (flat, flat, flat, flat, flat);
+    sregs.cr0 = 0x11;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs { rax: MULTIBOOT_MAGIC, rip: entry, rflags: 2, ..kvm_regs::default() });
+    Ok(())
+}
+
+fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration) -> Report {
+    let shared = Shared::default();
+    std::thread::scope(|scope| {
+        for vcpu in vcpus {
+            scope.spawn(|| run_vcpu(vcpu, &shared));
+        }
+        let report = shared.report();
+        let (mut report, timeout) = shared
+            .ended
+            .wait_timeout_while(report, patience, |_| !shared.over.load(Ordering::SeqCst))
+            .unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() && !shared.over.swap(true, Ordering::SeqCst) {
+            report.stopped = Some(format!("did not end in {} s", patience.as_secs()));
+        }
+        drop(report);
+        for handle in vm.vcpus() {
+            handle.set_immediate_exit(true);
+        }
+    });
+    shared.report.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) {
+    while !shared.over.load(Ordering::SeqCst) {
+        match vcpu.run() {
+            Ok(VcpuExit::Io { port: SERIAL, write: Some(value), .. }) => {
+                shared.report().console.push(char::from(value as u8));
+            }
+            Ok(VcpuExit::Io { port: EXIT_PORT, write: Some(value), .. }) => {
+                shared.end(|report| report.status = Some(value));
+            }
+            Ok(VcpuExit::Io { port: SERIAL_STATUS, write: None, .. }) => vcpu.complete(STATUS_EMPTY),
+            Ok(VcpuExit::Io { .. } | VcpuExit::Mmio { .. }) => vcpu.complete(u64::MAX),
+            Ok(exit) => stop(&vcpu, shared, format!("{exit:?}")),
+            Err(hypervisor::Error::Interrupted) => {}
+            Err(error) => stop(&vcpu, shared, error.to_string()),
+        }
+    }
+}
+
+fn stop(vcpu: &Vcpu, shared: &Shared, why: String) {
+    let state = vcpu.state();
+    let text = format!(
+        "vCPU {}: {why}; rip {:#x} cs {:#x} rflags {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} \
+         registers {:x?}",
+        vcpu.handle().id(),
+        state.rip,
+        state.segs[1].selector,
+        state.rflags(),
+        state.cr0,
+        state.cr2,
+        state.cr3,
+        state.cr4,
+        state.efer,
+        &state.regs[..16],
+    );
+    shared.end(|report| report.stopped = Some(text));
+}
