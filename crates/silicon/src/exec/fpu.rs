@@ -17,7 +17,7 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::exec::fpu_image;
-use crate::exec::vector::{is_store, memory_operand};
+use crate::exec::vector::{direct, is_store, memory_operand};
 use crate::hostexec::stub::Stub;
 use crate::hostexec::x87::{FSW_ES, fnstsw};
 use crate::hostexec::{class, make_room};
@@ -168,6 +168,19 @@ fn register(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 
 /// A form that reads memory.
 fn load(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & class::X87 == 0
+        && let Some(mem) = direct(cpu, op, usize::from(op.size), false)
+    {
+        note_pointer(cpu, op);
+        // SAFETY: `size` bytes can be read at the pointer, and the stub reads no more.
+        unsafe { cpu.call_stub(op, mem) };
+        return Ok(Flow::Next);
+    }
+    load_slowly(cpu, op)
+}
+
+#[inline(never)]
+fn load_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu)?;
     load_operand(cpu, op)?;
     note_pointer(cpu, op);
@@ -198,6 +211,19 @@ fn load_operand(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
 
 /// A form that writes memory.
 fn store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & class::X87 == 0
+        && let Some(mem) = direct(cpu, op, usize::from(op.size), true)
+    {
+        note_pointer(cpu, op);
+        // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
+        unsafe { cpu.call_stub(op, mem) };
+        return Ok(Flow::Next);
+    }
+    store_slowly(cpu, op)
+}
+
+#[inline(never)]
+fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu)?;
     let before = note_pointer(cpu, op);
     if let Err(abort) = store_operand(cpu, op, unmasked) {

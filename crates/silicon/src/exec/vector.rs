@@ -147,6 +147,17 @@ pub(super) unsafe fn execute(cpu: &mut Cpu, op: &Op, mem: *mut u8, unmasked: boo
 
 /// A form without memory operand.
 fn register(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & op.extra != 0 {
+        return register_slowly(cpu, op);
+    }
+    // SAFETY: `lower` gave the operation its stub; there is no memory operand.
+    unsafe { cpu.call_stub(op, ptr::null_mut()) };
+    Ok(Flow::Next)
+}
+
+#[cold]
+#[inline(never)]
+fn register_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu, op)?;
     // SAFETY: `lower` gave the operation its stub; there is no memory operand.
     unsafe { execute(cpu, op, ptr::null_mut(), unmasked)? };
@@ -163,8 +174,33 @@ pub(super) fn address(cpu: &mut Cpu, op: &Op, write: bool) -> Result<u64, Abort>
     Ok(lin)
 }
 
+/// Pointer to the memory operand in the common case: nothing to check but the first-level TLB. The slow way
+/// is a tail call then, and the handler needs no stack frame.
+#[inline(always)]
+pub(super) fn direct(cpu: &Cpu, op: &Op, size: usize, write: bool) -> Option<*mut u8> {
+    let lin = cpu.offset(op).wrapping_add(cpu.state.ea_base[usize::from(op.seg & 7)]);
+    if op.has(Op::SLOW_EA) || lin & u64::from(op.r2) != 0 {
+        return None;
+    }
+    let tlb = &cpu.mmu.tlb;
+    let hit = if write { tlb.write_hit(lin, size) } else { tlb.read_hit(lin, size) };
+    hit.map(|host| host as *mut u8)
+}
+
 /// A form that reads memory.
 fn load(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & op.extra == 0
+        && let Some(mem) = direct(cpu, op, usize::from(op.size), false)
+    {
+        // SAFETY: `size` bytes can be read at the pointer, and the stub reads no more.
+        unsafe { cpu.call_stub(op, mem) };
+        return Ok(Flow::Next);
+    }
+    load_slowly(cpu, op)
+}
+
+#[inline(never)]
+fn load_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu, op)?;
     let lin = address(cpu, op, false)?;
     let (seg, size) = (cpu.op_seg(op), usize::from(op.size));
@@ -187,6 +223,18 @@ fn load_copy(cpu: &mut Cpu, op: &Op, lin: u64, unmasked: bool) -> Result<(), Abo
 
 /// A form that writes memory and no register.
 fn store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & op.extra == 0
+        && let Some(mem) = direct(cpu, op, usize::from(op.size), true)
+    {
+        // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
+        unsafe { cpu.call_stub(op, mem) };
+        return Ok(Flow::Next);
+    }
+    store_slowly(cpu, op)
+}
+
+#[inline(never)]
+fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu, op)?;
     let lin = address(cpu, op, true)?;
     let (seg, size) = (cpu.op_seg(op), usize::from(op.size));

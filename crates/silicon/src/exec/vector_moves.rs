@@ -4,7 +4,10 @@
 //! back as one.
 #![expect(unsafe_code, reason = "copies between guest memory and registers")]
 
-use std::ptr;
+use std::arch::x86_64::{
+    __m128i, _mm_cvtsi32_si128, _mm_cvtsi128_si32, _mm_load_si128, _mm_loadl_epi64, _mm_loadu_si128,
+    _mm_store_si128, _mm_storel_epi64, _mm_storeu_si128,
+};
 
 use iced_x86::{Code, Instruction, OpKind};
 
@@ -12,7 +15,7 @@ use crate::code::lower::gpr;
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
-use crate::exec::vector::{alignment, is_same_register, memory_operand};
+use crate::exec::vector::{alignment, direct, is_same_register, memory_operand};
 use crate::hostexec::class;
 use crate::mmu::Word;
 
@@ -75,6 +78,15 @@ fn admitted(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
     if cpu.hostexec.gate & op.extra == 0 { Ok(()) } else { cpu.admit(op.extra) }
 }
 
+/// The instruction may not simply run: says why, or runs it after all.
+#[cold]
+#[inline(never)]
+fn again(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.admit(op.extra)?;
+    // `admit` has opened the gate for SSE.
+    (op.handler.get())(cpu, op)
+}
+
 #[inline(always)]
 fn address<const SIZE: usize>(cpu: &mut Cpu, op: &Op, write: bool) -> Result<u64, Abort> {
     let lin = cpu.ea(op, SIZE, write)?;
@@ -86,71 +98,160 @@ fn address<const SIZE: usize>(cpu: &mut Cpu, op: &Op, write: bool) -> Result<u64
 
 /// Low 128 bits of a register.
 #[inline(always)]
-fn set_xmm(cpu: &mut Cpu, register: u8, value: [u8; XMM]) {
+fn set_xmm(cpu: &mut Cpu, register: u8, value: __m128i) {
     let zmm = &mut cpu.state.zmm[usize::from(register & 31)].0;
-    if let Some(low) = zmm.first_chunk_mut::<XMM>() {
-        *low = value;
-    }
+    // SAFETY: the register is 64 bytes at a multiple of 64.
+    unsafe { _mm_store_si128(zmm.as_mut_ptr().cast(), value) };
 }
 
 #[inline(always)]
-fn xmm(cpu: &Cpu, register: u8) -> [u8; XMM] {
+fn xmm(cpu: &Cpu, register: u8) -> __m128i {
     let zmm = &cpu.state.zmm[usize::from(register & 31)].0;
-    zmm.first_chunk::<XMM>().copied().unwrap_or_default()
+    // SAFETY: the register is 64 bytes at a multiple of 64.
+    unsafe { _mm_load_si128(zmm.as_ptr().cast()) }
+}
+
+/// Reads `SIZE` bytes (4, 8 or 16) and zeroes the rest, in one host register: two halves in memory would be
+/// slow to read back as one.
+///
+/// # Safety
+///
+/// `SIZE` bytes can be read at `mem`.
+#[inline(always)]
+unsafe fn read<const SIZE: usize>(mem: *const u8) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match SIZE {
+            16 => _mm_loadu_si128(mem.cast()),
+            8 => _mm_loadl_epi64(mem.cast()),
+            _ => _mm_cvtsi32_si128(mem.cast::<i32>().read_unaligned()),
+        }
+    }
+}
+
+/// Writes the low `SIZE` bytes (4, 8 or 16).
+///
+/// # Safety
+///
+/// `SIZE` bytes can be written at `mem`.
+#[inline(always)]
+unsafe fn write<const SIZE: usize>(mem: *mut u8, value: __m128i) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match SIZE {
+            16 => _mm_storeu_si128(mem.cast(), value),
+            8 => _mm_storel_epi64(mem.cast(), value),
+            _ => mem.cast::<i32>().write_unaligned(_mm_cvtsi128_si32(value)),
+        }
+    }
 }
 
 /// Loads `SIZE` bytes and zeroes the rest of the 128 bits.
 fn load<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & op.extra == 0
+        && let Some(mem) = direct(cpu, op, SIZE, false)
+    {
+        // SAFETY: `SIZE` bytes can be read at the pointer.
+        let value = unsafe { read::<SIZE>(mem) };
+        set_xmm(cpu, op.r0, value);
+        return Ok(Flow::Next);
+    }
+    load_slowly::<SIZE>(cpu, op)
+}
+
+#[inline(never)]
+fn load_slowly<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted(cpu, op)?;
     let lin = address::<SIZE>(cpu, op, false)?;
-    let mut value = [0; XMM];
-    match cpu.host_pointer(cpu.op_seg(op), lin, SIZE, false)? {
-        // SAFETY: `SIZE` bytes, at most 16, can be read at the pointer.
-        Some(mem) => unsafe { ptr::copy_nonoverlapping(mem, value.as_mut_ptr(), SIZE) },
-        None => cpu.read_bytes(cpu.op_seg(op), lin, &mut value[..SIZE])?,
-    }
+    let value = match cpu.host_pointer(cpu.op_seg(op), lin, SIZE, false)? {
+        // SAFETY: `SIZE` bytes can be read at the pointer.
+        Some(mem) => unsafe { read::<SIZE>(mem) },
+        None => load_copy(cpu, op, lin, SIZE)?,
+    };
     set_xmm(cpu, op.r0, value);
     Ok(Flow::Next)
 }
 
+#[cold]
+fn load_copy(cpu: &mut Cpu, op: &Op, lin: u64, size: usize) -> Result<__m128i, Abort> {
+    let mut bytes = [0; XMM];
+    cpu.read_bytes(cpu.op_seg(op), lin, &mut bytes[..size])?;
+    // SAFETY: an XMM register's bytes.
+    Ok(unsafe { read::<XMM>(bytes.as_ptr()) })
+}
+
 fn store<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.hostexec.gate & op.extra == 0
+        && let Some(mem) = direct(cpu, op, SIZE, true)
+    {
+        // SAFETY: `SIZE` bytes can be written at the pointer.
+        unsafe { write::<SIZE>(mem, xmm(cpu, op.r1)) };
+        return Ok(Flow::Next);
+    }
+    store_slowly::<SIZE>(cpu, op)
+}
+
+#[inline(never)]
+fn store_slowly<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted(cpu, op)?;
     let lin = address::<SIZE>(cpu, op, true)?;
-    let value = xmm(cpu, op.r1);
     match cpu.host_pointer(cpu.op_seg(op), lin, SIZE, true)? {
-        // SAFETY: `SIZE` bytes, at most 16, can be written at the pointer.
-        Some(mem) => unsafe { ptr::copy_nonoverlapping(value.as_ptr(), mem, SIZE) },
-        None => cpu.write_bytes(cpu.op_seg(op), lin, &value[..SIZE])?,
+        // SAFETY: `SIZE` bytes can be written at the pointer.
+        Some(mem) => unsafe { write::<SIZE>(mem, xmm(cpu, op.r1)) },
+        None => store_copy(cpu, op, lin, SIZE)?,
     }
     Ok(Flow::Next)
 }
 
+#[cold]
+fn store_copy(cpu: &mut Cpu, op: &Op, lin: u64, size: usize) -> Result<(), Abort> {
+    let mut bytes = [0; XMM];
+    // SAFETY: an XMM register's bytes.
+    unsafe { write::<XMM>(bytes.as_mut_ptr(), xmm(cpu, op.r1)) };
+    cpu.write_bytes(cpu.op_seg(op), lin, &bytes[..size])
+}
+
 /// Copies `SIZE` bytes and zeroes the rest of the 128 bits.
 fn copy<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    admitted(cpu, op)?;
-    let mut value = xmm(cpu, op.r1);
-    value[SIZE..].fill(0);
+    if cpu.hostexec.gate & op.extra != 0 {
+        return again(cpu, op);
+    }
+    let source = &cpu.state.zmm[usize::from(op.r1 & 31)].0;
+    // SAFETY: a register has more than `SIZE` bytes.
+    let value = unsafe { read::<SIZE>(source.as_ptr()) };
     set_xmm(cpu, op.r0, value);
     Ok(Flow::Next)
 }
 
 fn from_general<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    admitted(cpu, op)?;
-    let value = u128::from(cpu.get::<T>(op.r1).to_u64());
-    set_xmm(cpu, op.r0, value.to_le_bytes());
+    if cpu.hostexec.gate & op.extra != 0 {
+        return again(cpu, op);
+    }
+    let value = cpu.get::<T>(op.r1).to_u64();
+    // SAFETY: eight bytes of our own.
+    let value = unsafe { read::<8>((&raw const value).cast()) };
+    set_xmm(cpu, op.r0, value);
     Ok(Flow::Next)
 }
 
 fn to_general<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    admitted(cpu, op)?;
-    let value = u128::from_le_bytes(xmm(cpu, op.r1)) as u64;
+    if cpu.hostexec.gate & op.extra != 0 {
+        return again(cpu, op);
+    }
+    let mut value = 0u64;
+    // SAFETY: eight bytes of our own.
+    unsafe { write::<8>((&raw mut value).cast(), xmm(cpu, op.r1)) };
     cpu.set::<T>(op.r0, T::from_u64(value));
     Ok(Flow::Next)
 }
 
 /// An exclusive or of a register with itself.
 fn zero(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    admitted(cpu, op)?;
-    set_xmm(cpu, op.r0, [0; XMM]);
+    if cpu.hostexec.gate & op.extra != 0 {
+        return again(cpu, op);
+    }
+    let zero = [0u8; XMM];
+    // SAFETY: an XMM register's bytes.
+    set_xmm(cpu, op.r0, unsafe { read::<XMM>(zero.as_ptr()) });
     Ok(Flow::Next)
 }

@@ -173,7 +173,7 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         if written & (1 << row.bit) == 0 {
             continue;
         }
-        let length = area::save(&cpu.state, row.bit, count, &mut buffer[..row.size as usize]);
+        let length = area::save(&cpu.state, row.bit, count, &mut buffer[..(row.size as usize).min(LONGEST)]);
         cpu.write_area(seg, lin + at as u64, &buffer[..length])?;
     }
     if compacted {
@@ -248,7 +248,7 @@ fn read_header(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<[u64; 8], Abort> {
     Ok(words)
 }
 
-/// Everything is read and checked before anything changes.
+/// Everything is checked before anything changes.
 fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: u64) -> Result<Flow, Abort> {
     let (seg, compacted, count) = (cpu.op_seg(op), layout & COMPACTED != 0, cpu.visible_registers());
     let loaded = requested & used;
@@ -264,12 +264,22 @@ fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: 
     if load_mxcsr && mxcsr & !MXCSR_DEFINED != 0 {
         return Err(cpu.raise(Exception::gp(0)));
     }
-    // What is requested but not loaded gets its initial configuration, which is all zeroes.
-    let mut buffers = [[0; LONGEST]; COMPONENTS.len()];
     let places = if compacted { layout & !COMPACTED } else { requested };
-    for (row, at) in placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0) {
-        let index = COMPONENTS.iter().position(|other| other.bit == row.bit).unwrap_or(0);
-        cpu.read_area(seg, lin + at as u64, &mut buffers[index][..row.size as usize])?;
+    let in_area = || placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0);
+    if let Some(end) = in_area().map(|(row, at)| at + row.size as usize).max() {
+        cpu.probe(seg, lin, end, false)?;
+    }
+    let mut buffer = [0; LONGEST];
+    for (row, at) in in_area() {
+        let bytes = &mut buffer[..(row.size as usize).min(LONGEST)];
+        cpu.read_area(seg, lin + at as u64, bytes)?;
+        area::load(&mut cpu.state, row.bit, count, bytes);
+    }
+    // What is requested but not loaded gets its initial configuration, which is all zeroes.
+    let initial = requested & !loaded;
+    for row in COMPONENTS.iter().filter(|row| initial & (1 << row.bit) != 0) {
+        let bytes = (row.size as usize).min(LONGEST);
+        area::load(&mut cpu.state, row.bit, count, &[0; LONGEST][..bytes]);
     }
     let selectors = cpu.hostexec.x87_selectors;
     if requested & X87 != 0 {
@@ -287,11 +297,6 @@ fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: 
         cpu.set_mxcsr(mxcsr);
     } else if compacted && requested & SSE != 0 {
         cpu.set_mxcsr(MXCSR_RESET);
-    }
-    for (row, buffer) in COMPONENTS.iter().zip(&buffers) {
-        if requested & (1 << row.bit) != 0 {
-            area::load(&mut cpu.state, row.bit, count, &buffer[..row.size as usize]);
-        }
     }
     if requested & xstate::PKRU != 0 {
         cpu.pkru_changed();
