@@ -215,6 +215,8 @@ impl Uses {
                 uses.k_read |= u8::from(read) << (number & 7);
                 uses.k_written |= u8::from(written) << (number & 7);
             } else if register.is_gpr() && register.full_register() != MEM {
+                // iced numbers byte registers with AH, CH, DH and BH among them.
+                let number = register.full_register().number();
                 uses.gpr_read |= u16::from(read) << (number & 15);
                 if written {
                     uses.gpr_written[number & 15] = register.size() as u8;
