@@ -109,6 +109,10 @@ impl Vcpu {
     }
 
     fn cpuid_exit(&mut self) -> Option<VcpuExit> {
+        if self.msrs.cpuid_faulting() && self.cpu.state.cpl > 0 {
+            self.inject_gp();
+            return None;
+        }
         let regs = &self.cpu.state.regs;
         let (leaf, subleaf) = (regs[usize::from(reg::RAX)] as u32, regs[usize::from(reg::RCX)] as u32);
         let [eax, ebx, ecx, edx] = self.cpuid.lookup(leaf, subleaf, &self.cpu.state, self.apic_base());

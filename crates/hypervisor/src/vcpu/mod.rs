@@ -13,8 +13,9 @@ use kvm_bindings::{
 };
 use silicon::Cpu;
 use silicon::exception::Exception;
+use silicon::flags::Rflags;
 use silicon::model::feature::Feature;
-use silicon::state::{CpuState, interruptibility};
+use silicon::state::{Activity, CpuState, interruptibility};
 use silicon::vmx::Injection;
 
 use crate::cpuid::Cpuid;
@@ -291,8 +292,12 @@ impl Vcpu {
         if events.init {
             self.cpu.init_reset();
             lapic.reset(true);
-            let bsp = lapic.apic_base() & APIC_BASE_BSP != 0;
-            self.mp_state = if bsp { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_INIT_RECEIVED };
+            self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
+            if lapic.apic_base() & APIC_BASE_BSP != 0 {
+                // The bootstrap processor does not wait for a start-up IPI.
+                self.cpu.state.activity = Activity::Active;
+                self.mp_state = KVM_MP_STATE_RUNNABLE;
+            }
         }
         if let Some(vector) = events.sipi
             && self.mp_state == KVM_MP_STATE_INIT_RECEIVED
@@ -309,7 +314,7 @@ impl Vcpu {
             self.handle.stats.halts.fetch_add(1, Ordering::Relaxed);
         }
         let interrupts = halted && self.cpu.interrupt_allowed();
-        let nmi = halted && self.nmis != 0 && self.cpu.nmi_allowed();
+        let nmi = halted && (self.nmis != 0 && self.cpu.nmi_allowed() || self.cpu.pending_debug != 0);
         let (lapic, chip) = (self.lapic.as_deref(), self.vm.irqchip());
         let runnable = || match (lapic, chip) {
             (Some(lapic), Some(chip)) => nmi || interrupts && chip.has_interrupt(lapic),
@@ -370,13 +375,18 @@ impl Vcpu {
 
     /// Back to the state after power-up (not an ioctl: our VMM's reset).
     pub fn reset(&mut self) {
+        // Drops what an unfinished instruction left behind.
+        self.cpu.init_reset();
         self.cpu.state = (*self.reset_state).clone();
         self.cpu.injection = None;
+        self.msrs.reset();
         self.cpu.refresh_mode();
         self.cpu.paging_changed();
     }
 
+    /// #GP(0) for the instruction that exited. Injection leaves RF to us, as VM entry does.
     fn inject_gp(&mut self) {
+        self.cpu.state.rflags_system |= Rflags::RF.bits();
         self.cpu.injection = Some(Injection::Exception(Exception::gp(0)));
     }
 }
