@@ -121,7 +121,7 @@ impl Cpu {
         result?;
         // A shadow that this very instruction began stays; the one it ran under is over.
         self.state.interruptibility &= !shadow;
-        let repeats = block.ops().first().is_some_and(|op| op.has(Op::REP) || op.has(Op::REPNE));
+        let repeats = block.first().has(Op::REP) || block.first().has(Op::REPNE);
         if repeats && self.state.rip == rip {
             // Between the iterations of a string instruction its breakpoint is not met again.
             self.state.rflags_system |= Rflags::RF.bits();

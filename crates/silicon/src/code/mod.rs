@@ -51,11 +51,18 @@ pub(crate) struct Block {
 pub(crate) struct BlockRef(NonNull<Block>);
 
 impl BlockRef {
-    /// The block.
-    #[inline(always)]
+    /// Its operations.
+    #[cfg(test)]
     pub(crate) fn ops(&self) -> &[Op] {
         // SAFETY: blocks are freed only in `reclaim`, which the engine calls while it holds no `BlockRef`.
         unsafe { &self.0.as_ref().ops }
+    }
+
+    /// Its first operation.
+    #[inline(always)]
+    pub(crate) fn first(&self) -> &Op {
+        // SAFETY: as above; and `decode_block` makes no block without a `fall_through` at its end.
+        unsafe { self.0.as_ref().ops.get_unchecked(0) }
     }
 
     /// Bytes of code.
@@ -123,7 +130,7 @@ impl std::hash::Hasher for Mixer {
 /// All decoded code of one CPU.
 pub(crate) struct CodeCache {
     pages: HashMap<u64, CodePage, BuildMixer>,
-    jump: Box<[JumpEntry]>,
+    jump: Box<[JumpEntry; JUMP_ENTRIES]>,
     epoch: u64,
     ops: usize,
     graveyard: Vec<Box<Block>>,
@@ -137,7 +144,7 @@ impl CodeCache {
         let empty = JumpEntry { lin: 0, context: 0, epoch: 0, block: None };
         CodeCache {
             pages: HashMap::default(),
-            jump: vec![empty; JUMP_ENTRIES].into_boxed_slice(),
+            jump: Box::new([empty; JUMP_ENTRIES]),
             epoch: 1,
             ops: 0,
             graveyard: Vec::new(),

@@ -52,7 +52,8 @@ pub(crate) fn go_on(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     }
     let rip = cpu.state.rip;
     let Some(block) = cpu.block_at_hand(rip) else { return Ok(Flow::End) };
-    let Some(first) = block.ops().first() else { return Ok(Flow::End) };
+    // SAFETY: blocks live until the engine looks for one that is not at hand, after the handlers have returned.
+    let first = unsafe { &*std::ptr::from_ref(block.first()) };
     cpu.chain -= 1;
     cpu.count_block();
     cpu.block_start = std::ptr::from_ref(first).addr();
@@ -76,7 +77,7 @@ impl Cpu {
     /// aborts.
     #[inline(always)]
     pub(crate) fn run_block(&mut self, block: BlockRef, chain: bool) -> Result<(), Abort> {
-        let Some(first) = block.ops().first() else { return Ok(()) };
+        let first = block.first();
         self.chain = if chain { CHAIN_LONGEST } else { 0 };
         self.block_start = std::ptr::from_ref(first).addr();
         match (first.handler.get())(self, first) {

@@ -46,24 +46,31 @@ impl Cpu {
         go_to_rip::<LONG>(self, op)
     }
 
+    /// The return address is stored before the target is looked at: a target that may not be gone to leaves it
+    /// below the stack pointer, as on silicon.
     #[inline(always)]
     fn call<T: Word, const LONG: bool>(&mut self, op: &Op, target: u64) -> Result<Flow, Abort> {
-        self.check_target::<LONG>(target)?;
         let next = T::from_u64(self.next_of::<LONG>(op));
         if LONG {
             let sp = self.state.regs[SP].wrapping_sub(T::SIZE as u64);
             if self.quick_store(sp, next) {
+                self.check_target::<LONG>(target)?;
                 self.state.regs[SP] = sp;
                 self.state.rip = target;
                 return go_on(self, op);
             }
         }
-        self.call_slow(target, next)
+        self.call_slow::<T, LONG>(target, next)
     }
 
     #[inline(never)]
-    fn call_slow<T: Word>(&mut self, target: u64, next: T) -> Result<Flow, Abort> {
+    fn call_slow<T: Word, const LONG: bool>(&mut self, target: u64, next: T) -> Result<Flow, Abort> {
+        let sp = self.state.regs[SP];
         self.push(next)?;
+        if let Err(abort) = self.check_target::<LONG>(target) {
+            self.state.regs[SP] = sp;
+            return Err(abort);
+        }
         self.state.rip = target;
         Ok(Flow::End)
     }

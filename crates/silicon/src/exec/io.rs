@@ -72,7 +72,7 @@ fn output<T: Word, const DX: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
 
 /// INS: the destination is known to be writable before the port is read.
 fn ins<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, |cpu, op, _| {
+    cpu.repeat(op, &[], |cpu, op, _| {
         let port = cpu.get(reg::RDX);
         cpu.check_io_permission(port, T::SIZE)?;
         let to = cpu.string_offset(reg::RDI, op);
@@ -86,7 +86,7 @@ fn ins<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 }
 
 fn outs<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, |cpu, op, _| {
+    cpu.repeat(op, &[], |cpu, op, _| {
         let port = cpu.get(reg::RDX);
         cpu.check_io_permission(port, T::SIZE)?;
         let (seg, from) = (cpu.op_seg(op), cpu.string_offset(reg::RSI, op));

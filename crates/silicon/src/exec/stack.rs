@@ -39,12 +39,6 @@ impl Cpu {
         self.linearize(Seg::Ss, offset, size, write)
     }
 
-    /// Stack pointer, truncated to the stack's width.
-    #[inline(always)]
-    pub(crate) fn sp(&self) -> u64 {
-        self.state.regs[SP] & self.stack_mask()
-    }
-
     /// Sets RSP, ESP or SP, whichever the stack's width says; a 16-bit stack keeps the upper bits.
     #[inline(always)]
     pub(crate) fn set_sp(&mut self, sp: u64) {
@@ -224,9 +218,9 @@ fn enter_frame<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
         cpu.push(T::from_u64(frame))?;
     }
     let sp = cpu.state.regs[SP].wrapping_sub(op.imm);
-    // ENTER faults wherever a write at the final stack pointer would.
+    // ENTER faults wherever a write at the final stack pointer would; alignment is checked too.
     let top = cpu.stack_linear(sp, T::SIZE, true)?;
-    cpu.probe(Seg::Ss, top, T::SIZE, true)?;
+    cpu.load_for_write(Seg::Ss, top, T::SIZE)?;
     cpu.set(reg::RBP, T::from_u64(frame));
     cpu.set_sp(sp);
     Ok(())

@@ -51,11 +51,13 @@ struct Run {
 
 impl Cpu {
     /// Runs a string instruction, repeated if its prefix says so. `go` does between one and the given number
-    /// of elements and moves RSI and RDI.
+    /// of elements and moves RSI and RDI. `cleared` are the registers whose upper half a repetition with
+    /// 32-bit addresses clears even if no element is done, which depends on the instruction's microcode.
     #[inline(always)]
     pub(super) fn repeat(
         &mut self,
         op: &Op,
+        cleared: &[u8],
         mut go: impl FnMut(&mut Cpu, &Op, u64) -> Result<Progress, Abort>,
     ) -> Result<Flow, Abort> {
         if !op.has(Op::REP) && !op.has(Op::REPNE) {
@@ -65,6 +67,11 @@ impl Cpu {
         }
         let mask = op.addr_mask();
         let mut count = self.state.regs[usize::from(reg::RCX)] & mask;
+        if mask == 0xffff_ffff {
+            for &register in cleared {
+                self.state.regs[usize::from(register & 15)] &= mask;
+            }
+        }
         // A debugger sees every iteration.
         let watched = self.state.flag(Rflags::TF) || self.state.dr7 & DR7_ENABLES != 0;
         while count != 0 {
@@ -220,7 +227,7 @@ fn fill_run<T: Word>(to: *mut u8, value: T, n: u64, down: bool) {
 }
 
 fn movs<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, movs_go::<T>)
+    cpu.repeat(op, &[reg::RCX, reg::RSI, reg::RDI], movs_go::<T>)
 }
 
 fn movs_go<T: Word>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort> {
@@ -245,7 +252,7 @@ fn movs_go<T: Word>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort
 }
 
 fn stos<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, stos_go::<T>)
+    cpu.repeat(op, &[reg::RCX, reg::RDI], stos_go::<T>)
 }
 
 fn stos_go<T: Word>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort> {
@@ -267,7 +274,7 @@ fn stos_go<T: Word>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort
 
 /// LODS. Repeating it makes little sense and gets no fast way.
 fn lods<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, |cpu, op, _| {
+    cpu.repeat(op, &[], |cpu, op, _| {
         let (seg, from) = (cpu.op_seg(op), cpu.string_offset(reg::RSI, op));
         let lin = cpu.string_linear(seg, from, T::SIZE, false)?;
         let value: T = cpu.load(seg, lin)?;
@@ -284,7 +291,7 @@ fn stops(op: &Op, equal: bool) -> bool {
 }
 
 fn scas<T: Arithmetic>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, scas_go::<T>)
+    cpu.repeat(op, &[], scas_go::<T>)
 }
 
 fn scas_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort> {
@@ -312,8 +319,9 @@ fn scas_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress,
     Ok(Progress { done, stop: stops(op, last == wanted), status: Some(compare(wanted, last)) })
 }
 
+/// CMPS reads the operand at RDI first, as the host's silicon does.
 fn cmps<T: Arithmetic>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.repeat(op, cmps_go::<T>)
+    cpu.repeat(op, &[reg::RCX], cmps_go::<T>)
 }
 
 fn cmps_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort> {
@@ -321,11 +329,11 @@ fn cmps_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress,
     let right_at = cpu.string_offset(reg::RDI, op);
     let (mut done, mut left, mut right) = (0, T::default(), T::default());
     if most > 1
-        && let Some(lefts) = cpu.run_at::<T>(op, seg, left_at, most, false)?
-        && let Some(rights) = cpu.run_at::<T>(op, Seg::Es, right_at, lefts.elements, false)?
+        && let Some(rights) = cpu.run_at::<T>(op, Seg::Es, right_at, most, false)?
+        && let Some(lefts) = cpu.run_at::<T>(op, seg, left_at, rights.elements, false)?
     {
         let down = cpu.downward();
-        while done < rights.elements {
+        while done < lefts.elements {
             // SAFETY: `run_at` says that these elements are guest memory.
             (left, right) = unsafe {
                 (
@@ -339,10 +347,10 @@ fn cmps_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress,
             }
         }
     } else {
-        let lin = cpu.string_linear(seg, left_at, T::SIZE, false)?;
-        left = cpu.load(seg, lin)?;
         let lin = cpu.string_linear(Seg::Es, right_at, T::SIZE, false)?;
         right = cpu.load(Seg::Es, lin)?;
+        let lin = cpu.string_linear(seg, left_at, T::SIZE, false)?;
+        left = cpu.load(seg, lin)?;
         done = 1;
     }
     cpu.step_index::<T>(reg::RSI, op, done);
@@ -354,6 +362,10 @@ fn cmps_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress,
 pub(super) fn string_op(ins: &Instruction, ctx: &LowerCtx) -> Op {
     let mut op = op_base(ins, ctx, undefined);
     op.seg = seg_index(ins.memory_segment());
+    if ctx.code_size == CodeSize::Bits64 && op.seg < Seg::Fs as u8 {
+        // 64-bit mode ignores the other overrides, also in the choice between #SS and #GP.
+        op.seg = Seg::Ds as u8;
+    }
     for kind in ins.op_kinds() {
         match kind {
             OpKind::MemorySegSI | OpKind::MemoryESDI => op.flags |= Op::ADDR16,
