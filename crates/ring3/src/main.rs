@@ -52,7 +52,7 @@ fn boot(arguments: BootArguments, started: Instant) -> u8 {
     match result {
         Ok(report) => {
             if with_statistics {
-                say(&format!("ring3 statistics\n{}", report.statistics).trim_end().to_owned());
+                say(format!("ring3 statistics\n{}", report.statistics).trim_end());
             }
             explain(&report);
             status::of_outcome(&report.outcome)

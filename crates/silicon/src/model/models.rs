@@ -61,11 +61,14 @@ impl ModelRow {
 
 use Feature::*;
 
+/// IA32_ARCH_CAPABILITIES: enhanced IBRS.
+const IBRS_ALL: u64 = 1 << 1;
+
 /// IA32_ARCH_CAPABILITIES of a processor that does not speculate: what no attack can reach, and enhanced IBRS
 /// (SDM vol. 4, table 2-2: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO,
 /// SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, FB_CLEAR, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO).
 const NOT_VULNERABLE: u64 = 1 << 0
-    | 1 << 1
+    | IBRS_ALL
     | 1 << 3
     | 1 << 4
     | 1 << 5
@@ -412,9 +415,10 @@ impl CpuModel {
     }
 
     /// IA32_ARCH_CAPABILITIES: whatever the part, the processor underneath is one that does not speculate. KVM
-    /// tells guests of parts without the register the same of its own.
+    /// tells guests of parts without the register the same of its own. Enhanced IBRS is IA32_SPEC_CTRL's, so a part
+    /// without that register does not claim it: Linux would write it.
     pub fn arch_capabilities(&self) -> u64 {
-        NOT_VULNERABLE
+        if self.has(Feature::SpecCtrl) { NOT_VULNERABLE } else { NOT_VULNERABLE & !IBRS_ALL }
     }
 }
 

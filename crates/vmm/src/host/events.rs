@@ -115,8 +115,8 @@ impl EventLoop {
                 flush_at.get_or_insert_with(|| Instant::now() + REST_DELAY);
             }
             if flush_at.is_some_and(|at| at <= Instant::now()) {
-                let clean = self.outputs.iter().fold(true, |clean, output| output.try_flush() && clean);
-                flush_at = (!clean).then(|| Instant::now() + REST_DELAY);
+                let unfinished = self.outputs.iter().filter(|output| !output.try_flush()).count();
+                flush_at = (unfinished != 0).then(|| Instant::now() + REST_DELAY);
             }
             if ready.room
                 && let Some(input) = &mut self.input
