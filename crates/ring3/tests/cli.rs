@@ -296,3 +296,42 @@ fn closed_standard_streams_are_no_error() {
     }
     assert!(Path::new(&kernel).exists());
 }
+
+#[test]
+fn the_terminal_is_as_it_was() {
+    let files = Files::new();
+    let reading: &[u8] = &[
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, // wait for a byte on the serial port
+    ];
+    for (code, status) in [(POWER_OFF, 0), (TRIPLE_FAULT, 4)] {
+        let kernel = files.put("guest.bin", &guest(&[PRINT, reading, code].concat()));
+        let ring3 = env!("CARGO_BIN_EXE_ring3");
+        // In raw mode the key reaches the guest without a line end.
+        let line = format!("stty -g; {ring3} boot --kernel {kernel} 2>/dev/null; echo status $?; stty -g");
+        let mut script = Command::new("script");
+        let mut child = (script.args(["-qec", &line, "/dev/null"]))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let mut text = String::new();
+        let mut chunk = [0; 256];
+        let mut typed = false;
+        loop {
+            let count = stdout.read(&mut chunk).unwrap();
+            if count == 0 {
+                break;
+            }
+            text.push_str(&String::from_utf8_lossy(&chunk[..count]));
+            if !typed && text.contains("hi") {
+                child.stdin.as_mut().unwrap().write_all(b"k").unwrap();
+                typed = true;
+            }
+        }
+        child.wait().unwrap();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert_eq!((lines[0], lines[2]), (lines[3], format!("status {status}").as_str()), "{text}");
+    }
+}
