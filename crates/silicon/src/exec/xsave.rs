@@ -110,6 +110,10 @@ impl Cpu {
     }
 
     fn write_area(&mut self, seg: Seg, lin: u64, bytes: &[u8]) -> Result<(), Abort> {
+        // Registers 8 to 31 do not exist outside 64-bit mode, so a component may have nothing to write.
+        if bytes.is_empty() {
+            return Ok(());
+        }
         match self.host_pointer(seg, lin, bytes.len(), true)? {
             Some(mem) => {
                 area::copy_out(bytes, mem);
@@ -340,4 +344,23 @@ fn fxrstor(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         cpu.set_mxcsr(mxcsr);
     }
     Ok(Flow::Next)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::exec::testing::{DATA, Guest};
+    use crate::state::{CodeSize, cr4, reg};
+
+    /// Found by random guests: the address calculation overflowed.
+    #[test]
+    fn a_component_without_registers_outside_64_bit_mode_is_saved_as_nothing() {
+        let mut guest = Guest::new(CodeSize::Bits32);
+        guest.cpu.state.cr4 |= cr4::OSXSAVE | cr4::OSFXSR;
+        guest.cpu.state.xcr0 = 0xe7;
+        guest.cpu.refresh_mode();
+        guest.put(DATA, &[0x55; 0x1000]);
+        guest.set(reg::RAX, 1 << 7).set(reg::RDX, 0).set(reg::RBX, DATA);
+        guest.finish(&[0x0f, 0xae, 0x23]); // xsave [ebx]
+        assert_eq!(guest.word(DATA + 1664, 8), 0x5555_5555_5555_5555);
+    }
 }
