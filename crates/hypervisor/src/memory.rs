@@ -12,6 +12,8 @@ use crate::error::Error;
 /// Slots that a VM can have.
 pub const SLOTS_MAX: u32 = 32_764;
 const PAGE: u64 = 4096;
+/// Pages that a slot can have (kernel: `KVM_MEM_MAX_NR_PAGES`).
+const SLOT_PAGES_MAX: u64 = (1 << 31) - 1;
 
 /// The memory slots of a VM and the guest-physical map made from them.
 #[derive(Debug, Default)]
@@ -34,18 +36,28 @@ impl Memory {
     pub fn set_region(&self, region: kvm_userspace_memory_region) -> Result<(), Error> {
         let mut slots = self.slots();
         check(&region, &slots)?;
-        if region.memory_size == 0 {
-            slots.remove(&region.slot);
+        let before = if region.memory_size == 0 {
+            slots.remove(&region.slot)
         } else {
-            slots.insert(region.slot, region);
-        }
+            slots.insert(region.slot, region)
+        };
         let regions = slots.values().map(|s| Region {
             gpa: s.guest_phys_addr,
             size: s.memory_size,
             host: s.userspace_addr,
             readonly: s.flags & KVM_MEM_READONLY != 0,
         });
-        self.ept.set_regions(regions.collect());
+        if !self.ept.set_regions(regions.collect()) {
+            match before {
+                Some(before) => slots.insert(region.slot, before),
+                None => slots.remove(&region.slot),
+            };
+            return Err(Error::MemorySlot {
+                slot: region.slot,
+                why: "too large for the host",
+                errno: libc::ENOMEM,
+            });
+        }
         Ok(())
     }
 
@@ -96,6 +108,9 @@ fn check(
     let (gpa, size, host) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
     if (gpa | size | host) % PAGE != 0 {
         return fail("address or size is not a multiple of the page size", libc::EINVAL);
+    }
+    if size / PAGE > SLOT_PAGES_MAX {
+        return fail("too many pages", libc::EINVAL);
     }
     let Some(end) = gpa.checked_add(size) else {
         return fail("guest-physical range wraps", libc::EINVAL);
@@ -165,6 +180,7 @@ mod tests {
             (region(0, 0, 4096, 0x1001), libc::EINVAL),
             (region(0, u64::MAX - 4095, 8192, 0x1000), libc::EINVAL),
             (region(0, 0, 0, 0), libc::EINVAL),
+            (region(0, 0, 1 << 43, 0x1000), libc::EINVAL),
         ];
         for (bad, errno) in cases {
             assert_eq!(memory.set_region(bad).map_err(|e| e.errno()), Err(errno), "{bad:?}");

@@ -4,8 +4,10 @@
 //! The map is immutable once published; each CPU keeps a reference to the one it uses. A change stops all CPUs
 //! of the VM ([`World`]), publishes a new map and lets them go on with their cached translations dropped, so
 //! that when the call returns no CPU uses what was removed.
-#![expect(unsafe_code, reason = "zeroed allocations become atomics")]
+#![expect(unsafe_code, reason = "allocates zeroed atomics, and asks whether there is memory for them")]
 
+use std::alloc::Layout;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
@@ -100,8 +102,8 @@ impl Backing {
 pub(crate) struct Pages(Box<[AtomicU64]>);
 
 impl Pages {
-    fn new(pages: usize) -> Pages {
-        Pages(zeroed(pages * 2))
+    fn new(pages: usize) -> Option<Pages> {
+        Some(Pages(zeroed(pages.checked_mul(2)?)?))
     }
 
     /// CPUs with decoded code of a page.
@@ -121,8 +123,8 @@ impl Pages {
 pub(crate) struct DirtyLog(Box<[AtomicU64]>);
 
 impl DirtyLog {
-    fn new(pages: usize) -> DirtyLog {
-        DirtyLog(zeroed(pages.div_ceil(64)))
+    fn new(pages: usize) -> Option<DirtyLog> {
+        Some(DirtyLog(zeroed(pages.div_ceil(64))?))
     }
 
     /// Whether a page is marked.
@@ -140,11 +142,17 @@ impl DirtyLog {
     }
 }
 
-/// `count` zeroes in memory that is not touched before it is used.
-fn zeroed(count: usize) -> Box<[AtomicU64]> {
-    let plain = Box::into_raw(vec![0u64; count].into_boxed_slice());
-    // SAFETY: AtomicU64 has the size, alignment and bit validity of u64; ownership passes on.
-    unsafe { Box::from_raw(plain as *mut [AtomicU64]) }
+/// `count` zeroes in memory that is not touched before it is used; `None` if the host has none.
+fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
+    if count == 0 {
+        return Some(Box::default());
+    }
+    let layout = Layout::array::<AtomicU64>(count).ok()?;
+    // SAFETY: the layout is not empty.
+    let memory = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+    let slice = NonNull::slice_from_raw_parts(memory.cast::<AtomicU64>(), count);
+    // SAFETY: allocated with the layout of this slice, and zeroes are atomics.
+    Some(unsafe { Box::from_raw(slice.as_ptr()) })
 }
 
 impl Ept {
@@ -156,35 +164,37 @@ impl Ept {
     /// Replaces the whole map. When this returns no CPU uses a region that is no longer there; the caller may
     /// unmap its memory. Must not be called by a thread that is in guest mode. Dirty logging goes on for regions
     /// that keep their address and size.
-    pub fn set_regions(&self, regions: Vec<Region>) {
+    ///
+    /// False, with nothing changed, if the host has no memory to keep track of so many pages.
+    pub fn set_regions(&self, regions: Vec<Region>) -> bool {
         self.change(|old| {
-            let mut backings: Vec<Arc<Backing>> = regions.iter().map(|r| renew(old, *r)).collect();
+            let mut backings: Vec<_> = regions.iter().map(|r| renew(old, *r)).collect::<Option<_>>()?;
             backings.sort_by_key(|b| b.region.gpa);
-            Map { backings }
-        });
+            Some(Map { backings })
+        })
     }
 
     /// Starts or ends the recording of writes to the region that begins at `gpa`. It starts with all pages
-    /// clean. False if there is no such region.
+    /// clean. False if there is no such region, or no memory for the log.
     pub fn set_dirty_log(&self, gpa: u64, enabled: bool) -> bool {
         let mut found = false;
-        self.change(|old| {
+        let changed = self.change(|old| {
             let backings = old.backings.iter().map(|b| {
                 if b.region.gpa != gpa {
-                    return b.clone();
+                    return Some(b.clone());
                 }
                 found = true;
                 let pages = (b.region.size >> PAGE_SHIFT) as usize;
                 let dirty = match (enabled, &b.dirty) {
                     (false, _) => None,
                     (true, Some(log)) => Some(log.clone()),
-                    (true, None) => Some(Arc::new(DirtyLog::new(pages))),
+                    (true, None) => Some(Arc::new(DirtyLog::new(pages)?)),
                 };
-                Arc::new(Backing { dirty, ..Backing::clone(b) })
+                Some(Arc::new(Backing { dirty, ..Backing::clone(b) }))
             });
-            Map { backings: backings.collect() }
+            Some(Map { backings: backings.collect::<Option<_>>()? })
         });
-        found
+        found && changed
     }
 
     /// The bitmap of pages of the region at `gpa` written since they were last cleared, and clears it. `None`
@@ -251,27 +261,30 @@ impl Ept {
         self.map().at(gpa)?.dirty.clone()
     }
 
-    /// Publishes a new map while no CPU is in guest mode; each drops what it has cached before it goes on.
-    fn change(&self, make: impl FnOnce(&Map) -> Map) {
+    /// Publishes a new map while no CPU is in guest mode; each drops what it has cached before it goes on. False
+    /// if there is none to publish.
+    fn change(&self, make: impl FnOnce(&Map) -> Option<Map>) -> bool {
         self.world.stop(|world| {
             let mut map = self.map.write().unwrap_or_else(|e| e.into_inner());
-            *map = Arc::new(make(&map));
+            let Some(new) = make(&map) else { return false };
+            *map = Arc::new(new);
             self.generation.fetch_add(1, Ordering::Release);
             world.send_all(Mail::Flush);
-        });
+            true
+        })
     }
 }
 
 /// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
-fn renew(old: &Map, region: Region) -> Arc<Backing> {
-    match old.at(region.gpa) {
+fn renew(old: &Map, region: Region) -> Option<Arc<Backing>> {
+    Some(match old.at(region.gpa) {
         Some(b) if b.region == region => b.clone(),
         Some(b) if b.region.size == region.size => Arc::new(Backing { region, ..Backing::clone(b) }),
         _ => {
-            let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize));
+            let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize)?);
             Arc::new(Backing { region, pages, dirty: None })
         }
-    }
+    })
 }
 
 #[cfg(test)]
@@ -302,6 +315,14 @@ mod tests {
         ept.set_regions(vec![]);
         assert_ne!(ept.generation(), before);
         assert_eq!(ept.find(0), None);
+    }
+
+    #[test]
+    fn a_region_too_large_to_keep_track_of_is_refused() {
+        let ept = Ept::new();
+        assert!(ept.set_regions(vec![region(0x1000, 0x1000)]));
+        assert!(!ept.set_regions(vec![Region { size: 1 << 62, ..region(0, 0) }]));
+        assert!(ept.find(0x1000).is_some() && ept.find(0x10_0000).is_none());
     }
 
     #[test]
