@@ -3,20 +3,20 @@
 use std::process::Command;
 
 use clap::{Args, ValueEnum};
-use xtask::{Error, packages};
+use xtask::Error;
 
 /// Options of `cargo xtask fuzz`.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// How long to go on.
+    /// How long to go on; two kinds share it.
     #[arg(long, default_value_t = 10)]
     minutes: u32,
     /// First seed; by default the time of day.
     #[arg(long)]
     seed: Option<u64>,
-    /// What to generate.
-    #[arg(long, value_enum, default_value = "instructions")]
-    kind: Kind,
+    /// What to generate; by default both kinds in turn.
+    #[arg(long, value_enum)]
+    kind: Option<Kind>,
     /// Only instructions whose name contains this.
     #[arg(long)]
     filter: Option<String>,
@@ -31,18 +31,38 @@ enum Kind {
     Images,
 }
 
+impl Kind {
+    /// The package of its generator.
+    fn package(self) -> &'static str {
+        match self {
+            Kind::Instructions => "conformance",
+            Kind::Images => "robustness",
+        }
+    }
+}
+
 pub(crate) fn run(options: &Options) -> Result<(), Error> {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let seed = options.seed.unwrap_or(clock.as_secs());
-    let mut command = Command::new("cargo");
-    command.args(["run", "--release", "--quiet", "--package", "conformance", "--"]);
-    command.args(["--seed", &seed.to_string(), "--minutes", &options.minutes.to_string()]);
-    if let Kind::Images = options.kind {
-        command.args(["--images", "10000", "--kernel"]).arg(packages::kernel("6.12")?.image);
+    // A filter names instructions.
+    let only = options.kind.or(options.filter.as_ref().map(|_| Kind::Instructions));
+    let kinds = only.map_or(vec![Kind::Instructions, Kind::Images], |kind| vec![kind]);
+    let minutes = options.minutes.div_ceil(kinds.len() as u32);
+    let mut failed = Vec::new();
+    for kind in kinds {
+        let mut command = Command::new("cargo");
+        command.args(["run", "--release", "--quiet", "--package", kind.package(), "--"]);
+        command.args(["--seed", &seed.to_string(), "--minutes", &minutes.to_string()]);
+        if let (Kind::Instructions, Some(filter)) = (kind, &options.filter) {
+            command.args(["--filter", filter]);
+        }
+        let status = command.current_dir(xtask::root()).status().map_err(|e| Error::Guest(e.to_string()))?;
+        if !status.success() {
+            failed.push(kind.package());
+        }
     }
-    if let Some(filter) = &options.filter {
-        command.args(["--filter", filter]);
+    if failed.is_empty() {
+        return Ok(());
     }
-    let status = command.current_dir(xtask::root()).status().map_err(|e| Error::Guest(e.to_string()))?;
-    if status.success() { Ok(()) } else { Err(Error::Guest(format!("something was found; seed {seed}"))) }
+    Err(Error::Guest(format!("{} found something; seed {seed}", failed.join(" and "))))
 }
