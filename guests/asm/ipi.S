@@ -6,6 +6,13 @@
 #define UNTIL(a, b) 95: pause; cmp a, b
 
 main:
+#ifdef X2APIC
+    mov eax, 1
+    cpuid
+    bt ecx, 21
+    mov rsi, offset text_x2apic
+    jnc skip
+#endif
     mov qword ptr [on_interrupt], offset end_of_interrupt
     call enable_apic
     mov edi, 3
@@ -20,11 +27,15 @@ main:
     UNTIL(COUNT(0x43), 4); jne 95b
     IPI(0, ICR_FIXED | ICR_OTHERS | 0x44)
     UNTIL(COUNT(0x44), 3); jne 95b
-    /* Logical destination, flat: bits 1 and 3. */
+    /* Logical destination, flat (x2APIC: cluster 0): bits 1 and 3. */
+#ifdef X2APIC
+    IPI(0xa, ICR_FIXED | 0x800 | 0x45)
+#else
     mov ecx, APIC
     mov eax, 0x0a000000
     mov [rcx + APIC_ICR_HIGH], eax
     mov dword ptr [rcx + APIC_ICR], ICR_FIXED | 0x800 | 0x45
+#endif
     UNTIL(COUNT(0x45), 2); jne 95b
 
     /* A hundred in a row, each waited for, then a burst of which at least one arrives. */
@@ -62,9 +73,65 @@ main:
     UNTIL(dword ptr [others_running], 4); jne 95b
     IPI(1, ICR_FIXED | 0x49)
     UNTIL(COUNT(0x49), 1); jne 95b
+#ifdef X2APIC
+    /* Registers of their own: the IDs, an interrupt to oneself, what cannot be written or read. */
+    mov ecx, 0x802
+    rdmsr
+    or eax, edx
+    REQUIRE_EQ(eax, 0)
+    mov ecx, 0x80d
+    rdmsr
+    REQUIRE_EQ(eax, 1)
+    X2_WRITE(0x83f, 0x4a, 0)
+    UNTIL(COUNT(0x4a), 1); jne 95b
+    cli
+    .irp number, 0x802, 0x80d, 0x831, 0x80e
+    TRY
+    X2_WRITE(\number, 0, 0)
+    FAULTS(GP, 0)
+    .endr
+    .irp number, 0x83f, 0x80b, 0x831, 0x80e
+    TRY
+    mov ecx, \number
+    rdmsr
+    FAULTS(GP, 0)
+    .endr
+    TRY
+    X2_WRITE(0x80b, 1, 0) /* EOI takes zero alone */
+    FAULTS(GP, 0)
+    TRY
+    X2_WRITE(0x808, 0x100, 0)
+    FAULTS(GP, 0)
+    /* From x2APIC mode the way back leads through the disabled state. */
+    mov ecx, 0x1b
+    rdmsr
+    mov ebx, eax
+    TRY
+    and eax, ~(1 << 10)
+    wrmsr
+    FAULTS(GP, 0)
+    mov ecx, 0x1b
+    xor edx, edx
+    mov eax, ebx
+    and eax, ~(3 << 10)
+    wrmsr
+    TRY
+    mov ecx, 0x802
+    rdmsr
+    FAULTS(GP, 0)
+    mov ecx, 0x1b
+    xor edx, edx
+    mov eax, ebx
+    and eax, ~(1 << 10)
+    wrmsr
+    mov ecx, APIC
+    mov eax, [rcx + APIC_ID]
+    REQUIRE_EQ(eax, 0)
+#endif
     PASS
 
 ap_main:
+#ifndef X2APIC
     /* Logical ID: one bit for each processor. */
     mov ecx, APIC
     mov eax, [rcx + APIC_ID]
@@ -76,6 +143,7 @@ ap_main:
     mov ecx, APIC
     mov [rcx + 0xd0], edx
     mov dword ptr [rcx + 0xe0], 0xffffffff
+#endif
 1:  sti
     hlt
     jmp 1b
@@ -93,3 +161,6 @@ nmi:
     .section .data
     .balign 8
 nmis: .quad 0
+#ifdef X2APIC
+text_x2apic: .asciz "x2APIC"
+#endif

@@ -29,18 +29,32 @@
 
     .weak ap_main
 
-/* Sends: destination APIC ID in `to`, command word `what`. */
-#define IPI(to, what) \
-    mov eax, to; shl eax, 24; mov ecx, APIC; mov [rcx + APIC_ICR_HIGH], eax; \
-    mov dword ptr [rcx + APIC_ICR], what
-
+/* Sends: destination APIC ID in `to`, command word `what`. With X2APIC defined, everything goes through MSRs. */
+#ifdef X2APIC
+#define X2_WRITE(number, low, high) mov ecx, number; mov eax, low; mov edx, high; wrmsr
+#define COMMAND(what) X2_WRITE(0x830, what, 0)
+#define IPI(to, what) X2_WRITE(0x830, what, to)
+#define EOI push rdx; X2_WRITE(0x80b, 0, 0); pop rdx
+#else
+#define COMMAND(what) mov ecx, APIC; mov dword ptr [rcx + APIC_ICR], what
+#define IPI(to, what) mov eax, to; shl eax, 24; mov ecx, APIC; mov [rcx + APIC_ICR_HIGH], eax; COMMAND(what)
 #define EOI mov ecx, APIC; mov dword ptr [rcx + APIC_EOI], 0
+#endif
 
 /* Enables the APIC with spurious vector 0xff and takes interrupts of all priorities. */
 enable_apic:
+#ifdef X2APIC
+    mov ecx, 0x1b
+    rdmsr
+    or eax, 1 << 10
+    wrmsr
+    X2_WRITE(0x80f, 0x1ff, 0)
+    X2_WRITE(0x808, 0, 0)
+#else
     mov ecx, APIC
     mov dword ptr [rcx + APIC_SPURIOUS], 0x1ff
     mov dword ptr [rcx + APIC_TPR], 0
+#endif
     ret
 
 /* Starts all other processors by INIT, SIPI, SIPI and waits until `others` of them run. EDI: how many. */
@@ -51,12 +65,10 @@ start_others:
     mov ecx, offset trampoline_end - trampoline
     cld
     rep movsb
-    mov ecx, APIC
-    mov dword ptr [rcx + APIC_ICR], ICR_OTHERS | ICR_INIT
+    COMMAND(ICR_OTHERS | ICR_INIT)
     mov edi, 10000
     call wait_microseconds
-    mov ecx, APIC
-    mov dword ptr [rcx + APIC_ICR], ICR_OTHERS | ICR_STARTUP | TRAMPOLINE >> 12
+    COMMAND(ICR_OTHERS | ICR_STARTUP | TRAMPOLINE >> 12)
     mov edi, 1000
     call wait_microseconds
     pop rdi

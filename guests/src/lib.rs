@@ -62,4 +62,14 @@ programs! {
     NMI "nmi" 1;
     /// Locked operations of four processors.
     ATOMICS "atomics" 4;
+    /// Ports and memory-mapped registers: wants the devices of `tests/devices.rs`.
+    BUS "bus" 1;
+    /// The 8259s, the 8254 and the I/O APIC: wants the devices of `tests/devices.rs`.
+    INTERRUPTS "interrupts" 1;
+    /// 1 GiB pages, PCIDs, five levels.
+    PAGES_64 "pages64" 1;
+    /// I/O breakpoints, breakpoint lengths, what single step does to other instructions, interrupt shadows.
+    WATCH "watch" 1;
+    /// The local APIC in x2APIC mode.
+    X2APIC "x2apic" 4;
 }

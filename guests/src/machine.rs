@@ -46,6 +46,44 @@ pub enum Error {
     Image,
 }
 
+/// Which address space an access is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// I/O ports.
+    Port,
+    /// Guest-physical addresses where no memory is.
+    Memory,
+}
+
+/// An access that the hypervisor reported to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Its address space.
+    pub space: Space,
+    /// Port or guest-physical address.
+    pub address: u64,
+    /// Bytes.
+    pub size: u8,
+    /// What is written; `None` for a read.
+    pub write: Option<u64>,
+}
+
+/// What stands at the ports and addresses that are not the machine's own.
+pub trait Devices: Sync {
+    /// Does an access; the result answers a read.
+    fn access(&self, vm: &Vm, access: Access) -> u64;
+}
+
+/// No devices: reads give ones, as from an empty bus.
+#[derive(Clone, Copy, Debug)]
+pub struct Nothing;
+
+impl Devices for Nothing {
+    fn access(&self, _: &Vm, _: Access) -> u64 {
+        u64::MAX
+    }
+}
+
 /// Zeroed, page-aligned memory.
 struct Memory(*mut u8);
 
@@ -105,6 +143,17 @@ impl Shared {
 
 /// Runs a multiboot image on `cpus` processors of `model` until it ends, or `patience` is over.
 pub fn run(image: &[u8], cpus: u32, model: CpuModel, patience: Duration) -> Result<Report, Error> {
+    run_with(image, cpus, model, patience, &Nothing)
+}
+
+/// The same with devices.
+pub fn run_with(
+    image: &[u8],
+    cpus: u32,
+    model: CpuModel,
+    patience: Duration,
+    devices: &dyn Devices,
+) -> Result<Report, Error> {
     let mut memory = Memory::new();
     let image = elf::parse(image).ok_or(Error::Image)?;
     for segment in &image.segments {
@@ -130,7 +179,7 @@ pub fn run(image: &[u8], cpus: u32, model: CpuModel, patience: Duration) -> Resu
         }
         vcpus.push(vcpu);
     }
-    let report = run_vcpus(&vm, vcpus, patience);
+    let report = run_vcpus(&vm, vcpus, patience, devices);
     drop(memory);
     Ok(report)
 }
@@ -157,11 +206,11 @@ fn enter_protected_mode(vcpu: &mut Vcpu, entry: u64) -> Result<(), Error> {
     Ok(())
 }
 
-fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration) -> Report {
+fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration, devices: &dyn Devices) -> Report {
     let shared = Shared::default();
     std::thread::scope(|scope| {
         for vcpu in vcpus {
-            scope.spawn(|| run_vcpu(vcpu, &shared));
+            scope.spawn(|| run_vcpu(vm, vcpu, &shared, devices));
         }
         let report = shared.report();
         let (mut report, timeout) = shared
@@ -179,7 +228,7 @@ fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration) -> Report {
     shared.report.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) {
+fn run_vcpu(vm: &Vm, mut vcpu: Vcpu, shared: &Shared, devices: &dyn Devices) {
     while !shared.over.load(Ordering::SeqCst) {
         match vcpu.run() {
             Ok(VcpuExit::Io { port: SERIAL, write: Some(value), .. }) => {
@@ -189,7 +238,13 @@ fn run_vcpu(mut vcpu: Vcpu, shared: &Shared) {
                 shared.end(|report| report.status = Some(value));
             }
             Ok(VcpuExit::Io { port: SERIAL_STATUS, write: None, .. }) => vcpu.complete(STATUS_EMPTY),
-            Ok(VcpuExit::Io { .. } | VcpuExit::Mmio { .. }) => vcpu.complete(u64::MAX),
+            Ok(VcpuExit::Io { port, size, write }) => {
+                let (address, write) = (u64::from(port), write.map(u64::from));
+                vcpu.complete(devices.access(vm, Access { space: Space::Port, address, size, write }));
+            }
+            Ok(VcpuExit::Mmio { gpa: address, size, write }) => {
+                vcpu.complete(devices.access(vm, Access { space: Space::Memory, address, size, write }));
+            }
             Ok(exit) => stop(&vcpu, shared, format!("{exit:?}")),
             Err(hypervisor::Error::Interrupted) => {}
             Err(error) => stop(&vcpu, shared, error.to_string()),
