@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -200,13 +200,8 @@ fn create_vm(system: &Arc<System>, memory: &GuestMemory) -> Result<Arc<Vm>, Star
     Ok(vm)
 }
 
-/// Creates the virtual CPUs; the first one gets the registers that `entry` asks for.
-fn create_vcpus(
-    config: &Config,
-    vm: &Arc<Vm>,
-    memory: &GuestMemory,
-    entry: Entry,
-) -> Result<Vec<Vcpu>, StartError> {
+/// Creates the virtual CPUs as firmware would leave them.
+fn create_vcpus(config: &Config, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, StartError> {
     let cpus = u32::from(config.cpus);
     let shape = if config.host.smt && cpus.is_multiple_of(2) {
         Shape { sockets: 1, cores: cpus / 2, threads: 2 }
@@ -219,11 +214,6 @@ fn create_vcpus(
         let identity = Identity { shape, apic_id: id, ..Identity::default() };
         vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(&config.cpu_model, &identity))?;
         set_firmware_msrs(&mut vcpu);
-        if id == 0 {
-            let (regs, sregs) = boot::registers(memory, entry, vcpu.sregs())?;
-            vcpu.set_sregs(&sregs)?;
-            vcpu.set_regs(&regs);
-        }
         vcpus.push(vcpu);
     }
     Ok(vcpus)
@@ -253,8 +243,18 @@ impl Machine {
         let system = System::new(config.cpu_model.clone(), config.host.clone());
         let vm = create_vm(&system, &memory)?;
         let assembly = Assembly::new(&config, &vm, &memory, &ender.event, ender.sink())?;
-        let entry = load_guest(&config, assembly.virtio_devices, &memory)?;
-        let vcpus = create_vcpus(&config, &vm, &memory, entry)?;
+        // Reading the kernel and making the CPUs take about the same time, and neither needs the other.
+        let (entry, vcpus) = thread::scope(|scope| {
+            let loading = scope.spawn(|| load_guest(&config, assembly.virtio_devices, &memory));
+            let vcpus = create_vcpus(&config, &vm);
+            (loading.join().unwrap_or_else(|panic| resume_unwind(panic)), vcpus)
+        });
+        let (entry, mut vcpus) = (entry?, vcpus?);
+        if let Some(first) = vcpus.first_mut() {
+            let (regs, sregs) = boot::registers(&memory, entry, first.sregs())?;
+            first.set_sregs(&sregs)?;
+            first.set_regs(&regs);
+        }
         ender.cpus.get_or_init(|| vcpus.iter().map(Vcpu::handle).collect());
         let Assembly { buses, outputs, pending, input, .. } = assembly;
         Ok(Machine { config, ender, vcpus, buses: Arc::new(buses), outputs, pending, input, memory })

@@ -4,6 +4,7 @@ use std::fmt;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
+use crate::host::sys;
 use crate::layout;
 
 /// Guest RAM as mapped in this process.
@@ -116,6 +117,21 @@ pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestMemory::from_regions(regions).map_err(|e| fail(e.to_string()))
+}
+
+/// Says that a range is about to be filled, so that the host may back it by huge pages where it holds whole ones:
+/// thousands of page faults less between process start and the first guest instruction.
+pub fn expect_filling(memory: &GuestMemory, start: u64, length: u64) {
+    const HUGE: u64 = 2 << 20;
+    let Some(region) = memory.find_region(GuestAddress(start)) else { return };
+    let host = region.as_ptr() as u64 + (start - region.start_addr().0);
+    let length = length.min(region.start_addr().0 + region.len() - start);
+    let (first, end) = (host.next_multiple_of(HUGE), (host + length) / HUGE * HUGE);
+    if first < end
+        && let Err(error) = sys::advise_huge_pages(first as usize, (end - first) as usize)
+    {
+        tracing::debug!("no huge pages: {error}");
+    }
 }
 
 /// End of RAM below the MMIO hole.

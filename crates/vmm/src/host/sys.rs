@@ -66,6 +66,16 @@ pub fn set_terminal_attributes(fd: BorrowedFd<'_>, attributes: &libc::termios) -
     }
 }
 
+/// Lets the host use huge pages for a range of this process's memory.
+pub fn advise_huge_pages(start: usize, length: usize) -> io::Result<()> {
+    // SAFETY: this advice changes neither the contents of memory nor what is mapped; a range that is not mapped
+    // is an error.
+    match unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_HUGEPAGE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn clock(id: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a `timespec` that lives through the call.

@@ -4,7 +4,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
-use crate::memory::GuestMemory;
+use crate::memory::{self, GuestMemory};
 
 /// What boot files are read from: a file, or bytes in memory.
 pub trait Source: Read + Seek + ReadVolatile {}
@@ -64,6 +64,7 @@ impl<S: Source> Image<S> {
         memory: &GuestMemory,
         address: u64,
     ) -> io::Result<()> {
+        memory::expect_filling(memory, address, length);
         let length = usize::try_from(length).map_err(io::Error::other)?;
         self.source.seek(SeekFrom::Start(offset))?;
         memory
