@@ -23,6 +23,11 @@ const PDPT: u64 = 2 * PAGE;
 const DIRECTORY: u64 = 3 * PAGE;
 const CODE_TABLE: u64 = 4 * PAGE;
 const DATA_TABLE: u64 = 5 * PAGE;
+const SYSTEM_TABLE: u64 = 6 * PAGE;
+/// Physical page of the task-state segment.
+const TASK: u64 = 7 * PAGE;
+/// Where the TSS lies; supervisor only.
+const TASK_LINEAR: u64 = 0x3000_0000;
 /// Physical pages of the windows start here.
 const WINDOWS: u64 = 16 * PAGE;
 
@@ -116,6 +121,10 @@ impl Guest {
         self.put(PDPT, DIRECTORY | all);
         self.put(DIRECTORY + (CODE >> 21) * 8, CODE_TABLE | all);
         self.put(DIRECTORY + (DATA >> 21) * 8, DATA_TABLE | all);
+        self.put(DIRECTORY + (TASK_LINEAR >> 21) * 8, SYSTEM_TABLE | all);
+        self.put(SYSTEM_TABLE, TASK | PRESENT | WRITE | NX);
+        // The I/O permission bitmap lies beyond the segment's end, as Linux has it: no port is allowed.
+        self.put(TASK + 0x60, 0x8000 << 48);
         for (address, access) in layout::mapped_pages() {
             let table = if address >= DATA { DATA_TABLE } else { CODE_TABLE };
             let entry = table + (address >> 12 & 511) * 8;
@@ -140,6 +149,7 @@ impl Guest {
         state.cpl = 3;
         state.gdtr = TableRegister { base: 0, limit: 0 };
         state.idtr = TableRegister { base: 0, limit: 0 };
+        state.tr = Segment { base: TASK_LINEAR, limit: 0x67, attributes: 0x8b, selector: 0x40 };
         for (i, selector) in self.selectors.into_iter().enumerate() {
             let attributes = match i {
                 1 => 0xa0fb,

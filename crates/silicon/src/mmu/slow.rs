@@ -83,13 +83,13 @@ impl Cpu {
         size: usize,
         access: Access,
     ) -> Result<u64, Abort> {
+        self.check_alignment(seg, lin, size, access)?;
         if first_part(lin, size) < size {
             let mut bytes = [0; 8];
             self.read_range(seg, lin, &mut bytes[..size.min(8)], access)?;
             return Ok(u64::from_le_bytes(bytes));
         }
         let place = self.place(seg, lin, access)?;
-        self.check_alignment(lin, size, access)?;
         let value = match place.host {
             Some(host) => read_host(host, size),
             None => self.bus(memory(place.gpa, size, None))?,
@@ -107,11 +107,11 @@ impl Cpu {
         value: u64,
         access: Access,
     ) -> Result<(), Abort> {
+        self.check_alignment(seg, lin, size, access)?;
         if first_part(lin, size) < size {
             return self.write_range(seg, lin, &value.to_le_bytes()[..size.min(8)], access);
         }
         let place = self.place(seg, lin, access)?;
-        self.check_alignment(lin, size, access)?;
         match place.target() {
             Some(host) => {
                 write_host(host, size, value);
@@ -135,6 +135,7 @@ impl Cpu {
         out: &mut [u8],
         access: Access,
     ) -> Result<(), Abort> {
+        self.check_alignment(seg, lin, out.len(), access)?;
         if first_part(lin, out.len()) < out.len() {
             // Faults come before any access to a device.
             self.probe_as(seg, lin, out.len(), access)?;
@@ -144,9 +145,6 @@ impl Cpu {
             let here = self.advance(lin, at, access);
             let count = first_part(here, out.len() - at);
             let place = self.place(seg, here, access)?;
-            if at == 0 {
-                self.check_alignment(lin, out.len(), access)?;
-            }
             let part = &mut out[at..at + count];
             match place.host {
                 // SAFETY: `place` gave the host address of `here`, and the part ends with the page.
@@ -170,6 +168,7 @@ impl Cpu {
         data: &[u8],
         access: Access,
     ) -> Result<(), Abort> {
+        self.check_alignment(seg, lin, data.len(), access)?;
         let crossing = first_part(lin, data.len()) < data.len();
         if crossing {
             self.probe_as(seg, lin, data.len(), access)?;
@@ -183,9 +182,6 @@ impl Cpu {
                 let count = first_part(here, data.len() - at);
                 let part = &data[at..at + count];
                 let place = self.place(seg, here, access)?;
-                if at == 0 {
-                    self.check_alignment(lin, data.len(), access)?;
-                }
                 match place.target() {
                     Some(host) if memory => {
                         // SAFETY: `place` gave the writable host address of `here`, and the part ends with the
@@ -230,12 +226,12 @@ impl Cpu {
         write: bool,
     ) -> Result<Option<*mut u8>, Abort> {
         let access = self.explicit(if write { Kind::Write } else { Kind::Read });
+        self.check_alignment(seg, lin, len, access)?;
         if first_part(lin, len) < len {
             self.probe_as(seg, lin, len, access)?;
             return Ok(None);
         }
         let place = self.place(seg, lin, access)?;
-        self.check_alignment(lin, len, access)?;
         let direct = !place.watched && access.class != Class::Checked && !(write && place.coded);
         let host = if write { place.target() } else { place.host };
         Ok(host.filter(|_| direct).map(|host| host as *mut u8))
@@ -252,9 +248,9 @@ impl Cpu {
         change: &mut dyn FnMut(u64) -> Option<u64>,
     ) -> Result<u64, Abort> {
         let access = self.explicit(Kind::Write);
+        self.check_alignment(seg, lin, size, access)?;
         if first_part(lin, size) == size {
             let place = self.place(seg, lin, access)?;
-            self.check_alignment(lin, size, access)?;
             if let Some(host) = place.target()
                 && (host & 63) + size as u64 <= 64
             {
@@ -362,14 +358,16 @@ impl Cpu {
     }
 
     /// #AC(0) if alignment checking is in force and `size` bytes at `lin` are a misaligned operand (SDM vol. 3A,
-    /// table 7-7; operands of 16 bytes and more have rules of their own).
-    fn check_alignment(&mut self, lin: u64, size: usize, access: Access) -> Result<(), Abort> {
+    /// table 7-7; operands of 16 bytes and more have rules of their own). The silicon looks at this before it
+    /// translates, so that it comes before a page fault.
+    fn check_alignment(&mut self, seg: Seg, lin: u64, size: usize, access: Access) -> Result<(), Abort> {
         let alignment = match size {
             2 | 4 | 8 => size as u64,
             10 => 8,
             _ => 1,
         };
         if access.class == Class::Checked && lin & (alignment - 1) != 0 {
+            self.checked(seg, lin)?;
             return Err(self.raise(Exception::AC));
         }
         Ok(())
