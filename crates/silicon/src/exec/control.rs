@@ -370,7 +370,7 @@ fn read_base<const SEG: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     Ok(Flow::Next)
 }
 
-/// WRFSBASE and WRGSBASE.
+/// WRFSBASE and WRGSBASE. Unlike WRMSR, they take the width of the current paging mode, as the silicon does.
 fn write_base<const SEG: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let enabled = cpu.state.cr4 & cr4::FSGSBASE != 0;
     defined_if(cpu, enabled)?;
@@ -378,7 +378,7 @@ fn write_base<const SEG: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         4 => u64::from(cpu.get::<u32>(op.r0)),
         _ => cpu.get::<u64>(op.r0),
     };
-    let canonical = cpu.features.is_canonical(base);
+    let canonical = cpu.state.canonical(base);
     allowed_if(cpu, canonical)?;
     cpu.state.segs[SEG].base = base;
     cpu.state.ea_base[SEG] = base;

@@ -70,11 +70,12 @@ fn output<T: Word, const DX: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
     Ok(Flow::Next)
 }
 
-/// INS: the destination is known to be writable before the port is read.
+/// INS: the destination is known to be writable before the port is read. The permission is looked at even for a
+/// count of zero.
 fn ins<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    let port = cpu.get(reg::RDX);
+    cpu.check_io_permission(port, T::SIZE)?;
     cpu.repeat(op, &[], |cpu, op, _| {
-        let port = cpu.get(reg::RDX);
-        cpu.check_io_permission(port, T::SIZE)?;
         let to = cpu.string_offset(reg::RDI, op);
         let lin = cpu.string_linear(Seg::Es, to, T::SIZE, true)?;
         cpu.probe(Seg::Es, lin, T::SIZE, true)?;
@@ -86,9 +87,9 @@ fn ins<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 }
 
 fn outs<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    let port = cpu.get(reg::RDX);
+    cpu.check_io_permission(port, T::SIZE)?;
     cpu.repeat(op, &[], |cpu, op, _| {
-        let port = cpu.get(reg::RDX);
-        cpu.check_io_permission(port, T::SIZE)?;
         let (seg, from) = (cpu.op_seg(op), cpu.string_offset(reg::RSI, op));
         let lin = cpu.string_linear(seg, from, T::SIZE, false)?;
         let value: T = cpu.load(seg, lin)?;
