@@ -4,8 +4,6 @@
 //! ([`forms`]), gives it random operands and state, and both processors run the same bytes at the same linear
 //! addresses ([`host`], [`guest`]). Registers, memory, defined flags, MXCSR, x87 state and faults must be equal
 //! ([`compare`]). A case is a function of seed, form and number, so that a report is a reproducer.
-//!
-//! [`images`] runs whole random guests instead, which only have to end without harm.
 
 pub mod address;
 pub mod bench;
@@ -14,7 +12,6 @@ pub mod forms;
 pub mod generate;
 pub mod guest;
 pub mod host;
-pub mod images;
 pub mod layout;
 pub mod machine;
 pub mod report;

@@ -1,6 +1,5 @@
 //! `conformance`: instruction conformance of the software processor against the host's own.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use conformance::forms::{self, Form};
 use conformance::generate::Generator;
 use conformance::host::has_fsgsbase;
 use conformance::report;
-use conformance::run::{self, ImagePlan, Plan};
+use conformance::run::{self, Plan};
 use indicatif::{ProgressBar, ProgressStyle};
 use silicon::model::{CpuModel, Features};
 
@@ -27,13 +26,7 @@ struct Arguments {
     /// First case number of each form.
     #[arg(long, default_value_t = 0)]
     first: u64,
-    /// Instead of instructions, run this many random guest images, from --first on.
-    #[arg(long)]
-    images: Option<u64>,
-    /// A bzImage whose early code every fourth image mutates.
-    #[arg(long)]
-    kernel: Option<PathBuf>,
-    /// Go on with further cases, or images, for this long.
+    /// Go on with further cases for this long.
     #[arg(long)]
     minutes: Option<u64>,
     /// CPU model, as `ring3 boot --cpu` takes it.
@@ -63,10 +56,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = CpuModel::parse(&arguments.cpu).map_err(|e| e.to_string()).and_then(|model| {
         let features = model.features();
-        match (&arguments.case, arguments.images) {
-            (Some(case), _) => one_case(&arguments, &features, case),
-            (None, Some(count)) => repeated(&arguments, |round| images(&arguments, &model, count, round)),
-            (None, None) => repeated(&arguments, |round| many_cases(&arguments, &features, round)),
+        match &arguments.case {
+            Some(case) => one_case(&arguments, &features, case),
+            None => repeated(&arguments, |round| many_cases(&arguments, &features, round)),
         }
     });
     match result {
@@ -107,26 +99,6 @@ fn progress_bar(length: u64, what: &str) -> ProgressBar {
         bar.set_style(style);
     }
     bar
-}
-
-fn images(arguments: &Arguments, model: &CpuModel, count: u64, round: u64) -> Result<bool, String> {
-    let read = |path: &PathBuf| std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
-    let plan = ImagePlan {
-        seed: arguments.seed,
-        first: arguments.first + round * count,
-        count,
-        workers: arguments.workers.clamp(1, count.max(1) as usize),
-        kernel: arguments.kernel.as_ref().map(read).transpose()?,
-    };
-    let bar = progress_bar(count, "images");
-    let (ends, failures) =
-        run::run_images(&plan, model, |done| bar.set_position(done)).map_err(|e| e.to_string())?;
-    bar.finish_and_clear();
-    for failure in &failures {
-        println!("FAILED {failure}");
-    }
-    println!("{count} images: {} failed; ends by worker: {}", failures.len(), ends.join(", "));
-    Ok(failures.is_empty())
 }
 
 fn many_cases(arguments: &Arguments, features: &Features, round: u64) -> Result<bool, String> {

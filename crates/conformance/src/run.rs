@@ -1,22 +1,19 @@
 //! Runs many cases in worker processes, so that even a crash of the harness is reported with its case.
 #![expect(unsafe_code, reason = "forks worker processes that share a page of progress counters")]
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::fd::FromRawFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use iced_x86::Code;
-use silicon::model::{CpuModel, Features};
+use silicon::model::Features;
 
 use crate::bench::Bench;
 use crate::forms::{Class, Form};
 use crate::generate::Generator;
 use crate::host::{HostError, has_fsgsbase};
-use crate::images::{Images, Kernel, resident};
 use crate::machine::Event;
 use crate::report::{self, FormResult};
 
@@ -204,122 +201,6 @@ fn work(
             }
         }
         writeln!(out, "F {index} {}", result.to_line()).map_err(failed)?;
-    }
-    Ok(())
-}
-
-/// Random guest images to run ([`crate::images`]).
-#[derive(Debug)]
-pub struct ImagePlan {
-    /// Seed of all images.
-    pub seed: u64,
-    /// First image.
-    pub first: u64,
-    /// How many.
-    pub count: u64,
-    /// Worker processes.
-    pub workers: usize,
-    /// A bzImage to mutate.
-    pub kernel: Option<Vec<u8>>,
-}
-
-/// Resident memory may grow by this much after the first images, in bytes: caches that fill.
-const GROWTH_MAX: u64 = 64 << 20;
-/// Images after which growth is measured from.
-const WARM: u64 = 200;
-
-/// Runs random images: one line for each way to end with its count, and one for each failure.
-pub fn run_images(
-    plan: &ImagePlan,
-    model: &CpuModel,
-    mut tick: impl FnMut(u64),
-) -> Result<(Vec<String>, Vec<String>), RunError> {
-    let progress = shared(plan.workers)?;
-    let mut workers = Vec::new();
-    for i in 0..plan.workers {
-        let file = memory_file()?;
-        // SAFETY: this process has one thread, so the child may go on as the parent would.
-        match unsafe { libc::fork() } {
-            -1 => return Err(RunError::System("fork", io::Error::last_os_error())),
-            0 => image_child(plan, model, i, &progress[i], file),
-            pid => workers.push((pid, i, file)),
-        }
-    }
-    let (mut ends, mut failures) = (Vec::new(), Vec::new());
-    for (pid, i, mut file) in workers {
-        let mut status = 0;
-        // SAFETY: our own child.
-        while unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) } == 0 {
-            std::thread::sleep(Duration::from_millis(20));
-            tick(progress.iter().map(|p| p.done.load(Ordering::Relaxed)).sum());
-        }
-        let text = read_all(&mut file).map_err(|e| RunError::System("reading results", e))?;
-        for line in text.lines() {
-            if let Some(failure) = line.strip_prefix("T ") {
-                failures.push(failure.to_owned());
-            } else {
-                ends.push(line.to_owned());
-            }
-        }
-        if status != 0 {
-            let number = progress[i].number.load(Ordering::Relaxed);
-            failures.push(format!(
-                "a worker died (wait status {status:#x}) at --seed {} --images 1 --first {number}",
-                plan.seed
-            ));
-        }
-    }
-    Ok((ends, failures))
-}
-
-fn image_child(plan: &ImagePlan, model: &CpuModel, worker: usize, progress: &Progress, file: File) -> ! {
-    std::panic::set_hook(Box::new(|_| {}));
-    let mut out = BufWriter::new(file);
-    let status = match image_work(plan, model, worker, progress, &mut out) {
-        Ok(()) => 0,
-        Err(e) => {
-            let _ = writeln!(out, "T {e}");
-            1
-        }
-    };
-    let _ = out.flush();
-    // SAFETY: as in `child`.
-    unsafe { libc::_exit(status) }
-}
-
-fn image_work(
-    plan: &ImagePlan,
-    model: &CpuModel,
-    worker: usize,
-    progress: &Progress,
-    out: &mut impl Write,
-) -> io::Result<()> {
-    let kernel = plan.kernel.as_deref().map(Kernel::parse).transpose()?.flatten();
-    let mut images = Images::new(model.clone(), kernel)?;
-    let mut ends: BTreeMap<String, u64> = BTreeMap::new();
-    let mut warm = 0;
-    let numbers = (plan.first..plan.first + plan.count).skip(worker).step_by(plan.workers);
-    for (done, number) in (0u64..).zip(numbers) {
-        progress.number.store(number, Ordering::Relaxed);
-        match catch_unwind(AssertUnwindSafe(|| images.run(plan.seed, number))) {
-            Ok(end) => *ends.entry(format!("{:?}", end?)).or_default() += 1,
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("?");
-                writeln!(out, "T panicked at --seed {} --images 1 --first {number}: {text}", plan.seed)?;
-            }
-        }
-        progress.done.fetch_add(1, Ordering::Relaxed);
-        if done == WARM {
-            warm = resident();
-        }
-    }
-    let growth = resident().saturating_sub(warm);
-    if warm != 0 && growth > GROWTH_MAX {
-        writeln!(out, "T memory grew by {} KiB after the first {WARM} images", growth >> 10)?;
-    }
-    for (end, count) in ends {
-        writeln!(out, "{count} {end}")?;
     }
     Ok(())
 }
