@@ -106,7 +106,7 @@ mod tests {
             .file("init", 0o755, b"#!/bin/sh\n")
             .symlink("sh", "busybox");
         let bytes = archive.finish();
-        assert!(bytes.starts_with(b"070701") && bytes.len() % 512 == 0);
+        assert!(bytes.starts_with(b"070701") && bytes.len().is_multiple_of(512));
         let at = bytes.windows(10).position(|w| w == b"TRAILER!!!").unwrap();
         assert_eq!((at - 110) % 4, 0, "headers stand on four-byte boundaries");
     }

@@ -106,7 +106,7 @@ fn check(
         return fail("unknown flags", libc::EINVAL);
     }
     let (gpa, size, host) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
-    if (gpa | size | host) % PAGE != 0 {
+    if !(gpa | size | host).is_multiple_of(PAGE) {
         return fail("address or size is not a multiple of the page size", libc::EINVAL);
     }
     if size / PAGE > SLOT_PAGES_MAX {

@@ -16,7 +16,7 @@ use crate::state::{CodeSize, Seg, reg};
 
 /// What lowering depends on besides the bytes. All of it is part of the key under which blocks are cached.
 #[derive(Clone, Copy)]
-pub struct LowerCtx<'a> {
+pub(crate) struct LowerCtx<'a> {
     /// Decoding mode.
     pub code_size: CodeSize,
     /// What the CPU offers.
@@ -26,7 +26,7 @@ pub struct LowerCtx<'a> {
 }
 
 /// Slot of a general register of any width; for AH, CH, DH, BH bit 4 is set.
-pub fn gpr(register: Register) -> u8 {
+pub(crate) fn gpr(register: Register) -> u8 {
     match register {
         Register::AH | Register::CH | Register::DH | Register::BH => {
             16 | (register as u8 - Register::AH as u8)
@@ -36,7 +36,7 @@ pub fn gpr(register: Register) -> u8 {
 }
 
 /// Segment index of a segment register.
-pub fn seg_index(register: Register) -> u8 {
+pub(crate) fn seg_index(register: Register) -> u8 {
     match register {
         Register::ES => Seg::Es as u8,
         Register::CS => Seg::Cs as u8,
@@ -49,7 +49,7 @@ pub fn seg_index(register: Register) -> u8 {
 
 /// The operation for `ins` with `handler` and nothing filled in but the position, prefixes and the memory
 /// operand. `ins` was decoded with its page offset as instruction pointer.
-pub fn op_base(ins: &Instruction, ctx: &LowerCtx, handler: Handler) -> Op {
+pub(crate) fn op_base(ins: &Instruction, ctx: &LowerCtx, handler: Handler) -> Op {
     let mut op = Op {
         handler: Cell::new(handler),
         imm: 0,
@@ -143,7 +143,7 @@ fn displacement_is_64(ins: &Instruction) -> bool {
 }
 
 /// Lowers one instruction.
-pub fn lower(ins: &Instruction, ctx: &LowerCtx) -> Op {
+pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Op {
     if ins.is_invalid() || !ctx.features.offers(ins) {
         return op_base(ins, ctx, undefined);
     }
@@ -151,6 +151,6 @@ pub fn lower(ins: &Instruction, ctx: &LowerCtx) -> Op {
 }
 
 /// #UD.
-pub fn undefined(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+pub(crate) fn undefined(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
     Err(cpu.raise(Exception::UD))
 }

@@ -6,8 +6,8 @@
 //! interrupt, a new executable mapping. The first use of a block in a new epoch compares its bytes.
 #![expect(unsafe_code, reason = "blocks are referenced by raw pointer while they run; see `BlockRef`")]
 
-pub mod lower;
-pub mod op;
+pub(crate) mod lower;
+pub(crate) mod op;
 pub(crate) mod thread;
 
 use std::collections::HashMap;
@@ -133,6 +133,7 @@ pub(crate) struct CodeCache {
     jump: Box<[JumpEntry; JUMP_ENTRIES]>,
     epoch: u64,
     ops: usize,
+    #[expect(clippy::vec_box, reason = "a block that is running is pointed to, so it must not move")]
     graveyard: Vec<Box<Block>>,
 }
 
@@ -236,6 +237,7 @@ impl CodeCache {
 }
 
 /// Makes a dropped block stop at its next instruction if it is running, and keeps it until `reclaim`.
+#[expect(clippy::vec_box, reason = "a block that is running is pointed to, so it must not move")]
 fn retire(graveyard: &mut Vec<Box<Block>>, block: Box<Block>) {
     for op in &block.ops {
         op.handler.set(resync);

@@ -8,7 +8,7 @@ use crate::exception::Abort;
 /// What the block loop does after an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Flow {
+pub(crate) enum Flow {
     /// Go on with the next operation of the block.
     Next,
     /// The block ends here; `state.rip` says where execution goes on.
@@ -17,13 +17,13 @@ pub enum Flow {
 
 /// Executes one operation. On `Err` nothing that the guest can see has changed (except what the instruction
 /// defines to be kept, such as finished REP iterations).
-pub type Handler = fn(&mut Cpu, &Op) -> Result<Flow, Abort>;
+pub(crate) type Handler = fn(&mut Cpu, &Op) -> Result<Flow, Abort>;
 
 /// One decoded instruction. Which fields mean something is the handler's business; the address fields always
 /// have the meaning that [`Cpu::ea`] gives them.
 #[derive(Clone, Debug)]
 #[repr(C)]
-pub struct Op {
+pub(crate) struct Op {
     /// Executes it. A cell, because invalidating a block replaces the handlers of its operations.
     pub handler: Cell<Handler>,
     /// Immediate, branch target relative to the page start, or a handler's own payload.
@@ -60,30 +60,30 @@ pub struct Op {
 
 impl Op {
     /// The address needs segment checks or wraps at 16 or 32 bits.
-    pub const SLOW_EA: u8 = 1 << 0;
+    pub(crate) const SLOW_EA: u8 = 1 << 0;
     /// Address size is 32 bits.
-    pub const ADDR32: u8 = 1 << 1;
+    pub(crate) const ADDR32: u8 = 1 << 1;
     /// Address size is 16 bits.
-    pub const ADDR16: u8 = 1 << 2;
+    pub(crate) const ADDR16: u8 = 1 << 2;
     /// LOCK prefix.
-    pub const LOCK: u8 = 1 << 3;
+    pub(crate) const LOCK: u8 = 1 << 3;
     /// REP or REPE prefix (F3).
-    pub const REP: u8 = 1 << 4;
+    pub(crate) const REP: u8 = 1 << 4;
     /// REPNE prefix (F2).
-    pub const REPNE: u8 = 1 << 5;
+    pub(crate) const REPNE: u8 = 1 << 5;
 
     /// The handler is a threaded one; see [`crate::code::thread`].
-    pub const THREADED: u8 = 1 << 6;
+    pub(crate) const THREADED: u8 = 1 << 6;
 
     /// Whether flag bit `bit` is set.
     #[inline(always)]
-    pub fn has(&self, bit: u8) -> bool {
+    pub(crate) fn has(&self, bit: u8) -> bool {
         self.flags & bit != 0
     }
 
     /// Address-size mask.
     #[inline(always)]
-    pub fn addr_mask(&self) -> u64 {
+    pub(crate) fn addr_mask(&self) -> u64 {
         if self.has(Op::ADDR32) {
             0xffff_ffff
         } else if self.has(Op::ADDR16) {

@@ -20,7 +20,7 @@ fn status_of(al: u8, cf: bool, af: bool) -> Status {
         .with(Rflags::AF, af)
         .with(Rflags::ZF, al == 0)
         .with(Rflags::SF, al & 0x80 != 0)
-        .with(Rflags::PF, al.count_ones() % 2 == 0)
+        .with(Rflags::PF, al.count_ones().is_multiple_of(2))
 }
 
 /// DAA and DAS.

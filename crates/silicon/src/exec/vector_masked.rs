@@ -79,7 +79,7 @@ impl Parts {
             }
         };
         let count = self.count as usize;
-        (0..count.max(1).min(64))
+        (0..count.clamp(1, 64))
             .filter(move |i| mask & (1 << i) != 0)
             .map(move |i| (i * element, element))
             .filter(move |(at, length)| at + length <= size)
