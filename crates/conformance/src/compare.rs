@@ -1,6 +1,6 @@
 //! What must be equal after a test case, and how a difference is told.
 
-use iced_x86::{Instruction, OpKind, RflagsBits};
+use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
 
 use crate::forms::{Tolerance, tolerance};
 use crate::generate::Case;
@@ -89,10 +89,20 @@ fn comparable(event: &Event, case: &Case) -> Event {
     if address >= USER_END {
         error &= !1;
     }
-    if case.instruction.memory_size().size() > 64 || case.instruction.is_save_restore_instruction() {
+    let many = case.instruction.memory_size().size() > 64 || case.instruction.is_save_restore_instruction();
+    if many || is_masked(&case.instruction) {
         address &= !(PAGE - 1);
     }
     Event::Fault { vector: 14, error, address }
+}
+
+/// Whether a mask says which parts of the memory operand are accessed.
+fn is_masked(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    let name = instruction.mnemonic();
+    instruction.has_op_mask()
+        || matches!(name, Maskmovq | Maskmovdqu | Vmaskmovdqu | Vmaskmovps | Vmaskmovpd)
+        || matches!(name, Vpmaskmovd | Vpmaskmovq)
 }
 
 fn tolerated(allowed: &Tolerance, instruction: &Instruction, register: usize) -> bool {

@@ -5,9 +5,10 @@ use iced_x86::Mnemonic;
 
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
-use crate::exception::Abort;
+use crate::exception::{Abort, Exception};
 use crate::exec::fpu::admitted_nowait;
 use crate::hostexec::class;
+use crate::mmu::tlb::Class;
 use crate::state::X87;
 
 /// The longest image: 28 bytes of environment, eight registers.
@@ -99,9 +100,8 @@ fn decode(words: [u32; 7], format: Format, x87: &mut X87) {
         return;
     }
     (x87.fip, x87.fdp) = (u64::from(ip), u64::from(dp));
-    if format.wide {
-        x87.fop = (ip_high >> 16) as u16 & 0x7ff;
-    }
+    // The narrow format has no opcode.
+    x87.fop = if format.wide { (ip_high >> 16) as u16 & 0x7ff } else { 0 };
     (x87.fcs, x87.fds) = (ip_high as u16, dp_high as u16);
 }
 
@@ -126,10 +126,23 @@ fn read_environment(image: &[u8], format: Format, selectors: bool, x87: &mut X87
     }
 }
 
+/// Address of the image. Its first and last bytes are looked at first, as the silicon does.
+fn image_address(cpu: &mut Cpu, op: &Op, format: Format, length: usize, write: bool) -> Result<u64, Abort> {
+    let lin = cpu.ea(op, length, write)?;
+    let alignment = if format.wide { 4 } else { 2 };
+    if lin & (alignment - 1) != 0 && cpu.mmu.tlb.class() == Class::Checked {
+        cpu.checked(cpu.op_seg(op), lin)?;
+        return Err(cpu.raise(Exception::AC));
+    }
+    cpu.probe(cpu.op_seg(op), lin, 1, write)?;
+    cpu.probe(cpu.op_seg(op), lin.wrapping_add(length as u64 - 1), 1, write)?;
+    Ok(lin)
+}
+
 fn store_environment(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted_nowait(cpu)?;
     let format = Format::of(cpu, op);
-    let lin = cpu.ea(op, format.bytes(), true)?;
+    let lin = image_address(cpu, op, format, format.bytes(), true)?;
     cpu.sync_x87();
     let mut image = [0; 28];
     write_environment(&cpu.state.x87, format, &mut image[..format.bytes()]);
@@ -142,7 +155,7 @@ fn store_environment(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 fn load_environment(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.admit(class::X87)?;
     let format = Format::of(cpu, op);
-    let lin = cpu.ea(op, format.bytes(), false)?;
+    let lin = image_address(cpu, op, format, format.bytes(), false)?;
     let mut image = [0; 28];
     cpu.read_bytes(cpu.op_seg(op), lin, &mut image[..format.bytes()])?;
     cpu.sync_x87();
@@ -160,7 +173,7 @@ fn save(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted_nowait(cpu)?;
     let format = Format::of(cpu, op);
     let (environment, length) = (format.bytes(), format.bytes() + 80);
-    let lin = cpu.ea(op, length, true)?;
+    let lin = image_address(cpu, op, format, length, true)?;
     cpu.sync_x87();
     let mut image = [0; LONGEST];
     write_environment(&cpu.state.x87, format, &mut image[..environment]);
@@ -180,7 +193,7 @@ fn restore(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.admit(class::X87)?;
     let format = Format::of(cpu, op);
     let (environment, length) = (format.bytes(), format.bytes() + 80);
-    let lin = cpu.ea(op, length, false)?;
+    let lin = image_address(cpu, op, format, length, false)?;
     let mut image = [0; LONGEST];
     cpu.read_bytes(cpu.op_seg(op), lin, &mut image[..length])?;
     cpu.sync_x87();

@@ -10,11 +10,15 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
-use crate::cpu::Cpu;
-use crate::exception::{Abort, Exception};
+use crate::cpu::{Cpu, Pending};
+use crate::exception::{Abort, Exception, vector};
 use crate::exec::{vector_gather, vector_masked, vector_moves};
 use crate::hostexec::stub::Stub;
 use crate::hostexec::{MXCSR_DEFINED, class, make_room};
+use crate::mmu::tlb::Class;
+
+/// Bit of [`Op::extra`]: the operand is never alignment-checked (exception type 11).
+const UNCHECKED: u32 = 1 << 11;
 
 /// A memory operand's copy, where no direct pointer can be had.
 #[repr(C, align(64))]
@@ -48,6 +52,9 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
     let stores = is_store(ins, memory);
     let mut op = Op { imm, r2: alignment(ins), ..base(if stores { store } else { load }) };
     op.size = u8::try_from(ins.memory_size().size()).ok().filter(|&size| size <= 64)?;
+    if ins.mnemonic() == Mnemonic::Vcvtph2ps {
+        op.extra |= UNCHECKED;
+    }
     Some(vector_masked::lower_masked(ins, stores, op))
 }
 
@@ -77,7 +84,8 @@ fn is_vector_by_name(mnemonic: Mnemonic) -> bool {
     matches!(
         mnemonic,
         Cvtss2si | Cvttss2si | Cvtsd2si | Cvttsd2si | Vcvtss2si | Vcvttss2si | Vcvtsd2si | Vcvttsd2si
-    ) || matches!(mnemonic, Ldmxcsr | Stmxcsr | Vldmxcsr | Vstmxcsr | Vzeroupper | Vzeroall)
+    ) || matches!(mnemonic, Cvtps2pi | Cvttps2pi | Cvtpd2pi | Cvttpd2pi)
+        || matches!(mnemonic, Ldmxcsr | Stmxcsr | Vldmxcsr | Vstmxcsr | Vzeroupper | Vzeroall)
 }
 
 /// Index of the memory operand.
@@ -109,6 +117,7 @@ pub(super) fn alignment(ins: &Instruction) -> u8 {
                     ins.mnemonic(),
                     Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm
                 )
+                && !matches!(ins.mnemonic(), Pcmpestri64 | Pcmpestrm64)
         }
         _ => matches!(
             ins.mnemonic(),
@@ -174,6 +183,16 @@ pub(super) fn address(cpu: &mut Cpu, op: &Op, write: bool) -> Result<u64, Abort>
     Ok(lin)
 }
 
+/// #AC(0) for a misaligned operand of two, four or eight bytes, which comes before a page fault.
+pub(super) fn check_small_alignment(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<(), Abort> {
+    let misaligned = op.size <= 8 && lin & u64::from(op.size).wrapping_sub(1) != 0;
+    if misaligned && cpu.mmu.tlb.class() == Class::Checked {
+        cpu.checked(cpu.op_seg(op), lin)?;
+        return Err(cpu.raise(Exception::AC));
+    }
+    Ok(())
+}
+
 /// Pointer to the memory operand in the common case: nothing to check but the first-level TLB. The slow way
 /// is a tail call then, and the handler needs no stack frame.
 #[inline(always)]
@@ -204,6 +223,11 @@ fn load_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu, op)?;
     let lin = address(cpu, op, false)?;
     let (seg, size) = (cpu.op_seg(op), usize::from(op.size));
+    if op.extra & UNCHECKED != 0 && cpu.mmu.tlb.class() == Class::Checked {
+        load_copy(cpu, op, lin, unmasked)?;
+        return Ok(Flow::Next);
+    }
+    check_small_alignment(cpu, op, lin)?;
     match cpu.host_pointer(seg, lin, size, false)? {
         // SAFETY: `size` bytes can be read at the pointer, and the stub reads no more.
         Some(mem) => unsafe { execute(cpu, op, mem, unmasked)? },
@@ -216,7 +240,10 @@ fn load_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 fn load_copy(cpu: &mut Cpu, op: &Op, lin: u64, unmasked: bool) -> Result<(), Abort> {
     let mut copy = Copy64([0; 64]);
     let size = usize::from(op.size).min(64);
-    cpu.read_bytes(cpu.op_seg(op), lin, &mut copy.0[..size])?;
+    match op.extra & UNCHECKED {
+        0 => cpu.read_bytes(cpu.op_seg(op), lin, &mut copy.0[..size])?,
+        _ => vector_masked::read_part(cpu, cpu.op_seg(op), lin, &mut copy.0[..size])?,
+    }
     // SAFETY: the copy has 64 bytes, the most that an operand has.
     unsafe { execute(cpu, op, copy.0.as_mut_ptr(), unmasked) }
 }
@@ -238,12 +265,36 @@ fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu, op)?;
     let lin = address(cpu, op, true)?;
     let (seg, size) = (cpu.op_seg(op), usize::from(op.size));
-    match cpu.host_pointer(seg, lin, size, true)? {
+    if let Err(abort) = check_small_alignment(cpu, op, lin) {
+        return Err(store_nowhere(cpu, op, abort));
+    }
+    match cpu.host_pointer(seg, lin, size, true) {
         // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
-        Some(mem) => unsafe { execute(cpu, op, mem, unmasked)? },
-        None => store_copy(cpu, op, lin, unmasked)?,
+        Ok(Some(mem)) => unsafe { execute(cpu, op, mem, unmasked)? },
+        Ok(None) => store_copy(cpu, op, lin, unmasked)?,
+        Err(abort) => return Err(store_nowhere(cpu, op, abort)),
     }
     Ok(Flow::Next)
+}
+
+/// A store that cannot be made. Before the processor finds that out, it has gone over to MMX (TOP = 0), or has
+/// raised floating-point exceptions (VCVTPS2PH).
+#[cold]
+fn store_nowhere(cpu: &mut Cpu, op: &Op, abort: Abort) -> Abort {
+    if op.extra & class::MMX != 0 {
+        cpu.reset_top();
+        return abort;
+    }
+    let fault = cpu.pending;
+    if matches!(fault, Pending::Exception(e) if e.vector == vector::PF) {
+        let mut copy = Copy64([0; 64]);
+        let unmasked = cpu.hostexec.gate & op.extra & class::FP != 0;
+        // SAFETY: the copy has 64 bytes, the most that an operand has; stores write no register.
+        if let Err(unmasked) = unsafe { execute(cpu, op, copy.0.as_mut_ptr(), unmasked) } {
+            return unmasked;
+        }
+    }
+    abort
 }
 
 #[cold]

@@ -7,6 +7,7 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::exec::vector::admitted;
+use crate::exec::vector_masked::{read_part, write_part};
 
 /// [`Op::flags`] is full; these are bits of [`Op::extra`].
 const QWORD_INDEX: u32 = 1 << 8;
@@ -25,7 +26,8 @@ fn sizes(name: Mnemonic) -> Option<(usize, usize)> {
     })
 }
 
-/// r0: data register; r1: index register; r2: mask (vector register or k); size: elements.
+/// r0: data register; r1: index register; r2: mask (vector register or k); size: elements; imm: bytes of the
+/// longer of data and index register.
 pub(super) fn lower(ins: &Instruction, base: Op) -> Option<Op> {
     let (index_size, data_size) = sizes(ins.mnemonic())?;
     let scatters = ins.op0_register() == Register::None;
@@ -44,7 +46,8 @@ pub(super) fn lower(ins: &Instruction, base: Op) -> Option<Op> {
         (false, true) => gather_evex,
         (false, false) => gather_vex,
     };
-    let mut op = Op { r0: d, r1: i, r2: m, size: count, ..base };
+    let imm = index.size().max(data.size()) as u64;
+    let mut op = Op { imm, r0: d, r1: i, r2: m, size: count, ..base };
     op.handler.set(handler);
     op.extra |= if index_size == 8 { QWORD_INDEX } else { 0 } | if data_size == 8 { QWORD_DATA } else { 0 };
     Some(op)
@@ -85,17 +88,18 @@ fn put(register: &mut [u8; 64], i: usize, size: usize, value: u64) {
 
 fn gather_element(cpu: &mut Cpu, op: &Op, i: usize) -> Result<(), Abort> {
     let (lin, seg) = (element_address(cpu, op, i, false)?, cpu.op_seg(op));
-    let value = match data_size(op) {
-        8 => cpu.load::<u64>(seg, lin)?,
-        _ => u64::from(cpu.load::<u32>(seg, lin)?),
-    };
+    let mut bytes = [0; 8];
+    read_part(cpu, seg, lin, &mut bytes[..data_size(op)])?;
+    let value = u64::from_le_bytes(bytes);
     put(&mut cpu.state.zmm[usize::from(op.r0 & 31)].0, i, data_size(op), value);
+    let length = (op.imm as usize).min(64);
+    cpu.state.zmm[usize::from(op.r0 & 31)].0[length..].fill(0);
     cpu.commit_bus();
     Ok(())
 }
 
-/// Zeroes what lies above the gathered elements.
-fn finish_gather(cpu: &mut Cpu, op: &Op) {
+/// Zeroes what lies above the gathered elements. Above the vector length it is zero with the first of them.
+fn zero_above(cpu: &mut Cpu, op: &Op) {
     let used = (usize::from(op.size) * data_size(op)).min(64);
     cpu.state.zmm[usize::from(op.r0 & 31)].0[used..].fill(0);
 }
@@ -110,13 +114,25 @@ fn gather_evex(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         }
     }
     cpu.state.k[k] = 0;
-    finish_gather(cpu, op);
+    zero_above(cpu, op);
     Ok(Flow::Next)
+}
+
+/// Makes each element of the mask all ones or all zeroes, and zeroes what has no element.
+fn widen_mask(cpu: &mut Cpu, op: &Op) {
+    let (mask, size) = (&mut cpu.state.zmm[usize::from(op.r2 & 31)].0, data_size(op));
+    let length = (op.imm as usize).min(64);
+    for i in 0..length / size {
+        let set = get(mask, i, size) >> (8 * size - 1) != 0;
+        put(mask, i, size, if set { u64::MAX } else { 0 });
+    }
+    mask[length..].fill(0);
 }
 
 fn gather_vex(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted(cpu, op)?;
     let (mask, size) = (usize::from(op.r2 & 31), data_size(op));
+    widen_mask(cpu, op);
     for i in 0..usize::from(op.size) {
         if get(&cpu.state.zmm[mask].0, i, size) >> (8 * size - 1) != 0 {
             gather_element(cpu, op, i)?;
@@ -124,7 +140,7 @@ fn gather_vex(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         }
     }
     cpu.state.zmm[mask].0.fill(0);
-    finish_gather(cpu, op);
+    zero_above(cpu, op);
     Ok(Flow::Next)
 }
 
@@ -137,10 +153,7 @@ fn scatter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         }
         let lin = element_address(cpu, op, i, true)?;
         let value = get(&cpu.state.zmm[usize::from(op.r0 & 31)].0, i, data_size(op));
-        match data_size(op) {
-            8 => cpu.store::<u64>(seg, lin, value)?,
-            _ => cpu.store::<u32>(seg, lin, value as u32)?,
-        }
+        write_part(cpu, seg, lin, &value.to_le_bytes()[..data_size(op)])?;
         cpu.commit_bus();
         cpu.state.k[k] &= !(1 << i);
     }

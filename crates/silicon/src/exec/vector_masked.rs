@@ -11,8 +11,9 @@ use crate::code::lower::seg_index;
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::{Cpu, Pending};
 use crate::exception::{Abort, Exception};
-use crate::exec::vector::{Copy64, address, admitted, execute, memory_operand};
-use crate::state::reg;
+use crate::exec::vector::{Copy64, address, admitted, check_small_alignment, execute, memory_operand};
+use crate::mmu::tlb::Class;
+use crate::state::{Seg, reg};
 
 /// How mask bits stand for parts of the memory operand; two bits of [`Op::extra`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,6 +240,35 @@ fn part_address(cpu: &mut Cpu, op: &Op, at: usize, length: usize, write: bool) -
     Ok(offset.wrapping_add(cpu.state.ea_base[usize::from(op.seg & 7)]))
 }
 
+/// Reads a part of an operand. Parts are not alignment-checked.
+pub(super) fn read_part(cpu: &mut Cpu, seg: Seg, lin: u64, out: &mut [u8]) -> Result<(), Abort> {
+    if cpu.mmu.tlb.class() != Class::Checked {
+        return cpu.read_bytes(seg, lin, out);
+    }
+    for (i, byte) in out.iter_mut().enumerate() {
+        cpu.read_bytes(seg, lin.wrapping_add(i as u64), std::slice::from_mut(byte))?;
+    }
+    Ok(())
+}
+
+/// Writes a part of an operand, all of it or nothing.
+pub(super) fn write_part(cpu: &mut Cpu, seg: Seg, lin: u64, part: &[u8]) -> Result<(), Abort> {
+    if cpu.mmu.tlb.class() != Class::Checked {
+        return cpu.write_bytes(seg, lin, part);
+    }
+    cpu.probe(seg, lin, part.len(), true)?;
+    for (i, byte) in part.iter().enumerate() {
+        cpu.write_bytes(seg, lin.wrapping_add(i as u64), std::slice::from_ref(byte))?;
+    }
+    Ok(())
+}
+
+/// Linear address of the operand.
+fn unchecked_address(cpu: &Cpu, op: &Op) -> u64 {
+    let base = cpu.state.ea_base[usize::from(op.seg & 7)];
+    (cpu.offset(op) & op.addr_mask()).wrapping_add(base)
+}
+
 /// Direct pointer to the whole operand, if nothing stands in the way.
 fn whole(cpu: &mut Cpu, op: &Op, write: bool) -> Option<*mut u8> {
     let pointer = address(cpu, op, write)
@@ -249,10 +279,13 @@ fn whole(cpu: &mut Cpu, op: &Op, write: bool) -> Option<*mut u8> {
     pointer.ok().flatten()
 }
 
-/// #GP for a misaligned operand of an aligned form, whatever the mask.
+/// #GP for a misaligned operand of an aligned form, if any of it is accessed.
 fn check_alignment(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
-    let base = cpu.state.ea_base[usize::from(op.seg & 7)];
-    let lin = (cpu.offset(op) & op.addr_mask()).wrapping_add(base);
+    if Parts::of(cpu, op).mask == 0 {
+        return Ok(());
+    }
+    let lin = unchecked_address(cpu, op);
+    check_small_alignment(cpu, op, lin)?;
     if lin & u64::from(op.r2) != 0 {
         return Err(cpu.raise(Exception::gp(0)));
     }
@@ -262,7 +295,7 @@ fn check_alignment(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
 fn read_parts(cpu: &mut Cpu, op: &Op, parts: &Parts, copy: &mut Copy64) -> Result<(), Abort> {
     for (at, length) in parts.ranges() {
         let lin = part_address(cpu, op, at, length, false)?;
-        cpu.read_bytes(cpu.op_seg(op), lin, &mut copy.0[at..at + length])?;
+        read_part(cpu, cpu.op_seg(op), lin, &mut copy.0[at..at + length])?;
     }
     Ok(())
 }
@@ -275,7 +308,7 @@ fn write_parts(cpu: &mut Cpu, op: &Op, parts: &Parts, copy: &Copy64) -> Result<(
     }
     for (at, length) in parts.ranges() {
         let lin = part_address(cpu, op, at, length, true)?;
-        cpu.write_bytes(cpu.op_seg(op), lin, &copy.0[at..at + length])?;
+        write_part(cpu, cpu.op_seg(op), lin, &copy.0[at..at + length])?;
     }
     Ok(())
 }
@@ -335,9 +368,19 @@ fn maskmov_store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     Ok(Flow::Next)
 }
 
-/// MASKMOVDQU.
+/// MASKMOVDQU. Bytes that are left out may fault all the same, and do.
 fn maskmovdqu(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    admitted(cpu, op)?;
+    probe_all(cpu, op)?;
     maskmov_store(cpu, op)
+}
+
+fn probe_all(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
+    let size = usize::from(op.size);
+    let lin = cpu.ea(op, size, true)?;
+    // The end is looked at first.
+    cpu.probe(cpu.op_seg(op), lin.wrapping_add(size as u64 - 1), 1, true)?;
+    cpu.probe(cpu.op_seg(op), lin, size, true)
 }
 
 /// MASKMOVQ: the same with MMX registers.
@@ -348,7 +391,11 @@ fn maskmovq(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     copy.0[..8].copy_from_slice(&data);
     let mask = (0..8).fold(0, |m, i| m | u64::from(mask[i] >> 7) << i);
     let parts = Parts { mask, count: 8, shape: Shape::Elements, element: 1, size: 8 };
-    write_parts(cpu, op, &parts, &copy)?;
+    // The host goes over to MMX before it stores, and stays there if the store faults.
     cpu.enter_mmx();
+    let lin = cpu.ea(op, 8, true)?;
+    check_small_alignment(cpu, op, lin)?;
+    cpu.probe(cpu.op_seg(op), lin, 8, true)?;
+    write_parts(cpu, op, &parts, &copy)?;
     Ok(Flow::Next)
 }

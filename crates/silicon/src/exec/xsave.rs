@@ -9,11 +9,12 @@ use crate::exception::{Abort, Exception};
 use crate::exec::xsave_area::{self as area, Legacy};
 use crate::hostexec::{MXCSR_DEFINED, MXCSR_RESET};
 use crate::mmu::Word;
+use crate::mmu::tlb::Class;
 use crate::model::xstate::{self, COMPONENTS, Component};
-use crate::state::{CodeSize, Seg, cr0, cr4, reg};
+use crate::state::{CodeSize, Seg, X87, cr0, cr4, reg};
 
 /// Component bits of x87, SSE and AVX.
-const X87: u64 = xstate::X87;
+const FPU: u64 = xstate::X87;
 const SSE: u64 = xstate::SSE;
 const AVX: u64 = xstate::AVX;
 /// XCOMP_BV: compacted format.
@@ -62,8 +63,8 @@ impl Cpu {
         self.sync_x87();
         let count = self.visible_registers();
         let mut used = 0;
-        if of & X87 != 0 && area::x87_in_use(&self.state) {
-            used |= X87;
+        if of & FPU != 0 && area::x87_in_use(&self.state) {
+            used |= FPU;
         }
         if of & SSE != 0 && area::rows_in_use(&self.state, 0..count, 0..16) {
             used |= SSE;
@@ -104,9 +105,18 @@ impl Cpu {
     fn area_address(&mut self, op: &Op, alignment: u64, write: bool) -> Result<u64, Abort> {
         let lin = self.ea(op, HEADER, write)?;
         if lin & (alignment - 1) != 0 {
-            return Err(self.raise(Exception::gp(0)));
+            self.checked(self.op_seg(op), lin)?;
+            // Where #AC takes the place of #GP is the implementation's choice: for saves, at multiples of four.
+            let checked = write && lin & 3 != 0 && self.mmu.tlb.class() == Class::Checked;
+            return Err(self.raise(if checked { Exception::AC } else { Exception::gp(0) }));
         }
         Ok(lin)
+    }
+
+    /// Checks that an area can be written: its last byte first, as the silicon does.
+    fn probe_area(&mut self, seg: Seg, lin: u64, length: usize) -> Result<(), Abort> {
+        self.probe(seg, lin.wrapping_add(length as u64 - 1), 1, true)?;
+        self.probe(seg, lin, length, true)
     }
 
     fn write_area(&mut self, seg: Seg, lin: u64, bytes: &[u8]) -> Result<(), Abort> {
@@ -163,9 +173,9 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     // XSAVE writes every requested component, the others leave out what is in its initial configuration.
     let written = if form == form::XSAVE { requested } else { used };
     let end = placed(requested, compacted).map(|(row, at)| at + row.size as usize).max().unwrap_or(EXTENDED);
-    cpu.probe(seg, lin, end, true)?;
+    cpu.probe_area(seg, lin, end)?;
     let legacy = Legacy {
-        x87: written & X87 != 0,
+        x87: written & FPU != 0,
         sse: written & SSE != 0,
         mxcsr: if compacted { written & SSE != 0 } else { requested & (SSE | AVX) != 0 },
         wide: op.r1 != 0,
@@ -252,60 +262,64 @@ fn read_header(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<[u64; 8], Abort> {
     Ok(words)
 }
 
-/// Everything is checked before anything changes.
+/// Restores in the order of the silicon, which shows where a fault or a bad MXCSR ends it: what gets its
+/// initial configuration, x87 and SSE, MXCSR (checked here in the compacted format, first in the standard one),
+/// the other components. What has been restored by then stays, and is restored again on a restart.
 fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: u64) -> Result<Flow, Abort> {
     let (seg, compacted, count) = (cpu.op_seg(op), layout & COMPACTED != 0, cpu.visible_registers());
-    let loaded = requested & used;
+    let (loaded, initial) = (requested & used, requested & !used);
     let mut image = [0; 416];
     let load_mxcsr = if compacted { loaded & SSE != 0 } else { requested & (SSE | AVX) != 0 };
-    if loaded & X87 != 0 || load_mxcsr {
+    if loaded & FPU != 0 || load_mxcsr {
         cpu.read_area(seg, lin, &mut image[..160])?;
+    }
+    let mxcsr = area::mxcsr(&image);
+    let bad_mxcsr = load_mxcsr && mxcsr & !MXCSR_DEFINED != 0;
+    if bad_mxcsr && !compacted {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    initialize(cpu, initial, count);
+    if loaded & FPU != 0 {
+        let (selectors, bits) = (cpu.hostexec.x87_selectors, cpu.features.linear_bits());
+        cpu.set_x87(area::x87(&image, op.r1 != 0, selectors, bits));
     }
     if loaded & SSE != 0 {
         cpu.read_area(seg, lin + 160, &mut image[160..160 + 16 * count])?;
-    }
-    let mxcsr = area::mxcsr(&image);
-    if load_mxcsr && mxcsr & !MXCSR_DEFINED != 0 {
-        return Err(cpu.raise(Exception::gp(0)));
-    }
-    let places = if compacted { layout & !COMPACTED } else { requested };
-    let in_area = || placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0);
-    if let Some(end) = in_area().map(|(row, at)| at + row.size as usize).max() {
-        cpu.probe(seg, lin, end, false)?;
-    }
-    let mut buffer = [0; LONGEST];
-    for (row, at) in in_area() {
-        let bytes = &mut buffer[..(row.size as usize).min(LONGEST)];
-        cpu.read_area(seg, lin + at as u64, bytes)?;
-        area::load(&mut cpu.state, row.bit, count, bytes);
-    }
-    // What is requested but not loaded gets its initial configuration, which is all zeroes.
-    let initial = requested & !loaded;
-    for row in COMPONENTS.iter().filter(|row| initial & (1 << row.bit) != 0) {
-        let bytes = (row.size as usize).min(LONGEST);
-        area::load(&mut cpu.state, row.bit, count, &[0; LONGEST][..bytes]);
-    }
-    let selectors = cpu.hostexec.x87_selectors;
-    if requested & X87 != 0 {
-        let x87 = if loaded & X87 != 0 {
-            area::x87(&image, op.r1 != 0, selectors)
-        } else {
-            crate::state::X87::INIT
-        };
-        cpu.set_x87(x87);
-    }
-    if requested & SSE != 0 {
         area::load_rows(&mut cpu.state, 0..count, 0..16, &image[160..]);
+    }
+    if bad_mxcsr {
+        return Err(cpu.raise(Exception::gp(0)));
     }
     if load_mxcsr {
         cpu.set_mxcsr(mxcsr);
-    } else if compacted && requested & SSE != 0 {
+    } else if compacted && initial & SSE != 0 {
         cpu.set_mxcsr(MXCSR_RESET);
+    }
+    let places = if compacted { layout & !COMPACTED } else { requested };
+    let mut buffer = [0; LONGEST];
+    for (row, at) in placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0) {
+        let bytes = &mut buffer[..(row.size as usize).min(LONGEST)];
+        cpu.read_area(seg, lin + at as u64, bytes)?;
+        area::load(&mut cpu.state, row.bit, count, bytes);
     }
     if requested & xstate::PKRU != 0 {
         cpu.pkru_changed();
     }
     Ok(Flow::Next)
+}
+
+/// Gives `components` their initial configurations, which but for x87 are all zeroes.
+fn initialize(cpu: &mut Cpu, components: u64, count: usize) {
+    const ZEROES: [u8; LONGEST] = [0; LONGEST];
+    if components & FPU != 0 {
+        cpu.set_x87(X87::INIT);
+    }
+    if components & SSE != 0 {
+        area::load_rows(&mut cpu.state, 0..count, 0..16, &ZEROES);
+    }
+    for row in COMPONENTS.iter().filter(|row| components & (1 << row.bit) != 0) {
+        area::load(&mut cpu.state, row.bit, count, &ZEROES[..(row.size as usize).min(LONGEST)]);
+    }
 }
 
 fn check_fxsave(cpu: &mut Cpu) -> Result<(), Abort> {
@@ -318,7 +332,7 @@ fn check_fxsave(cpu: &mut Cpu) -> Result<(), Abort> {
 fn fxsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     check_fxsave(cpu)?;
     let (lin, seg) = (cpu.area_address(op, 16, true)?, cpu.op_seg(op));
-    cpu.probe(seg, lin, HEADER, true)?;
+    cpu.probe_area(seg, lin, HEADER)?;
     cpu.sync_x87();
     let sse = cpu.state.cr4 & cr4::OSFXSR != 0;
     let legacy = Legacy { x87: true, sse, mxcsr: true, wide: op.r1 != 0 };
@@ -337,7 +351,7 @@ fn fxrstor(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         return Err(cpu.raise(Exception::gp(0)));
     }
     let selectors = cpu.hostexec.x87_selectors;
-    cpu.set_x87(area::x87(&image, op.r1 != 0, selectors));
+    cpu.set_x87(area::x87(&image, op.r1 != 0, selectors, cpu.features.linear_bits()));
     if sse {
         let count = cpu.visible_registers();
         area::load_rows(&mut cpu.state, 0..count, 0..16, &image[160..]);

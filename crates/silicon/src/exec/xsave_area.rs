@@ -74,7 +74,7 @@ pub(super) fn mxcsr(image: &[u8]) -> u32 {
 }
 
 /// The x87 part of a legacy image. `selectors`: FCS and FDS exist (SDM vol. 1, 8.1.8).
-pub(super) fn x87(image: &[u8], wide: bool, selectors: bool) -> X87 {
+pub(super) fn x87(image: &[u8], wide: bool, selectors: bool, linear_bits: u8) -> X87 {
     let mut x87 = X87 {
         fcw: word(image, 0) as u16,
         fsw: word(image, 2) as u16,
@@ -84,7 +84,11 @@ pub(super) fn x87(image: &[u8], wide: bool, selectors: bool) -> X87 {
         fdp: word(image, 16),
         ..X87::INIT
     };
-    if !wide {
+    if wide {
+        // The processor keeps as many bits of the instruction pointer as linear addresses have.
+        let unused = 64 - linear_bits.clamp(1, 64);
+        x87.fip = ((x87.fip << unused) as i64 >> unused) as u64;
+    } else {
         if selectors {
             (x87.fcs, x87.fds) = ((x87.fip >> 32) as u16, (x87.fdp >> 32) as u16);
         }

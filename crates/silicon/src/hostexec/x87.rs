@@ -99,6 +99,15 @@ impl Cpu {
         std::array::from_fn(|i| register[i])
     }
 
+    /// TOP becomes 0, as MMX instructions leave it; what a store to memory that faults has already done.
+    pub(crate) fn reset_top(&mut self) {
+        self.sync_x87();
+        let x87 = &mut self.state.x87;
+        let top = usize::from(x87.fsw >> 11) & 7;
+        x87.st.rotate_right(top);
+        x87.fsw &= !(7 << 11);
+    }
+
     /// What every MMX instruction does to the x87 state: TOP becomes 0 and all registers valid.
     pub(crate) fn enter_mmx(&mut self) {
         self.load_x87();

@@ -346,7 +346,7 @@ impl Cpu {
     }
 
     /// `lin` if it is canonical (#GP(0) or #SS(0) otherwise); truncated to 32 bits outside IA-32e mode.
-    fn checked(&mut self, seg: Seg, lin: u64) -> Result<u64, Abort> {
+    pub(crate) fn checked(&mut self, seg: Seg, lin: u64) -> Result<u64, Abort> {
         if !self.state.long_mode() {
             return Ok(lin & 0xffff_ffff);
         }

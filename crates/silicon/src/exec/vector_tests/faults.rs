@@ -86,6 +86,7 @@ fn alignment_is_checked_where_the_form_asks_for_it() {
     for &(code, checked) in rows {
         let mut guest = guest();
         guest.set(reg::RBX, DATA + 8);
+        guest.cpu.state.k[1] = 1;
         if checked {
             assert_eq!(guest.fault(code), GP0, "{code:02x?}");
         } else {
