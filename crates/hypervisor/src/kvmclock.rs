@@ -2,7 +2,7 @@
 //!
 //! The TSC of all vCPUs runs in step, so all pages carry the same base and TSC_STABLE is set.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::memory::Memory;
 use crate::tsc;
@@ -17,13 +17,12 @@ const PVCLOCK_GUEST_STOPPED: u8 = 1 << 1;
 pub struct ClockBase {
     tsc: u64,
     nanos: u64,
-    started: Instant,
 }
 
 impl ClockBase {
     /// A clock that reads zero now.
     pub fn new() -> ClockBase {
-        ClockBase { tsc: tsc::rdtsc(), nanos: 0, started: Instant::now() }
+        ClockBase { tsc: tsc::rdtsc(), nanos: 0 }
     }
 
     /// Nanoseconds that the clock shows now (KVM_GET_CLOCK).
@@ -35,7 +34,7 @@ impl ClockBase {
 
     /// The clock reads `nanos` from now on (KVM_SET_CLOCK).
     pub fn set(&mut self, nanos: u64) {
-        *self = ClockBase { tsc: tsc::rdtsc(), nanos, started: Instant::now() };
+        *self = ClockBase { tsc: tsc::rdtsc(), nanos };
     }
 
     /// Wall-clock time at which the clock read zero.

@@ -97,7 +97,7 @@ fn step(random: &mut Random) -> Step {
     let space = random.below(SPACES);
     match random.below(200) {
         0..3 => Step::Private { space, page: random.below(PAGES), value: entry(random) },
-        3 => Step::Shared { page: random.below(PAGES), value: entry(random) | random.below(2) * G },
+        3 => Step::Shared { page: random.below(PAGES), value: entry(random) | (random.below(2) * G) },
         4 => {
             let large = LARGE | PS | 1 | random.below(4) << 1;
             Step::Large { space, value: if random.one_in(2) { table(space, 3) | PWU } else { large } }
@@ -155,7 +155,7 @@ fn perform(m: &mut Machine, step: Step) -> Result<u64, Pending> {
         Step::Mode { cpl, ac } => {
             m.cpu.state.cpl = cpl;
             m.cpu.state.rflags_system =
-                m.cpu.state.rflags_system & !Rflags::AC.bits() | u64::from(ac) * Rflags::AC.bits();
+                m.cpu.state.rflags_system & !Rflags::AC.bits() | (u64::from(ac) * Rflags::AC.bits());
             m.cpu.mode_changed();
         }
         Step::Rights { wp, smap, smep, pke, pkru } => {
