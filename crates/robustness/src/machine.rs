@@ -4,7 +4,7 @@
 use conformance::rng::Rng;
 use kvm_bindings::{kvm_debugregs, kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 
-use crate::image::{Image, Slot, Start};
+use crate::image::{Contents, Image, Slot, Start};
 use crate::stream::Stream;
 
 /// Bytes of memory at address 0.
@@ -137,7 +137,24 @@ impl<'a> Machine<'a> {
         let bits = self.mode.bits();
         let code = Stream::new(self.rng, bits, &[DATA, STACK, CODE, TABLES, GDT]).code(CODE, 0x1000);
         self.put(CODE, &code);
-        self.finish(limit)
+        // The end of the first 64 KiB, and of the page that is mapped at the end of the address space.
+        let top = Stream::new(self.rng, bits, &[DATA, STACK]).code(0, 0x80);
+        self.put(0xff80, &top);
+        let at_the_end = self.rng.percent(8);
+        let end = match self.mode {
+            Mode::Real | Mode::Virtual8086 | Mode::Protected16 => 0xffff,
+            Mode::Protected32 | Mode::Compatibility => 0xffff_ffff,
+            Mode::Long => self.rng.pick(&[!0, 0x7fff_ffff_ffff]),
+        };
+        let mut image = self.finish(limit);
+        if let Some(Contents::Bytes(ram)) = image.slots.first_mut().map(|slot| &mut slot.contents) {
+            let page = DATA as usize + 0xf80;
+            ram[page..page + 0x80].copy_from_slice(&top);
+        }
+        if let Some(regs) = image.cpus.first_mut().and_then(|cpu| cpu.regs.as_mut()).filter(|_| at_the_end) {
+            regs.rip = end - 0x7f;
+        }
+        image
     }
 
     /// Writes the tables and gives the image.
@@ -178,9 +195,11 @@ impl<'a> Machine<'a> {
     fn registers(&mut self) -> kvm_regs {
         let mut draw = || {
             let rng = &mut *self.rng;
-            match rng.below(8) {
+            match rng.below(9) {
                 0 => rng.next(),
                 1 => rng.below(64),
+                // Around the ends of the address spaces.
+                8 => rng.pick(&[!0, 0xffff_ffff, 0xffff, 0x7fff_ffff_ffff]) - rng.below(96),
                 2 => rng.pick(&[0, 1, !0, 1 << 63, 0x7fff_ffff_ffff, 0xffff_8000_0000_0000, 0xfee0_0000]),
                 3 => CODE + rng.below(0x1000),
                 _ => DATA + rng.below(0x2000),
@@ -330,6 +349,7 @@ impl<'a> Machine<'a> {
         for page in 0..512 {
             self.entry(wide, table, page, page << 12 | 7);
         }
+        self.map_top(wide, levels);
         let entries = 512 * levels;
         for _ in 0..entries * self.spoil / 400 {
             let (slot, entry) = (self.rng.below(entries), self.spoiled_entry());
@@ -337,6 +357,18 @@ impl<'a> Machine<'a> {
             if slot >= 512 * (levels - 1) + 32 || self.rng.percent(4) {
                 self.entry(wide, TABLES + (slot & !511) * 8, slot & 511, entry);
             }
+        }
+    }
+
+    /// Maps the last page of the address space to data, so that accesses and code can run over its end.
+    fn map_top(&mut self, wide: bool, levels: u64) {
+        let last = if wide { 511 } else { 1023 };
+        for level in 0..levels {
+            let table = TABLES + level * 0x1000;
+            let top_of_pae = level == 0 && levels == 3;
+            let next = if level + 1 == levels { DATA } else { table + 0x1000 };
+            let rights = if top_of_pae { 1 } else { 7 };
+            self.entry(wide, table, if top_of_pae { 3 } else { last }, next | rights);
         }
     }
 
