@@ -263,6 +263,18 @@ fn signals_end_the_machine() {
     }
 }
 
+#[test]
+fn a_reader_who_stops_does_not_keep_the_machine_alive() {
+    let files = Files::new();
+    let forever: &[u8] = &[0xb0, b'\n', 0xee, 0xeb, 0xfb]; // again: mov al, '\n'; out dx, al; jmp again
+    let kernel = files.put("guest.bin", &guest(&[PRINT, forever].concat()));
+    let child = start(&kernel, &[]);
+    // Long enough to fill the pipe, which nobody reads any more.
+    std::thread::sleep(Duration::from_millis(300));
+    send_signal(&child, libc::SIGTERM);
+    assert_eq!(status(child), Some(143));
+}
+
 /// Sends a signal by the `kill` program, which needs no unsafe code here.
 fn send_signal(child: &Child, signal: i32) {
     let done = Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string()).status().unwrap();

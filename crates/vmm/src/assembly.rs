@@ -1,7 +1,7 @@
 //! Putting the devices together: which ones the machine has, where they sit, and what they are connected to.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -151,8 +151,9 @@ impl Assembly {
         let port = Arc::new(Mutex::new(port));
         self.buses.ports.attach(layout::PORT_COM1.into(), 8, Width::Byte, port.clone())?;
         if config.serial == ConsoleTarget::Stdio {
+            let typed = io::stdin().is_terminal();
             let source = Some(duplicate(io::stdin())?);
-            self.input = Some(Input { source, port: SerialInput::new(port), room });
+            self.input = Some(Input { source, typed, port: SerialInput::new(port), room });
         }
         Ok(())
     }

@@ -47,7 +47,8 @@ impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
             let whole = self.0 >> shift;
-            if whole != 0 && self.0 == whole << shift {
+            let readable = shift > 10 || self.0 < 1 << 20;
+            if whole != 0 && self.0 == whole << shift && readable {
                 return write!(f, "{whole} {unit}");
             }
         }
@@ -174,6 +175,7 @@ mod tests {
             (1, "1 byte"),
             (1000, "1000 bytes"),
             (4096, "4 KiB"),
+            (73_584 << 10, "71.9 MiB"),
             (512 << 20, "512 MiB"),
             (3 << 30, "3 GiB"),
             ((1 << 20) + 1, "1.0 MiB"),

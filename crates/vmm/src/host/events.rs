@@ -58,6 +58,9 @@ impl Drop for Signals {
 pub struct Input {
     /// Where keys come from, until their end.
     pub source: Option<File>,
+    /// They are typed: they are looked at for the escape key even while the guest takes none, and what a guest
+    /// that takes none is sent beyond [`SerialInput::CAPACITY`] is lost. Input from elsewhere waits instead.
+    pub typed: bool,
     /// Where they go.
     pub port: SerialInput,
     /// Signalled when the port has room again.
@@ -136,8 +139,7 @@ impl EventLoop {
         let first_input = waiters.len();
         if let Some(input) = &self.input {
             waiters.push(Waiter::read(&*input.room));
-            // While the guest takes nothing, what is typed waits in the host's buffer.
-            if let Some(source) = input.source.as_ref().filter(|_| input.port.room() > 0) {
+            if let Some(source) = input.source.as_ref().filter(|_| input.typed || input.port.room() > 0) {
                 waiters.push(Waiter::read(source));
             }
         }
@@ -158,7 +160,7 @@ impl EventLoop {
         let Some(input) = &mut self.input else { return };
         let Some(source) = &mut input.source else { return };
         let mut buffer = [0; 1024];
-        let room = input.port.room().min(buffer.len());
+        let room = if input.typed { buffer.len() } else { input.port.room().min(buffer.len()) };
         let count = match source.read(&mut buffer[..room]) {
             Ok(count) => count,
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
@@ -176,6 +178,7 @@ impl EventLoop {
         }
         let mut guest = Vec::with_capacity(count);
         let command = escape.feed(&buffer[..count], &mut guest);
+        guest.truncate(input.port.room());
         input.port.push(&guest);
         match command {
             Some(Command::Quit) => (self.end)(HostEnd::Quit),
