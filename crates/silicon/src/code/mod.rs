@@ -10,6 +10,7 @@ pub(crate) mod lower;
 pub(crate) mod op;
 pub(crate) mod thread;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ptr::NonNull;
 
@@ -41,7 +42,7 @@ pub(crate) struct Block {
     /// Where those bytes are in host memory (the part in the first page).
     host: u64,
     /// Epoch in which `source` was last compared.
-    checked: u64,
+    checked: Cell<u64>,
     /// The last instruction reaches into the next page: never cached in the jump cache, compared at each use.
     crossing: bool,
 }
@@ -65,6 +66,13 @@ impl BlockRef {
         unsafe { self.0.as_ref().ops.get_unchecked(0) }
     }
 
+    /// Epoch in which its bytes were last compared.
+    #[inline(always)]
+    fn checked(&self) -> u64 {
+        // SAFETY: as above.
+        unsafe { self.0.as_ref().checked.get() }
+    }
+
     /// Bytes of code.
     fn len(&self) -> u64 {
         // SAFETY: as above.
@@ -76,7 +84,8 @@ impl BlockRef {
 struct JumpEntry {
     lin: u64,
     context: u64,
-    epoch: u64,
+    /// [`CodeCache::generation`] when the entry was made: the block has not been dropped as long as it is the same.
+    generation: u64,
     block: Option<BlockRef>,
 }
 
@@ -102,6 +111,12 @@ const PATIENCE: u32 = 64;
 fn lines(from: usize, to: usize) -> u64 {
     let last = to.saturating_sub(1).min(PAGE as usize - 1) / 64;
     (u64::MAX << ((from / 64) & 63)) & (u64::MAX >> (63 - last))
+}
+
+/// Slot of the jump cache.
+#[inline(always)]
+fn jump_index(lin: u64) -> usize {
+    (lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)
 }
 
 /// Multiplicative hasher for small integer keys.
@@ -132,6 +147,8 @@ pub(crate) struct CodeCache {
     pages: HashMap<u64, CodePage, BuildMixer>,
     jump: Box<[JumpEntry; JUMP_ENTRIES]>,
     epoch: u64,
+    /// Counts what makes entries of the jump cache void: blocks dropped, pages become unstable.
+    generation: u64,
     ops: usize,
     #[expect(clippy::vec_box, reason = "a block that is running is pointed to, so it must not move")]
     graveyard: Vec<Box<Block>>,
@@ -142,11 +159,12 @@ unsafe impl Send for CodeCache {}
 
 impl CodeCache {
     pub(crate) fn new() -> CodeCache {
-        let empty = JumpEntry { lin: 0, context: 0, epoch: 0, block: None };
+        let empty = JumpEntry { lin: 0, context: 0, generation: 0, block: None };
         CodeCache {
             pages: HashMap::default(),
             jump: Box::new([empty; JUMP_ENTRIES]),
             epoch: 1,
+            generation: 1,
             ops: 0,
             graveyard: Vec::new(),
         }
@@ -166,7 +184,7 @@ impl CodeCache {
             }
         }
         self.ops = 0;
-        self.epoch += 1;
+        self.generation += 1;
     }
 
     /// Frees dropped blocks. No [`BlockRef`] may be held.
@@ -187,6 +205,8 @@ impl CodeCache {
             && page.unstable != unstable
         {
             page.unstable = unstable;
+            self.generation += 1;
+            // What was compared while the page was unstable may have changed since.
             self.epoch += 1;
         }
     }
@@ -194,8 +214,8 @@ impl CodeCache {
     /// The page may have been written unseen: compare its blocks at their next use through a new mapping.
     pub(crate) fn revalidate(&mut self, gfn: u64) {
         if let Some(page) = self.pages.get_mut(&gfn) {
-            for block in page.blocks.values_mut() {
-                block.checked = 0;
+            for block in page.blocks.values() {
+                block.checked.set(0);
             }
         }
     }
@@ -230,7 +250,7 @@ impl CodeCache {
             page.lines = 0;
         }
         if !stale.is_empty() {
-            self.epoch += 1;
+            self.generation += 1;
         }
         stale.len()
     }
@@ -289,9 +309,38 @@ impl Cpu {
     /// The block at `lin`, if the jump cache has it.
     #[inline(always)]
     pub(crate) fn block_at_hand(&self, lin: u64) -> Option<BlockRef> {
-        let entry = &self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)];
-        let hit = entry.lin == lin && entry.context == self.fetch_context() && entry.epoch == self.code.epoch;
+        let entry = &self.code.jump[jump_index(lin)];
+        self.entered(entry, lin).filter(|block| block.checked() == self.code.epoch)
+    }
+
+    /// The block of an entry of the jump cache, if it is for `lin` and not void; its bytes may have changed.
+    #[inline(always)]
+    fn entered(&self, entry: &JumpEntry, lin: u64) -> Option<BlockRef> {
+        let hit = entry.lin == lin
+            && entry.context == self.fetch_context()
+            && entry.generation == self.code.generation;
         if hit { entry.block } else { None }
+    }
+
+    /// The block at `lin`, if the jump cache has it and its bytes, compared anew, are what they were.
+    fn compared_block(&mut self, lin: u64) -> Result<Option<BlockRef>, Abort> {
+        let entry = self.code.jump[jump_index(lin)];
+        if self.entered(&entry, lin).is_none() {
+            return Ok(None);
+        }
+        let page = self.fetch_page(lin)?;
+        let Some(reference) = self.entered(&entry, lin) else { return Ok(None) };
+        // SAFETY: `entered` says that the block has not been dropped.
+        let block = unsafe { reference.0.as_ref() };
+        let host = page.host + (lin & (PAGE - 1));
+        // SAFETY: `fetch_page` gave the page's host address just now, and no block in the jump cache goes beyond
+        // its page.
+        let now = unsafe { std::slice::from_raw_parts(host as *const u8, block.source.len()) };
+        if block.host != host || now != &*block.source {
+            return Ok(None);
+        }
+        block.checked.set(self.code.epoch);
+        Ok(Some(reference))
     }
 
     /// Identifies the address space and mode that instruction fetches use.
@@ -313,6 +362,9 @@ impl Cpu {
 
     #[inline(never)]
     fn find_block_slow(&mut self, lin: u64, single: bool) -> Result<BlockRef, Abort> {
+        if !single && let Some(block) = self.compared_block(lin)? {
+            return Ok(block);
+        }
         if !self.near_code_limit() {
             return self.look_up_block(lin, single);
         }
@@ -348,6 +400,7 @@ impl Cpu {
         code_page.lines |= lines(usize::from(offset), usize::from(offset) + block.source.len());
         if let Some(old) = code_page.blocks.insert(key, Box::new(block)) {
             code.ops -= old.ops.len();
+            code.generation += 1;
             retire(&mut code.graveyard, old);
         }
         if fresh {
@@ -357,7 +410,7 @@ impl Cpu {
         }
         let found = self.code.pages.get_mut(&page.gfn).and_then(|p| p.blocks.get_mut(&key));
         let Some(block) = found else { return Err(self.retry()) };
-        block.checked = 0;
+        block.checked.set(0);
         let reference = BlockRef(NonNull::from(&mut **block));
         if crossing {
             Ok(reference)
@@ -373,7 +426,7 @@ impl Cpu {
         let unstable = code_page.unstable;
         let Some(block) = code_page.blocks.get_mut(&key) else { return Ok(None) };
         let (reference, crossing) = (BlockRef(NonNull::from(&mut **block)), block.crossing);
-        if block.checked != self.code.epoch || unstable || crossing {
+        if block.checked.get() != self.code.epoch || unstable || crossing {
             let valid = if crossing {
                 let source = block.source.clone();
                 let mut now = [0; 16];
@@ -394,19 +447,19 @@ impl Cpu {
             if !valid {
                 if let Some(old) = code_page.blocks.remove(&key) {
                     code.ops -= old.ops.len();
+                    code.generation += 1;
                     retire(&mut code.graveyard, old);
                     self.counters.blocks_invalidated += 1;
                 }
                 return Ok(None);
             }
             if let Some(block) = code_page.blocks.get_mut(&key) {
-                block.checked = code.epoch;
+                block.checked.set(code.epoch);
             }
         }
         if !unstable && !crossing && key & (1 << 14) == 0 {
-            let epoch = self.code.epoch;
-            self.code.jump[(lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)] =
-                JumpEntry { lin, context, epoch, block: Some(reference) };
+            let generation = self.code.generation;
+            self.code.jump[jump_index(lin)] = JumpEntry { lin, context, generation, block: Some(reference) };
         }
         Ok(Some(reference))
     }
@@ -477,7 +530,7 @@ impl Cpu {
             ops: ops.into_boxed_slice(),
             source: bytes[start..at].into(),
             host: page.host + u64::from(offset),
-            checked: 0,
+            checked: Cell::new(0),
             crossing,
         })
     }

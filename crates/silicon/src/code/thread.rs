@@ -56,7 +56,7 @@ pub(crate) fn go_on(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let first = unsafe { &*std::ptr::from_ref(block.first()) };
     cpu.chain -= 1;
     cpu.count_block();
-    cpu.block_start = std::ptr::from_ref(first).addr();
+    cpu.enter_block(first);
     cpu.state.regs[usize::from(reg::IP_BASE)] = rip & !(PAGE - 1);
     (first.handler.get())(cpu, first)
 }
@@ -73,13 +73,20 @@ impl Cpu {
         self.current_op = std::ptr::from_ref(op).addr();
     }
 
+    /// The block that begins with `first` runs now, and the current operation is one of its own.
+    #[inline(always)]
+    fn enter_block(&mut self, first: &Op) {
+        self.at(first);
+        self.block_start = self.current_op;
+    }
+
     /// Runs the block, and those that it leads to if `chain`, up to the end of one or to the operation that
     /// aborts.
     #[inline(always)]
     pub(crate) fn run_block(&mut self, block: BlockRef, chain: bool) -> Result<(), Abort> {
         let first = block.first();
         self.chain = if chain { CHAIN_LONGEST } else { 0 };
-        self.block_start = std::ptr::from_ref(first).addr();
+        self.enter_block(first);
         match (first.handler.get())(self, first) {
             Ok(_) => {
                 self.count_block();
@@ -108,7 +115,8 @@ impl Cpu {
     #[cold]
     fn undone(&mut self) {
         self.counters.instructions = self.counters.instructions.wrapping_add(self.done_before());
-        // SAFETY: the block that was running lives until the engine looks for another one.
+        // SAFETY: `enter_block` and `at` give the current operation an address in the running block, and blocks
+        // live until the engine looks for another one.
         let op = unsafe { &*(self.current_op as *const Op) };
         self.state.rip = self.ip_of(op);
         self.exit_instruction_length = op.length;

@@ -7,7 +7,7 @@ use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::flags::Status;
 use crate::mmu::Word;
-use crate::state::Seg;
+use crate::state::{Seg, reg};
 
 impl Cpu {
     /// Linear address of `op`'s memory operand, `size` bytes long. Checks the segment where there is something
@@ -82,29 +82,45 @@ impl Cpu {
     }
 }
 
+/// How a handler forms its operand's linear address.
+pub(crate) trait Address {
+    /// The address, if it takes no segment check and no truncation.
+    fn linear(cpu: &Cpu, op: &Op) -> Option<u64>;
+}
+
+/// Any form of address.
+pub(crate) struct AnyAddress;
+
+impl Address for AnyAddress {
+    #[inline(always)]
+    fn linear(cpu: &Cpu, op: &Op) -> Option<u64> {
+        if op.has(Op::SLOW_EA) {
+            return None;
+        }
+        Some(cpu.offset(op).wrapping_add(cpu.state.ea_base[usize::from(op.seg & 7)]))
+    }
+}
+
+/// Base and displacement in a flat segment of 64-bit mode: the commonest form.
+pub(crate) struct BaseAddress;
+
+impl BaseAddress {
+    /// Whether `op`'s address has this form.
+    pub(crate) fn serves(op: &Op) -> bool {
+        !op.has(Op::SLOW_EA) && op.index == reg::ZERO && op.seg <= Seg::Ds as u8
+    }
+}
+
+impl Address for BaseAddress {
+    #[inline(always)]
+    fn linear(cpu: &Cpu, op: &Op) -> Option<u64> {
+        Some(cpu.state.regs[usize::from(op.base & 31)].wrapping_add(op.disp as u64))
+    }
+}
+
 /// Ways to memory operands for threaded handlers. What the first-level TLB knows is done inline; all else goes
 /// on in a function of its own, called in tail position, so that the handlers need no stack frame.
 impl Cpu {
-    /// Host address of `op`'s memory operand if a load needs no more than the TLB.
-    #[inline(always)]
-    fn quick_read<T: Word>(&self, op: &Op) -> Option<*const T> {
-        if op.has(Op::SLOW_EA) {
-            return None;
-        }
-        let lin = self.offset(op).wrapping_add(self.state.ea_base[usize::from(op.seg & 7)]);
-        self.mmu.tlb.read_hit(lin, T::SIZE).map(|host| host as *const T)
-    }
-
-    /// Likewise for a store.
-    #[inline(always)]
-    fn quick_write<T: Word>(&self, op: &Op) -> Option<*mut T> {
-        if op.has(Op::SLOW_EA) {
-            return None;
-        }
-        let lin = self.offset(op).wrapping_add(self.state.ea_base[usize::from(op.seg & 7)]);
-        self.mmu.tlb.write_hit(lin, T::SIZE).map(|host| host as *mut T)
-    }
-
     /// Loads the word at `lin` if that needs no more than the TLB.
     #[inline(always)]
     pub(crate) fn quick_load<T: Word>(&self, lin: u64) -> Option<T> {
@@ -125,14 +141,14 @@ impl Cpu {
 
 /// A handler that loads its memory operand, does something that cannot fail with it, and goes on.
 #[inline(always)]
-pub(crate) fn with_loaded<T: Word>(
+pub(crate) fn with_loaded<A: Address, T: Word>(
     cpu: &mut Cpu,
     op: &Op,
     then: impl FnOnce(&mut Cpu, &Op, T),
 ) -> Result<Flow, Abort> {
-    let Some(host) = cpu.quick_read::<T>(op) else { return with_loaded_slow(cpu, op, then) };
-    // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be read.
-    let value = unsafe { T::read(host) };
+    let Some(value) = A::linear(cpu, op).and_then(|lin| cpu.quick_load::<T>(lin)) else {
+        return with_loaded_slow(cpu, op, then);
+    };
     then(cpu, op, value);
     next(cpu, op)
 }
@@ -152,11 +168,13 @@ fn with_loaded_slow<T: Word>(
 
 /// A handler that stores `value` to its memory operand and goes on.
 #[inline(always)]
-pub(crate) fn store_and_go<T: Word>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, Abort> {
-    let Some(host) = cpu.quick_write::<T>(op) else { return store_and_go_slow(cpu, op, value) };
-    // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be written.
-    unsafe { T::write(host, value) };
-    next(cpu, op)
+pub(crate) fn store_and_go<A: Address, T: Word>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, Abort> {
+    if let Some(lin) = A::linear(cpu, op)
+        && cpu.quick_store(lin, value)
+    {
+        return next(cpu, op);
+    }
+    store_and_go_slow(cpu, op, value)
 }
 
 #[cold]
@@ -169,12 +187,15 @@ fn store_and_go_slow<T: Word>(cpu: &mut Cpu, op: &Op, value: T) -> Result<Flow, 
 
 /// A handler that changes its memory operand, not atomically, sets the flags and goes on.
 #[inline(always)]
-pub(crate) fn with_updated<T: Word>(
+pub(crate) fn with_updated<A: Address, T: Word>(
     cpu: &mut Cpu,
     op: &Op,
     change: impl FnOnce(&Cpu, &Op, T) -> (T, Status),
 ) -> Result<Flow, Abort> {
-    let Some(host) = cpu.quick_write::<T>(op) else { return with_updated_slow(cpu, op, change) };
+    let Some(host) = A::linear(cpu, op).and_then(|lin| cpu.mmu.tlb.write_hit(lin, T::SIZE)) else {
+        return with_updated_slow(cpu, op, change);
+    };
+    let host = host as *mut T;
     // SAFETY: a TLB hit for a store leads to `T::SIZE` bytes of guest memory that may be read and written.
     let (value, status) = change(cpu, op, unsafe { T::read(host) });
     // SAFETY: as above.

@@ -12,8 +12,8 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
-use crate::exec::address::{with_loaded, with_updated};
-use crate::exec::operand::{Form, by_size, form, gpr_operand, is_memory, operand_size};
+use crate::exec::address::{Address, AnyAddress, with_loaded, with_updated};
+use crate::exec::operand::{Form, by_address, by_size, form, gpr_operand, is_memory, operand_size};
 use crate::flags::Status;
 use crate::mmu::Word;
 
@@ -196,8 +196,8 @@ fn reg_imm<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
     next(cpu, op)
 }
 
-fn reg_mem<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_loaded(cpu, op, |cpu, op, b: T| {
+fn reg_mem<O: Binary<T>, T: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    with_loaded::<A, T>(cpu, op, |cpu, op, b: T| {
         let (result, status) = O::apply(cpu.get(op.r0), b, cpu.state.status);
         if O::WRITES {
             cpu.set(op.r0, result);
@@ -206,21 +206,21 @@ fn reg_mem<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
     })
 }
 
-fn mem_reg<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+fn mem_reg<O: Binary<T>, T: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if O::WRITES {
-        with_updated(cpu, op, |cpu, op, a: T| O::apply(a, cpu.get(op.r1), cpu.state.status))
+        with_updated::<A, T>(cpu, op, |cpu, op, a: T| O::apply(a, cpu.get(op.r1), cpu.state.status))
     } else {
-        with_loaded(cpu, op, |cpu, op, a: T| {
+        with_loaded::<A, T>(cpu, op, |cpu, op, a: T| {
             cpu.state.status = O::apply(a, cpu.get(op.r1), cpu.state.status).1;
         })
     }
 }
 
-fn mem_imm<O: Binary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+fn mem_imm<O: Binary<T>, T: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if O::WRITES {
-        with_updated(cpu, op, |cpu, op, a: T| O::apply(a, T::from_u64(op.imm), cpu.state.status))
+        with_updated::<A, T>(cpu, op, |cpu, op, a: T| O::apply(a, T::from_u64(op.imm), cpu.state.status))
     } else {
-        with_loaded(cpu, op, |cpu, op, a: T| {
+        with_loaded::<A, T>(cpu, op, |cpu, op, a: T| {
             cpu.state.status = O::apply(a, T::from_u64(op.imm), cpu.state.status).1;
         })
     }
@@ -263,7 +263,7 @@ fn unary_reg<O: Unary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
 }
 
 fn unary_mem<O: Unary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_updated(cpu, op, |cpu, _, a: T| O::apply(a, cpu.state.status))
+    with_updated::<AnyAddress, T>(cpu, op, |cpu, _, a: T| O::apply(a, cpu.state.status))
 }
 
 fn unary_lock_mem<O: Unary<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -280,13 +280,13 @@ fn zero(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     next(cpu, op)
 }
 
-fn binary_handler<O: BinaryOp>(form: Form, size: usize, lock: bool) -> Option<Handler> {
-    Some(match (form, lock) {
+fn binary_handler<O: BinaryOp>(form: Form, size: usize, op: &Op) -> Option<Handler> {
+    Some(match (form, op.has(Op::LOCK)) {
         (Form::RegReg, _) => by_size!(size, T => reg_reg::<O, T>),
         (Form::RegImm, _) => by_size!(size, T => reg_imm::<O, T>),
-        (Form::RegMem, _) => by_size!(size, T => reg_mem::<O, T>),
-        (Form::MemReg, false) => by_size!(size, T => mem_reg::<O, T>),
-        (Form::MemImm, false) => by_size!(size, T => mem_imm::<O, T>),
+        (Form::RegMem, _) => by_address!(op, A => by_size!(size, T => reg_mem::<O, T, A>)),
+        (Form::MemReg, false) => by_address!(op, A => by_size!(size, T => mem_reg::<O, T, A>)),
+        (Form::MemImm, false) => by_address!(op, A => by_size!(size, T => mem_imm::<O, T, A>)),
         (Form::MemReg, true) => by_size!(size, T => lock_mem_reg::<O, T>),
         (Form::MemImm, true) => by_size!(size, T => lock_mem_imm::<O, T>),
     })
@@ -317,7 +317,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
     let mut op = op_base(ins, ctx, undefined);
     let form = form(ins, &mut op)?;
     let size = operand_size(ins, 0);
-    op.handler.set(binary(form, size, op.has(Op::LOCK))?);
+    op.handler.set(binary(form, size, &op)?);
     let clears = matches!(ins.mnemonic(), Mnemonic::Xor);
     if clears && form == Form::RegReg && op.r0 == op.r1 && size >= 4 {
         op.handler.set(zero);

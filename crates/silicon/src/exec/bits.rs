@@ -10,6 +10,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::exec::mov::sign_extend;
@@ -75,7 +76,7 @@ fn bit_reg<O: BitTest<T>, T: Word>(cpu: &mut Cpu, op: &Op, bit: T) -> Result<Flo
         cpu.set(op.r0, result);
     }
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// A register bit offset is signed and reaches beyond the addressed word.
@@ -93,6 +94,7 @@ fn bit_mem_imm<O: BitTest<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, A
 
 #[inline(always)]
 fn bit_mem<O: BitTest<T>, T: Word>(cpu: &mut Cpu, op: &Op, offset: u64, bit: T) -> Result<Flow, Abort> {
+    cpu.at(op);
     let lin = cpu.ea_at(op, offset, T::SIZE, O::WRITES)?;
     let (seg, before) = (cpu.op_seg(op), cpu.state.status);
     cpu.state.status = if !O::WRITES {
@@ -108,7 +110,7 @@ fn bit_mem<O: BitTest<T>, T: Word>(cpu: &mut Cpu, op: &Op, offset: u64, bit: T) 
     } else {
         cpu.update(seg, lin, |a| O::apply(a, bit, before))?
     };
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// An operation from a source to a register that may keep some of its old contents: the whole 64-bit register
@@ -157,6 +159,7 @@ fn scan_reg<O: Scan<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> 
 }
 
 fn scan_mem<O: Scan<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let source: T = cpu.load_operand(op)?;
     scan_value::<O, T>(cpu, op, source)
 }
@@ -166,7 +169,7 @@ fn scan_value<O: Scan<T>, T: Word>(cpu: &mut Cpu, op: &Op, source: T) -> Result<
     let (result, status) = O::apply(cpu.get(op.r0), source, cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// RDRAND and RDSEED: random bits are the host's.
@@ -205,7 +208,7 @@ fn random<O: Random<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> 
     let (value, status) = O::apply(cpu.get(op.r0), cpu.state.status);
     cpu.set(op.r0, value);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn bit_test_handler<O: BitTestOp>(memory: bool, immediate: bool, size: usize) -> Option<Handler> {

@@ -9,6 +9,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::exec::operand::{by_size, gpr_operand, is_memory, operand_size};
@@ -69,18 +70,20 @@ bmi!(Andn "andn" Pdep "pdep" Pext "pext" Blsi "blsi" Blsr "blsr" Blsmsk "blsmsk"
 
 /// Destination `r0`, register operand `r1`, register operand `r2`.
 fn bmi_reg<O: Bmi<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let (result, status) = O::apply(cpu.get(op.r1), cpu.get(op.r2), cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn bmi_mem<O: Bmi<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let x = cpu.load_operand(op)?;
     let (result, status) = O::apply(x, cpu.get(op.r2), cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn source<T: Word>(cpu: &mut Cpu, op: &Op, memory: bool) -> Result<T, Abort> {
@@ -88,23 +91,25 @@ fn source<T: Word>(cpu: &mut Cpu, op: &Op, memory: bool) -> Result<T, Abort> {
 }
 
 fn rorx<T: Word, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let x: T = source(cpu, op, MEMORY)?;
     let bits = 8 * T::SIZE as u32;
     let count = op.imm as u32 % bits;
     let value = x.to_u64();
     let rotated = if count == 0 { value } else { (value >> count) | (value << (bits - count)) };
     cpu.set(op.r0, T::from_u64(rotated));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// MULX: RDX times the source, high half to `r0`, low half to `r2`; if they are the same, the high half stays.
 fn mulx<T: Word, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let x: T = source(cpu, op, MEMORY)?;
     let d: T = cpu.get(reg::RDX);
     let product = u128::from(x.to_u64()) * u128::from(d.to_u64());
     cpu.set(op.r2, T::from_u64(product as u64));
     cpu.set(op.r0, T::from_u64((product >> (8 * T::SIZE)) as u64));
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// Lowers this file's instructions.

@@ -4,6 +4,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::exec::mov::sign_extend;
@@ -15,52 +16,53 @@ use crate::state::reg;
 /// Slot of AH.
 const AH: u8 = reg::RAX | 16;
 
-fn clc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn clc(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.state.status = cpu.state.status.with(Rflags::CF, false);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn stc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn stc(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.state.status = cpu.state.status.with(Rflags::CF, true);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn cmc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn cmc(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.state.status = cpu.state.status.with(Rflags::CF, !cpu.state.status.cf());
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn cld(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn cld(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.state.rflags_system &= !Rflags::DF.bits();
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn std(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn std(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.state.rflags_system |= Rflags::DF.bits();
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn lahf(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn lahf(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let low = cpu.state.status.to_rflags() | Rflags::FIXED.bits();
     cpu.set(AH, low as u8);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
-fn sahf(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn sahf(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let low: u8 = cpu.get(AH);
     let of = cpu.state.status.of();
     cpu.state.status = Status::from_rflags(u64::from(low)).with(Rflags::OF, of);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// SALC (undocumented): AL becomes 0xff or 0 by CF.
-fn salc(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+fn salc(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: u8 = if cpu.state.status.cf() { 0xff } else { 0 };
     cpu.set(reg::RAX, value);
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn bound<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let lin = cpu.ea(op, 2 * T::SIZE, false)?;
     let seg = cpu.op_seg(op);
     let lower: T = cpu.load(seg, lin)?;
@@ -70,7 +72,7 @@ fn bound<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if index < signed(lower) || index > signed(upper) {
         return Err(cpu.raise(Exception::BR));
     }
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// Lowers this file's instructions.

@@ -59,6 +59,10 @@ const THREADED: &[Lower] = &[
     branch::lower,
     stack::lower,
     shift::lower,
+    muldiv::lower,
+    bits::lower,
+    bmi::lower,
+    flag_ops::lower,
 ];
 
 /// The families with plain handlers.
@@ -66,11 +70,7 @@ const THREADED: &[Lower] = &[
 const PLAIN: &[Lower] = &[
     string::lower,
     io::lower,
-    muldiv::lower,
-    bits::lower,
-    bmi::lower,
     atomic::lower,
-    flag_ops::lower,
     decimal::lower,
     control::lower,
     misc_system::lower,

@@ -12,9 +12,9 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
-use crate::exec::address::{store_and_go, with_loaded};
+use crate::exec::address::{Address, AnyAddress, store_and_go, with_loaded};
 use crate::exec::operand::{
-    Form, by_condition, by_size, condition, form, gpr_operand, is_memory, operand_size,
+    Form, by_address, by_condition, by_size, condition, form, gpr_operand, is_memory, operand_size,
 };
 use crate::mmu::Word;
 use crate::state::reg;
@@ -37,17 +37,17 @@ fn mov_reg_imm<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     next(cpu, op)
 }
 
-fn mov_reg_mem<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_loaded(cpu, op, |cpu, op, value: T| cpu.set(op.r0, value))
+fn mov_reg_mem<T: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    with_loaded::<A, T>(cpu, op, |cpu, op, value: T| cpu.set(op.r0, value))
 }
 
-fn mov_mem_reg<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+fn mov_mem_reg<T: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value: T = cpu.get(op.r1);
-    store_and_go(cpu, op, value)
+    store_and_go::<A, T>(cpu, op, value)
 }
 
-fn mov_mem_imm<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    store_and_go(cpu, op, T::from_u64(op.imm))
+fn mov_mem_imm<T: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    store_and_go::<A, T>(cpu, op, T::from_u64(op.imm))
 }
 
 fn movzx_reg<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -56,8 +56,8 @@ fn movzx_reg<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     next(cpu, op)
 }
 
-fn movzx_mem<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_loaded(cpu, op, |cpu, op, value: S| cpu.set(op.r0, D::from_u64(value.to_u64())))
+fn movzx_mem<S: Word, D: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    with_loaded::<A, S>(cpu, op, |cpu, op, value: S| cpu.set(op.r0, D::from_u64(value.to_u64())))
 }
 
 fn movsx_reg<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -66,8 +66,8 @@ fn movsx_reg<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     next(cpu, op)
 }
 
-fn movsx_mem<S: Word, D: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_loaded(cpu, op, |cpu, op, value: S| cpu.set(op.r0, D::from_u64(sign_extend(value))))
+fn movsx_mem<S: Word, D: Word, A: Address>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    with_loaded::<A, S>(cpu, op, |cpu, op, value: S| cpu.set(op.r0, D::from_u64(sign_extend(value))))
 }
 
 fn lea<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -106,7 +106,7 @@ fn cmov_reg<T: Word, const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
 }
 
 fn cmov_mem<T: Word, const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_loaded(cpu, op, |cpu, op, value: T| {
+    with_loaded::<AnyAddress, T>(cpu, op, |cpu, op, value: T| {
         let old: T = cpu.get(op.r0);
         cpu.set(op.r0, if cpu.state.status.condition(CC) { value } else { old });
     })
@@ -119,7 +119,7 @@ fn set_reg<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 
 fn set_mem<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value = u8::from(cpu.state.status.condition(CC));
-    store_and_go(cpu, op, value)
+    store_and_go::<AnyAddress, _>(cpu, op, value)
 }
 
 fn bswap16(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -148,12 +148,12 @@ fn swap_bytes<T: Word>(value: T) -> T {
 }
 
 fn movbe_load<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_loaded(cpu, op, |cpu, op, value: T| cpu.set(op.r0, swap_bytes(value)))
+    with_loaded::<AnyAddress, T>(cpu, op, |cpu, op, value: T| cpu.set(op.r0, swap_bytes(value)))
 }
 
 fn movbe_store<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let value = swap_bytes::<T>(cpu.get(op.r1));
-    store_and_go(cpu, op, value)
+    store_and_go::<AnyAddress, _>(cpu, op, value)
 }
 
 fn xlat(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -205,9 +205,9 @@ fn lower_mov(ins: &Instruction, mut op: Op) -> Option<Op> {
     let handler: Handler = match form(ins, &mut op)? {
         Form::RegReg => by_size!(size, T => mov_reg_reg::<T>),
         Form::RegImm => by_size!(size, T => mov_reg_imm::<T>),
-        Form::RegMem => by_size!(size, T => mov_reg_mem::<T>),
-        Form::MemReg => by_size!(size, T => mov_mem_reg::<T>),
-        Form::MemImm => by_size!(size, T => mov_mem_imm::<T>),
+        Form::RegMem => by_address!(&op, A => by_size!(size, T => mov_reg_mem::<T, A>)),
+        Form::MemReg => by_address!(&op, A => by_size!(size, T => mov_mem_reg::<T, A>)),
+        Form::MemImm => by_address!(&op, A => by_size!(size, T => mov_mem_imm::<T, A>)),
     };
     op.handler.set(handler);
     Some(op)
@@ -220,9 +220,9 @@ fn lower_extend(ins: &Instruction, mut op: Op, signed: bool) -> Option<Op> {
         ($s:ty) => {
             match (signed, memory) {
                 (false, false) => by_size!(to, D in [u16 u32 u64] => movzx_reg::<$s, D>),
-                (false, true) => by_size!(to, D in [u16 u32 u64] => movzx_mem::<$s, D>),
+                (false, true) => by_address!(&op, A => by_size!(to, D in [u16 u32 u64] => movzx_mem::<$s, D, A>)),
                 (true, false) => by_size!(to, D in [u16 u32 u64] => movsx_reg::<$s, D>),
-                (true, true) => by_size!(to, D in [u16 u32 u64] => movsx_mem::<$s, D>),
+                (true, true) => by_address!(&op, A => by_size!(to, D in [u16 u32 u64] => movsx_mem::<$s, D, A>)),
             }
         };
     }

@@ -10,6 +10,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::code::lower::{LowerCtx, gpr, op_base, undefined};
 use crate::code::op::{Flow, Handler, Op};
+use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::exec::mov::sign_extend;
@@ -213,6 +214,7 @@ impl Source for FromMem {
 }
 
 fn mul<T: Wide, S: Source, const SIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let b: T = S::value(cpu, op)?;
     let (low_slot, high_slot) = halves::<T>();
     let (a, status) = (cpu.get(low_slot), cpu.state.status);
@@ -220,10 +222,11 @@ fn mul<T: Wide, S: Source, const SIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result
     cpu.set(low_slot, low);
     cpu.set(high_slot, high);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 fn div<T: Wide, S: Source, const SIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let b: T = S::value(cpu, op)?;
     let (low_slot, high_slot) = halves::<T>();
     let (low, high): (T, T) = (cpu.get(low_slot), cpu.get(high_slot));
@@ -237,25 +240,27 @@ fn div<T: Wide, S: Source, const SIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result
     cpu.set(low_slot, quotient);
     cpu.set(high_slot, remainder);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// IMUL with two operands.
 fn imul_two<T: Wide, S: Source>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let b: T = S::value(cpu, op)?;
     let (result, status) = T::imul_low(cpu.get(op.r0), b, cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// IMUL with three operands.
 fn imul_three<T: Wide, S: Source>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
     let a: T = S::value(cpu, op)?;
     let (result, status) = T::imul_low(a, T::from_u64(op.imm), cpu.state.status);
     cpu.set(op.r0, result);
     cpu.state.status = status;
-    Ok(Flow::Next)
+    next(cpu, op)
 }
 
 /// MUL, DIV, IDIV, and IMUL with one operand.

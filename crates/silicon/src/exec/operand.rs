@@ -35,6 +35,20 @@ macro_rules! by_size {
 }
 pub(crate) use by_size;
 
+/// Picks the handler for the form of `op`'s address: `by_address!(op, A => handler::<A>)`.
+macro_rules! by_address {
+    ($op:expr, $a:ident => $handler:expr) => {
+        if $crate::exec::address::BaseAddress::serves($op) {
+            type $a = $crate::exec::address::BaseAddress;
+            $handler as $crate::code::op::Handler
+        } else {
+            type $a = $crate::exec::address::AnyAddress;
+            $handler as $crate::code::op::Handler
+        }
+    };
+}
+pub(crate) use by_address;
+
 /// Picks the handler for the mode: `by_mode!(long, LONG => handler::<LONG>)`.
 macro_rules! by_mode {
     ($long:expr, $l:ident => $handler:expr) => {

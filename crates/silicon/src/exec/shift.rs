@@ -13,7 +13,7 @@ use crate::code::op::{Flow, Handler, Op};
 use crate::code::thread::next;
 use crate::cpu::Cpu;
 use crate::exception::Abort;
-use crate::exec::address::with_updated;
+use crate::exec::address::{AnyAddress, with_updated};
 use crate::exec::operand::{by_size, gpr_operand, is_immediate, is_memory, operand_size};
 use crate::flags::Status;
 use crate::mmu::Word;
@@ -156,11 +156,11 @@ fn reg_many<O: Shift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Fl
 }
 
 fn mem_one<O: Shift<T>, T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_updated(cpu, op, |cpu, _, a: T| O::one(a, cpu.state.status))
+    with_updated::<AnyAddress, T>(cpu, op, |cpu, _, a: T| O::one(a, cpu.state.status))
 }
 
 fn mem_many<O: Shift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_updated(cpu, op, |cpu, op, a: T| O::many(a, C::count(cpu, op), cpu.state.status))
+    with_updated::<AnyAddress, T>(cpu, op, |cpu, op, a: T| O::many(a, C::count(cpu, op), cpu.state.status))
 }
 
 fn double_reg<O: DoubleShift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
@@ -172,7 +172,9 @@ fn double_reg<O: DoubleShift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> R
 }
 
 fn double_mem<O: DoubleShift<T>, T: Word, C: Count>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    with_updated(cpu, op, |cpu, op, a: T| O::apply(a, cpu.get(op.r1), C::count(cpu, op), cpu.state.status))
+    with_updated::<AnyAddress, T>(cpu, op, |cpu, op, a: T| {
+        O::apply(a, cpu.get(op.r1), C::count(cpu, op), cpu.state.status)
+    })
 }
 
 /// How a shift is given.
