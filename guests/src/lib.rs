@@ -70,6 +70,8 @@ programs! {
     PAGES_64 "pages64" 1;
     /// I/O breakpoints, breakpoint lengths, what single step does to other instructions, interrupt shadows.
     WATCH "watch" 1;
+    /// Interrupts within repeated string instructions, and code that writes over what follows it.
+    REPEAT "repeat" 1;
     /// The local APIC in x2APIC mode.
     X2APIC "x2apic" 4;
 }

@@ -111,6 +111,11 @@ fn breakpoints_on_ports_and_of_each_length_and_shadows() {
 }
 
 #[test]
+fn interrupts_within_repeated_string_instructions() {
+    passes(guests::REPEAT);
+}
+
+#[test]
 fn every_program_has_a_test() {
     let here = include_str!("programs.rs").matches("passes(guests::").count() - 2;
     let devices = include_str!("devices.rs").matches("passes(guests::").count();

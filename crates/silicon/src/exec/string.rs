@@ -92,6 +92,8 @@ impl Cpu {
                 return Ok(Flow::End);
             }
             if self.requests.any() {
+                // An interrupt between iterations pushes RF set (SDM vol. 3B, 18.3.1.1).
+                self.state.rflags_system |= Rflags::RF.bits();
                 return Err(self.retry());
             }
         }
