@@ -70,6 +70,10 @@ programs! {
     PAGES_64 "pages64" 1;
     /// I/O breakpoints, breakpoint lengths, what single step does to other instructions, interrupt shadows.
     WATCH "watch" 1;
+    /// Exceptions in 32-bit protected mode, segment limits, stack switches, call gates.
+    EXCEPTIONS_32 "exceptions32" 1;
+    /// 32-bit paging with 4 MiB pages, and PAE.
+    PAGES_32 "pages32" 1;
     /// Interrupts within repeated string instructions, and code that writes over what follows it.
     REPEAT "repeat" 1;
     /// The local APIC in x2APIC mode.

@@ -111,6 +111,16 @@ fn breakpoints_on_ports_and_of_each_length_and_shadows() {
 }
 
 #[test]
+fn exceptions_limits_and_gates_in_32_bit_protected_mode() {
+    passes(guests::EXCEPTIONS_32);
+}
+
+#[test]
+fn paging_of_32_bits_and_pae() {
+    passes(guests::PAGES_32);
+}
+
+#[test]
 fn interrupts_within_repeated_string_instructions() {
     passes(guests::REPEAT);
 }
