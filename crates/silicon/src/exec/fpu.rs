@@ -14,10 +14,10 @@ use iced_x86::{Encoder, EncodingKind, Instruction, Mnemonic, OpCodeTableKind};
 
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
-use crate::cpu::Cpu;
-use crate::exception::{Abort, Exception};
+use crate::cpu::{Cpu, Pending};
+use crate::exception::{Abort, Exception, vector};
 use crate::exec::fpu_image;
-use crate::exec::vector::{direct, is_store, memory_operand};
+use crate::exec::vector::{check_small_alignment, direct, is_store, memory_operand};
 use crate::hostexec::stub::Stub;
 use crate::hostexec::x87::{FSW_ES, fnstsw};
 use crate::hostexec::{class, make_room};
@@ -27,6 +27,8 @@ use crate::state::{Seg, cr0};
 const FOP: u32 = 16;
 /// Exceptions that keep a store from being done: all but precision.
 const NO_STORE: u16 = 0x1f;
+/// Bytes in a page.
+const PAGE: u64 = 4096;
 
 pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
     if !is_x87(ins) {
@@ -62,7 +64,9 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         (_, true, true) => store,
     };
     let size = u8::try_from(ins.memory_size().size()).ok()?;
-    Some(Op { imm, size, ..base(handler) })
+    // The pieces in which a ten-byte operand is stored.
+    let r0 = if ins.mnemonic() == Mnemonic::Fbstp { 8 } else { 4 };
+    Some(Op { imm, size, r0, ..base(handler) })
 }
 
 /// Opcodes D8 to DF, and 9B.
@@ -225,10 +229,20 @@ fn store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 #[inline(never)]
 fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu)?;
-    let before = note_pointer(cpu, op);
-    if let Err(abort) = store_operand(cpu, op, unmasked) {
+    let pointers = note_pointer(cpu, op);
+    cpu.sync_x87();
+    let before = cpu.state.x87;
+    cpu.load_x87();
+    let mut copy = [0u8; 16];
+    // SAFETY: the copy is as long as the longest operand, ten bytes.
+    unsafe { cpu.call_stub(op, copy.as_mut_ptr()) };
+    // With an unmasked exception nothing is stored, and the operand's address does not matter.
+    if !(unmasked && fnstsw() & !cpu.state.x87.fcw & NO_STORE != 0)
+        && let Err(abort) = store_copy(cpu, op, &copy)
+    {
+        cpu.set_x87(before);
         let x87 = &mut cpu.state.x87;
-        (x87.fip, x87.fdp, x87.fcs, x87.fds) = before;
+        (x87.fip, x87.fdp, x87.fcs, x87.fds) = pointers;
         return Err(abort);
     }
     if unmasked {
@@ -237,37 +251,27 @@ fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     Ok(Flow::Next)
 }
 
-#[inline(always)]
-fn store_operand(cpu: &mut Cpu, op: &Op, unmasked: bool) -> Result<(), Abort> {
-    let size = usize::from(op.size);
+fn store_copy(cpu: &mut Cpu, op: &Op, copy: &[u8; 16]) -> Result<(), Abort> {
+    let (seg, size) = (cpu.op_seg(op), usize::from(op.size).min(16));
     let lin = cpu.ea(op, size, true)?;
-    if let Some(mem) = cpu.host_pointer(cpu.op_seg(op), lin, size, true)? {
-        // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
-        unsafe { cpu.call_stub(op, mem) };
-        return Ok(());
-    }
-    store_copy(cpu, op, lin, unmasked)
-}
-
-/// A store that may fail or exit after the instruction has popped the stack: then the registers are put back.
-#[cold]
-fn store_copy(cpu: &mut Cpu, op: &Op, lin: u64, unmasked: bool) -> Result<(), Abort> {
-    let size = usize::from(op.size).min(16);
-    cpu.probe(cpu.op_seg(op), lin, size, true)?;
-    cpu.sync_x87();
-    let before = cpu.state.x87;
-    cpu.load_x87();
-    let mut copy = [0u8; 16];
-    // SAFETY: the copy is as long as the longest operand, ten bytes.
-    unsafe { cpu.call_stub(op, copy.as_mut_ptr()) };
-    if unmasked && fnstsw() & !cpu.state.x87.fcw & NO_STORE != 0 {
-        return Ok(());
-    }
-    let written = cpu.write_bytes(cpu.op_seg(op), lin, &copy[..size]);
-    if written.is_err() {
-        cpu.set_x87(before);
+    check_small_alignment(cpu, op, lin)?;
+    let written = cpu.write_bytes(seg, lin, &copy[..size]);
+    if matches!(cpu.pending, Pending::Exception(e) if e.vector == vector::PF) && written.is_err() {
+        store_pieces(cpu, op, lin, copy);
     }
     written
+}
+
+/// Ten bytes are stored in pieces; those that lie before the missing page are stored all the same.
+fn store_pieces(cpu: &mut Cpu, op: &Op, lin: u64, copy: &[u8; 16]) {
+    let (fault, piece) = (cpu.pending, usize::from(op.r0));
+    let here = (PAGE - (lin & (PAGE - 1))) as usize;
+    if op.size == 10 && here < 10 && piece <= here {
+        let done = (here / piece * piece).min(8);
+        // If that fails too, nothing has been stored, and the first fault stands.
+        let _ = cpu.write_bytes(cpu.op_seg(op), lin, &copy[..done]);
+    }
+    cpu.pending = fault;
 }
 
 /// FNCLEX, FNSTSW AX and the 8087's and 80287's no-operations.

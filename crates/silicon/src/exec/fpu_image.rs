@@ -126,7 +126,7 @@ fn read_environment(image: &[u8], format: Format, selectors: bool, x87: &mut X87
     }
 }
 
-/// Address of the image. Its first and last bytes are looked at first, as the silicon does.
+/// Address of the image. Its first field and its last byte are looked at first, as the silicon does.
 fn image_address(cpu: &mut Cpu, op: &Op, format: Format, length: usize, write: bool) -> Result<u64, Abort> {
     let lin = cpu.ea(op, length, write)?;
     let alignment = if format.wide { 4 } else { 2 };
@@ -134,7 +134,7 @@ fn image_address(cpu: &mut Cpu, op: &Op, format: Format, length: usize, write: b
         cpu.checked(cpu.op_seg(op), lin)?;
         return Err(cpu.raise(Exception::AC));
     }
-    cpu.probe(cpu.op_seg(op), lin, 1, write)?;
+    cpu.probe(cpu.op_seg(op), lin, alignment as usize, write)?;
     cpu.probe(cpu.op_seg(op), lin.wrapping_add(length as u64 - 1), 1, write)?;
     Ok(lin)
 }

@@ -11,7 +11,7 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::{Cpu, Pending};
-use crate::exception::{Abort, Exception, vector};
+use crate::exception::{Abort, Exception};
 use crate::exec::{vector_gather, vector_masked, vector_moves};
 use crate::hostexec::stub::Stub;
 use crate::hostexec::{MXCSR_DEFINED, class, make_room};
@@ -52,7 +52,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
     let stores = is_store(ins, memory);
     let mut op = Op { imm, r2: alignment(ins), ..base(if stores { store } else { load }) };
     op.size = u8::try_from(ins.memory_size().size()).ok().filter(|&size| size <= 64)?;
-    if ins.mnemonic() == Mnemonic::Vcvtph2ps {
+    if matches!(ins.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
         op.extra |= UNCHECKED;
     }
     Some(vector_masked::lower_masked(ins, stores, op))
@@ -265,8 +265,12 @@ fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu, op)?;
     let lin = address(cpu, op, true)?;
     let (seg, size) = (cpu.op_seg(op), usize::from(op.size));
-    if let Err(abort) = check_small_alignment(cpu, op, lin) {
+    let unchecked = op.extra & UNCHECKED != 0 && cpu.mmu.tlb.class() == Class::Checked;
+    if !unchecked && let Err(abort) = check_small_alignment(cpu, op, lin) {
         return Err(store_nowhere(cpu, op, abort));
+    }
+    if unchecked {
+        return store_copy(cpu, op, lin, unmasked).map(|()| Flow::Next);
     }
     match cpu.host_pointer(seg, lin, size, true) {
         // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
@@ -286,13 +290,14 @@ fn store_nowhere(cpu: &mut Cpu, op: &Op, abort: Abort) -> Abort {
         return abort;
     }
     let fault = cpu.pending;
-    if matches!(fault, Pending::Exception(e) if e.vector == vector::PF) {
+    if matches!(fault, Pending::Exception(_)) {
         let mut copy = Copy64([0; 64]);
         let unmasked = cpu.hostexec.gate & op.extra & class::FP != 0;
         // SAFETY: the copy has 64 bytes, the most that an operand has; stores write no register.
         if let Err(unmasked) = unsafe { execute(cpu, op, copy.0.as_mut_ptr(), unmasked) } {
             return unmasked;
         }
+        cpu.pending = fault;
     }
     abort
 }
@@ -303,7 +308,10 @@ fn store_copy(cpu: &mut Cpu, op: &Op, lin: u64, unmasked: bool) -> Result<(), Ab
     let size = usize::from(op.size).min(64);
     // SAFETY: the copy has 64 bytes, the most that an operand has.
     unsafe { execute(cpu, op, copy.0.as_mut_ptr(), unmasked)? };
-    cpu.write_bytes(cpu.op_seg(op), lin, &copy.0[..size])
+    match op.extra & UNCHECKED {
+        0 => cpu.write_bytes(cpu.op_seg(op), lin, &copy.0[..size]),
+        _ => vector_masked::write_part(cpu, cpu.op_seg(op), lin, &copy.0[..size]),
+    }
 }
 
 /// Registers that VZEROUPPER and VZEROALL reach.

@@ -371,16 +371,15 @@ fn maskmov_store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 /// MASKMOVDQU. Bytes that are left out may fault all the same, and do.
 fn maskmovdqu(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted(cpu, op)?;
-    probe_all(cpu, op)?;
+    let lin = cpu.ea(op, usize::from(op.size), true)?;
+    if lin & 7 != 0 && cpu.mmu.tlb.class() == Class::Checked {
+        cpu.checked(cpu.op_seg(op), lin)?;
+        return Err(cpu.raise(Exception::AC));
+    }
+    // It is done in two halves, the upper one first.
+    cpu.probe(cpu.op_seg(op), lin.wrapping_add(8), 8, true)?;
+    cpu.probe(cpu.op_seg(op), lin, 8, true)?;
     maskmov_store(cpu, op)
-}
-
-fn probe_all(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
-    let size = usize::from(op.size);
-    let lin = cpu.ea(op, size, true)?;
-    // The end is looked at first.
-    cpu.probe(cpu.op_seg(op), lin.wrapping_add(size as u64 - 1), 1, true)?;
-    cpu.probe(cpu.op_seg(op), lin, size, true)
 }
 
 /// MASKMOVQ: the same with MMX registers.

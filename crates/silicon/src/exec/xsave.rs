@@ -106,8 +106,8 @@ impl Cpu {
         let lin = self.ea(op, HEADER, write)?;
         if lin & (alignment - 1) != 0 {
             self.checked(self.op_seg(op), lin)?;
-            // Where #AC takes the place of #GP is the implementation's choice: for saves, at multiples of four.
-            let checked = write && lin & 3 != 0 && self.mmu.tlb.class() == Class::Checked;
+            // Where #AC takes the place of #GP is the implementation's choice.
+            let checked = lin & 3 != 0 && self.mmu.tlb.class() == Class::Checked;
             return Err(self.raise(if checked { Exception::AC } else { Exception::gp(0) }));
         }
         Ok(lin)
