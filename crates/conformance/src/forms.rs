@@ -174,3 +174,36 @@ pub fn tolerance(mnemonic: Mnemonic) -> Tolerance {
         _ => Tolerance::default(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use silicon::model::CpuModel;
+
+    use super::*;
+
+    fn class(code: Code) -> Class {
+        classify(code, &CpuModel::default().features())
+    }
+
+    #[test]
+    fn forms_have_the_class_that_their_privilege_asks_for() {
+        assert_eq!(class(Code::Add_rm32_r32), Class::Compared);
+        assert_eq!(class(Code::Hlt), Class::FaultCompared);
+        assert_eq!(class(Code::In_AL_imm8), Class::FaultCompared);
+        assert_eq!(class(Code::Pushd_imm32), Class::OtherMode);
+        assert_eq!(class(Code::Fstcw_m2byte), Class::OtherMode);
+        assert_eq!(class(Code::XOP_Vprotb_xmm_xmmm128_imm8), Class::NotOffered);
+        assert!(matches!(class(Code::Syscall), Class::Guests(_)));
+        assert!(matches!(class(Code::Int3), Class::Guests(_)));
+        assert!(matches!(class(Code::Mov_Sreg_rm16), Class::Guests(_)));
+        assert_eq!(class(Code::Mov_rm16_Sreg), Class::Compared);
+        assert_eq!(class(Code::Ud2), Class::Compared);
+    }
+
+    #[test]
+    fn few_forms_are_left_to_the_guest_programs() {
+        let left = all(&CpuModel::default().features());
+        let left = left.iter().filter(|form| matches!(form.class, Class::Guests(_))).count();
+        assert!(left < 120, "{left}");
+    }
+}

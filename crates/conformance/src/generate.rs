@@ -467,3 +467,43 @@ fn x87(rng: &mut Rng, op: &OpCodeInfo, m: &mut Machine) {
         *st = values::float80(rng);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use silicon::model::CpuModel;
+
+    use super::*;
+    use crate::forms::{self, Class};
+
+    #[test]
+    fn every_form_that_is_compared_can_be_made() {
+        let mut generator = Generator::new(true);
+        for form in forms::all(&CpuModel::parse("max").expect("a model").features()) {
+            if matches!(form.class, Class::Compared | Class::FaultCompared) {
+                let case = generator.case(form.code, 1, 0).unwrap_or_else(|| panic!("{:?}", form.code));
+                assert_eq!(case.instruction.code(), form.code);
+            }
+        }
+    }
+
+    #[test]
+    fn a_case_is_a_function_of_its_numbers() {
+        let code = Code::VEX_Vaddps_ymm_ymm_ymmm256;
+        let case = |seed, number| Generator::new(true).case(code, seed, number).expect("encodable");
+        let (first, again) = (case(5, 9), case(5, 9));
+        assert_eq!((&first.bytes, &first.machine), (&again.bytes, &again.machine));
+        assert_ne!(first.machine, case(5, 10).machine);
+        assert_ne!(first.machine, case(6, 9).machine);
+    }
+
+    #[test]
+    fn branches_land_on_filler() {
+        let mut generator = Generator::new(true);
+        for number in 0..500 {
+            let case = generator.case(Code::Jne_rel8_64, 1, number).expect("encodable");
+            let end = case.machine.rip + case.bytes.len() as u64;
+            let target = case.instruction.near_branch64();
+            assert!(!(case.machine.rip..end).contains(&target));
+        }
+    }
+}
