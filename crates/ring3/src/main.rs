@@ -27,7 +27,11 @@ fn main() -> ExitCode {
 
 /// Logs go to stderr, filtered by [`LOG_VARIABLE`].
 fn start_logging() {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
+    let wanted = std::env::var(LOG_VARIABLE).unwrap_or_else(|_| DEFAULT_LOG.into());
+    let filter = EnvFilter::try_new(&wanted).unwrap_or_else(|error| {
+        say(&format!("ring3: {LOG_VARIABLE}={wanted} is no log filter ({error}); using {DEFAULT_LOG}"));
+        EnvFilter::new(DEFAULT_LOG)
+    });
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
