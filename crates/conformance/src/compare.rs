@@ -55,9 +55,9 @@ pub fn compare(case: &Case, host: &(Event, Machine), guest: &(Event, Machine)) -
     let (h, g) = (&host.1, &guest.1);
     let allowed = tolerance(case.instruction.mnemonic());
     number(out, "rip", h.rip, g.rip);
-    for i in 0..16 {
+    for (i, name) in NAMES.iter().enumerate() {
         if !tolerated(&allowed, &case.instruction, i) {
-            number(out, NAMES[i], h.gpr[i], g.gpr[i]);
+            number(out, name, h.gpr[i], g.gpr[i]);
         }
     }
     number(out, "fs_base", h.fs_base, g.fs_base);

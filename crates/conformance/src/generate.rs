@@ -273,8 +273,7 @@ impl<'a> Draft<'a> {
 
     fn immediate(&mut self, i: u32, kind: Kind) {
         let value = values::integer(self.rng);
-        let second =
-            i > 0 && self.op.op_kind(i - 1) == Kind::imm16 || i > 0 && self.op.op_kind(i - 1) == Kind::imm8;
+        let second = i > 0 && matches!(self.op.op_kind(i - 1), Kind::imm16 | Kind::imm8);
         let (kind, value) = match kind {
             Kind::imm8 if second => (OpKind::Immediate8_2nd, value & 0xff),
             Kind::imm4_m2z => (OpKind::Immediate8, value & 3),

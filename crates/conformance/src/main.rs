@@ -92,15 +92,6 @@ fn repeated(
     Ok(ExitCode::SUCCESS)
 }
 
-fn progress_bar(length: u64, what: &str) -> ProgressBar {
-    let bar = ProgressBar::new(length);
-    let template = format!("{{bar:40}} {{human_pos}}/{{human_len}} {what}, {{per_sec}}, {{eta}}");
-    if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(style);
-    }
-    bar
-}
-
 fn many_cases(arguments: &Arguments, features: &Features, round: u64) -> Result<bool, String> {
     let all: Vec<Form> =
         forms::all(features).into_iter().filter(|form| chosen(form, &arguments.filter)).collect();

@@ -81,12 +81,12 @@ struct Progress {
 pub fn run(plan: &Plan, features: &Features, mut tick: impl FnMut(u64)) -> Result<Summary, RunError> {
     let progress = shared(plan.workers)?;
     let mut workers = Vec::new();
-    for i in 0..plan.workers {
+    for (i, progress) in progress.iter().enumerate().take(plan.workers) {
         let file = memory_file()?;
         // SAFETY: this process has one thread, so the child may go on as the parent would.
         match unsafe { libc::fork() } {
             -1 => return Err(RunError::System("fork", io::Error::last_os_error())),
-            0 => child(plan, features, i, &progress[i], file),
+            0 => child(plan, features, i, progress, file),
             pid => workers.push((pid, i, file)),
         }
     }

@@ -25,13 +25,7 @@ pub(crate) fn fix_up(draft: &mut Draft<'_>) {
         Cmpxchg => comparand(draft),
         Cmpxchg8b | Cmpxchg16b => wide_comparand(draft),
         Bt | Bts | Btr | Btc => bit_offset(draft),
-        Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar | Shld | Shrd => {
-            if draft.rng.percent(60) {
-                let count = draft.rng.below(80);
-                let rest = draft.machine.gpr[RCX] & !0xff;
-                draft.set_free(RCX, rest | count);
-            }
-        }
+        Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar | Shld | Shrd => shift_count(draft),
         Enter | Leave => frame(draft),
         Popf | Popfq | Popfd => {
             let flags = draft.rng.next() & !TF;
@@ -107,6 +101,14 @@ fn comparand(draft: &mut Draft<'_>) {
         patch_target(draft, &accumulator.to_le_bytes());
     } else if let Some(register) = operand_gpr(draft, 0) {
         draft.machine.gpr[register] = accumulator;
+    }
+}
+
+fn shift_count(draft: &mut Draft) {
+    if draft.rng.percent(60) {
+        let count = draft.rng.below(80);
+        let rest = draft.machine.gpr[RCX] & !0xff;
+        draft.set_free(RCX, rest | count);
     }
 }
 

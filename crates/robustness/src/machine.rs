@@ -379,7 +379,7 @@ impl<'a> Machine<'a> {
             1 => rng.below(RAM) & !0xfff | rng.below(0x200),
             2 => rng.below(RAM) & !0xfff | rng.below(0x200) | rng.next() & 0xf800_0000_0000_0000,
             3 => rng.next() & 0xf_ffff_f000 | 0x87,
-            _ => TABLES + (rng.below(6) << 12) | 7 | rng.next() & 0x80,
+            _ => (TABLES + (rng.below(6) << 12)) | 7 | (rng.next() & 0x80),
         }
     }
 

@@ -163,7 +163,7 @@ fn prepare(vcpu: &mut Vcpu, system: &System, start: &Start, image: &Image, rng: 
     // One that contradicts itself is refused, and the processor stays as it is.
     let _ = vcpu.set_cpuid2(&cpuid);
     if let Some(sregs) = &start.sregs {
-        let mut sregs = (**sregs).clone();
+        let mut sregs = **sregs;
         sregs.apic_base = vcpu.sregs().apic_base;
         let _ = vcpu.set_sregs(&sregs);
     }

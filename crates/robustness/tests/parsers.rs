@@ -87,7 +87,7 @@ fn text(rng: &mut Rng, pieces: &[&str]) -> String {
     for _ in 0..rng.below(8) {
         match rng.below(5) {
             0 => text.extend(char::from_u32(rng.next() as u32 >> rng.below(32))),
-            _ => text.push_str(rng.pick(&pieces.to_vec())),
+            _ => text.push_str(rng.pick(pieces)),
         }
     }
     text
