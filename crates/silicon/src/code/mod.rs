@@ -28,7 +28,7 @@ const BLOCK_MAX: usize = 48;
 /// Operations in all blocks of a CPU at most; past that the cache is emptied (about 30 MiB).
 const CACHE_OPS_MAX: usize = 400_000;
 /// Entries of the jump cache.
-const JUMP_ENTRIES: usize = 1 << 12;
+const JUMP_ENTRIES: usize = 1 << 14;
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 

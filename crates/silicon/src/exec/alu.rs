@@ -344,7 +344,7 @@ fn lower_unary(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
 
 #[cfg(test)]
 mod tests {
-    use crate::exec::testing::{DATA, Guest};
+    use crate::exec::testing::{DATA, Guest, PF_READ, PF_WRITE, UNMAPPED};
     use crate::flags::Rflags;
     use crate::state::{CodeSize, reg};
 
@@ -410,6 +410,40 @@ mod tests {
             guest.put(DATA, &memory.to_le_bytes());
             guest.set(reg::RAX, rax).set(reg::RBX, DATA).finish(code);
             assert_eq!((guest.word(DATA, 8), guest.reg(reg::RAX)), (memory_after, rax_after), "{code:02x?}");
+        }
+    }
+
+    #[test]
+    fn faults_change_nothing() {
+        let mut guest = Guest::new(CodeSize::Bits64);
+        guest.set(reg::RBX, UNMAPPED).set(reg::RCX, 2).set_flags(CF | ZF);
+        // add [rbx], rax; lock add [rbx], rax; inc [rbx]; neg [rbx]; shl [rbx], cl; xadd, cmpxchg, xchg, bts
+        let writes: [&[u8]; 9] = [
+            &[0x48, 0x01, 0x03],
+            &[0xf0, 0x48, 0x01, 0x03],
+            &[0xfe, 0x03],
+            &[0xf7, 0x1b],
+            &[0xd3, 0x23],
+            &[0x0f, 0xc1, 0x03],
+            &[0x0f, 0xb1, 0x03],
+            &[0x87, 0x03],
+            &[0x0f, 0xab, 0x0b],
+        ];
+        for code in writes {
+            assert_eq!(guest.fault(code), PF_WRITE, "{code:02x?}");
+        }
+        // add rax, [rbx]; cmp [rbx], rax; test [rbx], al; cmovc (condition false is no excuse), mul, div, popcnt
+        let reads: [&[u8]; 7] = [
+            &[0x48, 0x03, 0x03],
+            &[0x48, 0x39, 0x03],
+            &[0x84, 0x03],
+            &[0x0f, 0x43, 0x03],
+            &[0xf7, 0x23],
+            &[0xf7, 0x33],
+            &[0xf3, 0x0f, 0xb8, 0x03],
+        ];
+        for code in reads {
+            assert_eq!(guest.fault(code), PF_READ, "{code:02x?}");
         }
     }
 }

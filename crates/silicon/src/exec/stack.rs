@@ -326,7 +326,7 @@ fn enter_size(ins: &Instruction) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use crate::exec::testing::{DATA, Guest, STACK};
+    use crate::exec::testing::{DATA, Guest, PF_READ, PF_WRITE, SS0, STACK, UNMAPPED};
     use crate::state::{CodeSize, reg};
 
     #[test]
@@ -407,5 +407,42 @@ mod tests {
         assert_eq!(guest.word(STACK - 24, 8), STACK - 8);
         guest.finish(&[0xc9]);
         assert_eq!((guest.reg(reg::RBP), guest.reg(reg::RSP)), (frame, STACK));
+    }
+
+    #[test]
+    fn faults_leave_the_registers_alone() {
+        let mut guest = Guest::new(CodeSize::Bits64);
+        // push rax; push [rsp+16]; call +0; enter 0, 0: the page below the stack is not there.
+        let pushes: [&[u8]; 4] = [&[0x50], &[0xff, 0x74, 0x24, 16], &[0xe8, 0, 0, 0, 0], &[0xc8, 0, 0, 0]];
+        for code in pushes {
+            guest.set(reg::RSP, UNMAPPED + 0x1000).set(reg::RBP, DATA);
+            assert_eq!(guest.fault(code), PF_WRITE, "{code:02x?}");
+        }
+        // enter 0x1000, 0: the frame fits, what lies below it does not.
+        guest.set(reg::RSP, UNMAPPED + 0x1008);
+        assert_eq!(guest.fault(&[0xc8, 0, 0x10, 0]), PF_WRITE);
+        // pop rax; leave; ret; pop [rbx] to a page that is not there.
+        guest.set(reg::RSP, UNMAPPED).set(reg::RBP, UNMAPPED).set(reg::RBX, UNMAPPED);
+        for code in [0x58, 0xc9, 0xc3] {
+            assert_eq!(guest.fault(&[code]), PF_READ, "{code:02x}");
+        }
+        guest.set(reg::RSP, STACK - 8);
+        assert_eq!(guest.fault(&[0x8f, 0x03]), PF_WRITE);
+        // A stack address that is not canonical is #SS.
+        guest.set(reg::RSP, 1 << 63);
+        assert_eq!(guest.fault(&[0x50]), SS0);
+        assert_eq!(guest.fault(&[0xc3]), SS0);
+    }
+
+    #[test]
+    fn sixteen_bit_stacks_wrap() {
+        let mut guest = Guest::new(CodeSize::Bits16);
+        guest.set(reg::RSP, 0x5_0000).set(reg::RAX, 0x1234).finish(&[0x50]);
+        assert_eq!((guest.reg(reg::RSP), guest.word(0xfffe, 2)), (0x5_fffe, 0x1234));
+        guest.finish(&[0x5b]);
+        assert_eq!((guest.reg(reg::RSP), guest.reg(reg::RBX)), (0x5_0000, 0x1234));
+        // A word across the end of the segment is #SS.
+        guest.set(reg::RSP, 0xffff);
+        assert_eq!(guest.fault(&[0x58]), SS0);
     }
 }

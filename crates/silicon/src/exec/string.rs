@@ -414,6 +414,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
 
 #[cfg(test)]
 mod tests {
+    use crate::cpu::Requests;
     use crate::exception::Exception;
     use crate::exec::testing::{CODE, DATA, Guest, PF_WRITE, UNMAPPED};
     use crate::flags::Rflags;
@@ -555,5 +556,19 @@ mod tests {
         assert_eq!(guest.bytes(DATA + 0x100, 4), pattern(4));
         let after = (guest.reg(reg::RSI), guest.reg(reg::RDI), guest.reg(reg::RCX));
         assert_eq!(after, (DATA + 4, DATA + 0x104, 0));
+    }
+
+    #[test]
+    fn a_request_interrupts_between_runs() {
+        let mut guest = guest(DATA, DATA + 0x4000, 0x3000);
+        guest.put(DATA, &pattern(0x3000));
+        guest.cpu.requests.post(Requests::KICK);
+        assert_eq!(guest.run(&[0xf3, 0xa4]), Exit::ExternalInterrupt);
+        assert_eq!(guest.reg(reg::RCX), 0x3000);
+        // A limit that is never reached makes the engine look around all the time.
+        guest.cpu.controls.instruction_limit = u64::MAX - 1;
+        guest.finish(&[0xf3, 0xa4]);
+        assert_eq!((guest.reg(reg::RCX), guest.cpu.instructions()), (0, 1));
+        assert_eq!(guest.bytes(DATA + 0x4000, 0x3000), pattern(0x3000));
     }
 }

@@ -161,3 +161,7 @@ impl Guest {
 pub(crate) const GP0: (u8, Option<u32>) = (vector::GP, Some(0));
 /// #PF of a supervisor's write to a page that is not present.
 pub(crate) const PF_WRITE: (u8, Option<u32>) = (vector::PF, Some(2));
+/// #PF of a supervisor's read of a page that is not present.
+pub(crate) const PF_READ: (u8, Option<u32>) = (vector::PF, Some(0));
+/// #SS(0).
+pub(crate) const SS0: (u8, Option<u32>) = (vector::SS, Some(0));
