@@ -92,6 +92,10 @@ fn combine(first: Option<Exception>, second: u8) -> Combination {
     }
 }
 
+/// Faults in the delivery of an event after which nothing new will come: the combinations end by themselves after
+/// three.
+const ENDLESS_DELIVERY: u32 = 16;
+
 /// What delivery pushes: captured before anything changes.
 struct Frame {
     event: Event,
@@ -103,10 +107,18 @@ struct Frame {
 impl Cpu {
     /// Delivers `event`, and whatever faults its delivery meets in turn: contributory faults become #DF,
     /// a fault in that a triple fault. Iterative, so that no guest can make the host recurse.
+    ///
+    /// A benign fault that its own delivery causes again (#AC for a user-mode handler on an odd stack) goes on for
+    /// ever. Hypervisors intercept it for that reason; here a kick ends it, with RIP at the faulting instruction.
     pub(crate) fn deliver(&mut self, event: Event) -> Result<(), Exit> {
         let mut current = event;
         self.mmu.take_debug_hits();
+        let mut attempts = 0u32;
         loop {
+            attempts = attempts.saturating_add(1);
+            if attempts > ENDLESS_DELIVERY && self.requests.get() & Requests::KICK != 0 {
+                return Ok(());
+            }
             if self.deliver_once(current).is_ok() {
                 // Watched words that the delivery itself pushed to: a trap before the handler's first instruction.
                 self.pending_debug |= self.mmu.take_debug_hits();

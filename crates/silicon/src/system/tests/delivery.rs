@@ -1,6 +1,7 @@
 //! Delivery through the IDT: frames, stacks, error codes, combinations of faults.
 
 use super::*;
+use crate::cpu::Requests;
 use crate::exception::{Exception, vector::*};
 use crate::flags::Rflags;
 use crate::state::interruptibility;
@@ -436,4 +437,24 @@ fn intercepted_software_exceptions_stay_at_the_instruction() {
         assert_eq!(exit, Exit::Exception(Exception { vector, error_code: None, payload: 0 }));
         assert_eq!((machine.cpu.state.rip, machine.cpu.exit_instruction_length), (CODE0, 1));
     }
+}
+
+/// Found by random guests: on a real processor this takes the core out of service until a hypervisor's intercept
+/// of #AC ends it.
+#[test]
+fn a_kick_ends_alignment_faults_that_their_own_delivery_causes_again() {
+    let mut machine = Machine::new(Mode::Protected);
+    machine.idt(AC, gate(14, 0, sel::CODE3, Machine::handler(AC), 0));
+    machine.set_ring(3);
+    machine.cpu.state.cr0 |= cr0::AM;
+    machine.cpu.state.rflags_system |= Rflags::AC.bits();
+    machine.cpu.state.regs[usize::from(reg::RSP)] -= 1;
+    let requests = machine.cpu.requests.clone();
+    let kicker = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        requests.post(Requests::KICK);
+    });
+    assert_eq!(machine.run(&[0x50]), Exit::ExternalInterrupt); // push eax
+    assert_eq!(machine.cpu.state.rip, machine.code());
+    kicker.join().unwrap();
 }
