@@ -525,6 +525,8 @@ fn install_handlers() -> Result<(), HostError> {
         let mut action: libc::sigaction = zeroed();
         action.sa_sigaction = conformance_signal as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+        // The clock must not tick within a handler, which runs with the host's FS and GS already.
+        libc::sigaddset(&mut action.sa_mask, libc::SIGVTALRM);
         let signals =
             [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGVTALRM];
         for signal in signals {

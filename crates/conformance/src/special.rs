@@ -5,7 +5,7 @@ use iced_x86::{Mnemonic, OpKind};
 
 use crate::address;
 use crate::generate::Draft;
-use crate::layout::WRITABLE;
+use crate::layout::{self, Access, WRITABLE};
 use crate::values;
 
 const RAX: usize = 0;
@@ -29,7 +29,12 @@ pub(crate) fn fix_up(draft: &mut Draft<'_>) {
         Enter | Leave => frame(draft),
         Popf | Popfq | Popfd => {
             let flags = draft.rng.next() & !TF;
-            let rsp = draft.machine.gpr[RSP];
+            let mut rsp = draft.machine.gpr[RSP];
+            // What lies in a read-only page cannot be kept from setting TF.
+            if (0..8).any(|i| layout::access(rsp.wrapping_add(i)) == Access::Read) {
+                rsp = WRITABLE.start + 0x800;
+                draft.machine.gpr[RSP] = rsp;
+            }
             draft.patch(rsp, &flags.to_le_bytes());
         }
         Ret => {
