@@ -64,9 +64,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         (_, true, true) => store,
     };
     let size = u8::try_from(ins.memory_size().size()).ok()?;
-    // The pieces in which a ten-byte operand is stored.
-    let r0 = if ins.mnemonic() == Mnemonic::Fbstp { 8 } else { 4 };
-    Some(Op { imm, size, r0, ..base(handler) })
+    Some(Op { imm, size, ..base(handler) })
 }
 
 /// Opcodes D8 to DF, and 9B.
@@ -257,19 +255,18 @@ fn store_copy(cpu: &mut Cpu, op: &Op, copy: &[u8; 16]) -> Result<(), Abort> {
     check_small_alignment(cpu, op, lin)?;
     let written = cpu.write_bytes(seg, lin, &copy[..size]);
     if matches!(cpu.pending, Pending::Exception(e) if e.vector == vector::PF) && written.is_err() {
-        store_pieces(cpu, op, lin, copy);
+        store_first_eight(cpu, op, lin, copy);
     }
     written
 }
 
-/// Ten bytes are stored in pieces; those that lie before the missing page are stored all the same.
-fn store_pieces(cpu: &mut Cpu, op: &Op, lin: u64, copy: &[u8; 16]) {
-    let (fault, piece) = (cpu.pending, usize::from(op.r0));
-    let here = (PAGE - (lin & (PAGE - 1))) as usize;
-    if op.size == 10 && here < 10 && piece <= here {
-        let done = (here / piece * piece).min(8);
+/// Ten bytes are stored as eight and two: where the two miss their page, the eight are stored all the same.
+fn store_first_eight(cpu: &mut Cpu, op: &Op, lin: u64, copy: &[u8; 16]) {
+    let fault = cpu.pending;
+    let here = PAGE - (lin & (PAGE - 1));
+    if op.size == 10 && (8..10).contains(&here) {
         // If that fails too, nothing has been stored, and the first fault stands.
-        let _ = cpu.write_bytes(cpu.op_seg(op), lin, &copy[..done]);
+        let _ = cpu.write_bytes(cpu.op_seg(op), lin, &copy[..8]);
     }
     cpu.pending = fault;
 }

@@ -18,7 +18,7 @@ use crate::hostexec::{MXCSR_DEFINED, class, make_room};
 use crate::mmu::tlb::Class;
 
 /// Bit of [`Op::extra`]: the operand is never alignment-checked (exception type 11).
-const UNCHECKED: u32 = 1 << 11;
+pub(super) const UNCHECKED: u32 = 1 << 11;
 
 /// A memory operand's copy, where no direct pointer can be had.
 #[repr(C, align(64))]

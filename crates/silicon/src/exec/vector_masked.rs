@@ -5,13 +5,15 @@
 //! to suppress; otherwise the elements are moved one by one between guest memory and a copy of the operand.
 #![expect(unsafe_code, reason = "calls stubs with pointers to guest memory")]
 
-use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
+use iced_x86::{CodeSize, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use crate::code::lower::seg_index;
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::{Cpu, Pending};
 use crate::exception::{Abort, Exception};
-use crate::exec::vector::{Copy64, address, admitted, check_small_alignment, execute, memory_operand};
+use crate::exec::vector::{
+    Copy64, UNCHECKED, address, admitted, check_small_alignment, execute, memory_operand,
+};
 use crate::mmu::tlb::Class;
 use crate::state::{Seg, reg};
 
@@ -129,7 +131,12 @@ fn lower_maskmovdqu(ins: &Instruction, base: Op) -> Op {
     op.r0 = SIGN_MASK | ins.op_register(2).number() as u8;
     op.size = if ins.mnemonic() == Mnemonic::Maskmovq { 8 } else { 16 };
     op.extra |= u32::from(op.size) << COUNT;
-    (op.base, op.seg) = (reg::RDI, seg_index(ins.memory_segment()));
+    // In 64-bit mode only FS and GS can take the place of DS.
+    let segment = match (ins.code_size(), ins.memory_segment()) {
+        (CodeSize::Code64, segment) if !matches!(segment, Register::FS | Register::GS) => Register::DS,
+        (_, segment) => segment,
+    };
+    (op.base, op.seg) = (reg::RDI, seg_index(segment));
     match ins.op_kind(0) {
         OpKind::MemorySegDI => op.flags |= Op::ADDR16 | Op::SLOW_EA,
         OpKind::MemorySegEDI => op.flags |= Op::ADDR32 | Op::SLOW_EA,
@@ -285,7 +292,9 @@ fn check_alignment(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
         return Ok(());
     }
     let lin = unchecked_address(cpu, op);
-    check_small_alignment(cpu, op, lin)?;
+    if op.extra & UNCHECKED == 0 {
+        check_small_alignment(cpu, op, lin)?;
+    }
     if lin & u64::from(op.r2) != 0 {
         return Err(cpu.raise(Exception::gp(0)));
     }
