@@ -38,9 +38,17 @@ impl Cpu {
     /// Before it: registers, [`Cpu::controls`], [`Cpu::injection`], and [`Cpu::complete_read`] if the last exit
     /// carried an access. After it: RIP is at the instruction that exited, not past it, and
     /// [`Cpu::exit_instruction_length`] is its length.
+    ///
+    /// What devices, or anyone else, have written to memory since the last exit is seen as code from now on.
     pub fn run(&mut self) -> Exit {
-        self.mmu_enter();
         self.code.new_epoch();
+        self.resume()
+    }
+
+    /// [`Cpu::run`] after an exit that the hypervisor has dealt with by itself: code that was written by others
+    /// meanwhile may be executed as it was, until an interrupt or a new mapping tells the guest of it.
+    pub fn resume(&mut self) -> Exit {
+        self.mmu_enter();
         self.idt_vectoring = None;
         self.refresh_local();
         self.hostexec_enter();

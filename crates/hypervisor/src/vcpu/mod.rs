@@ -16,7 +16,7 @@ use silicon::exception::Exception;
 use silicon::flags::Rflags;
 use silicon::model::feature::Feature;
 use silicon::state::{Activity, CpuState, interruptibility};
-use silicon::vmx::Injection;
+use silicon::vmx::{Exit, Injection};
 
 use crate::cpuid::Cpuid;
 use crate::error::Error;
@@ -254,6 +254,8 @@ impl Vcpu {
     }
 
     fn run_inner(&mut self) -> Result<VcpuExit, Error> {
+        // The VMM may have written memory since the last call; between exits that stay here it has no turn.
+        let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
         loop {
             if self.handle.immediate_exit() {
                 // KVM finishes a pending access even then, so that the registers can be saved.
@@ -267,7 +269,8 @@ impl Vcpu {
             }
             self.update_clock();
             self.prepare_events();
-            let exit = self.cpu.run();
+            let exit = enter(&mut self.cpu);
+            enter = Cpu::resume;
             self.handle.stats.exit(&exit);
             if let Some(user) = self.handle_exit(exit) {
                 return Ok(user);

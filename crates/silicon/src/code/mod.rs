@@ -116,7 +116,7 @@ fn lines(from: usize, to: usize) -> u64 {
 /// Slot of the jump cache.
 #[inline(always)]
 fn jump_index(lin: u64) -> usize {
-    (lin ^ (lin >> 12)) as usize & (JUMP_ENTRIES - 1)
+    (lin ^ (lin >> 15)) as usize & (JUMP_ENTRIES - 1)
 }
 
 /// Multiplicative hasher for small integer keys.
@@ -162,7 +162,8 @@ impl CodeCache {
         let empty = JumpEntry { lin: 0, context: 0, generation: 0, block: None };
         CodeCache {
             pages: HashMap::default(),
-            jump: Box::new([empty; JUMP_ENTRIES]),
+            // Made on the heap: too large to pass over the stack.
+            jump: vec![empty; JUMP_ENTRIES].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!()),
             epoch: 1,
             generation: 1,
             ops: 0,
@@ -317,7 +318,7 @@ impl Cpu {
     #[inline(always)]
     fn entered(&self, entry: &JumpEntry, lin: u64) -> Option<BlockRef> {
         let hit = entry.lin == lin
-            && entry.context == self.fetch_context()
+            && entry.context == self.fetch_context(lin)
             && entry.generation == self.code.generation;
         if hit { entry.block } else { None }
     }
@@ -343,11 +344,11 @@ impl Cpu {
         Ok(Some(reference))
     }
 
-    /// Identifies the address space and mode that instruction fetches use.
+    /// Identifies the address space and mode that instruction fetches from `lin` use.
     #[inline(always)]
-    fn fetch_context(&self) -> u64 {
+    fn fetch_context(&self, lin: u64) -> u64 {
         let user = u64::from(self.state.cpl == 3);
-        (self.mmu.address_space() << 3) | ((self.state.code_size as u64) << 1) | user
+        (self.mmu.address_space(lin) << 3) | ((self.state.code_size as u64) << 1) | user
     }
 
     /// A block from here might reach beyond the limit of CS: instructions are taken one by one, and each is
@@ -421,7 +422,7 @@ impl Cpu {
 
     /// The cached block for `key`, if its bytes are what they were; enters it into the jump cache.
     fn cached_block(&mut self, page: ExecPage, key: u16, lin: u64) -> Result<Option<BlockRef>, Abort> {
-        let context = self.fetch_context();
+        let context = self.fetch_context(lin);
         let Some(code_page) = self.code.pages.get_mut(&page.gfn) else { return Ok(None) };
         let unstable = code_page.unstable;
         let Some(block) = code_page.blocks.get_mut(&key) else { return Ok(None) };

@@ -115,11 +115,12 @@ impl Mmu {
         }
     }
 
-    /// A number that stands for the current linear-to-physical mapping of code: as long as it is the same, so
-    /// are the translations. Going back to an address space of which nothing was flushed brings its number back.
+    /// A number that stands for the current linear-to-physical mapping of code in `lin`'s half of the address
+    /// space: as long as it is the same, so are the translations. Going back to an address space of which
+    /// nothing was flushed brings its number back.
     #[inline(always)]
-    pub fn address_space(&self) -> u64 {
-        self.tlb.code_space()
+    pub fn address_space(&self, lin: u64) -> u64 {
+        self.tlb.code_space(lin)
     }
 
     /// DR6 bits of the data breakpoints that the last instruction hit; forgets them.

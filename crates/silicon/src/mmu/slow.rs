@@ -288,7 +288,7 @@ impl Cpu {
             // A new mapping may be how the guest learns that a device has written the page.
             self.code.revalidate(gfn);
         }
-        self.mmu.tlb.exec_fill(user, lin, gfn, host);
+        self.mmu.tlb.exec_fill(user, lin, leaf, host);
         Ok(ExecPage { gfn, host })
     }
 

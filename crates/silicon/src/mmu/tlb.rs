@@ -156,8 +156,10 @@ pub(crate) struct Tlb {
     table: NonNull<Entry>,
     /// Number of the current address space.
     space: u64,
-    /// What [`Tlb::code_space`] returns.
-    code_space: u64,
+    /// What [`Tlb::code_space`] returns for the lower and the upper half of the address space.
+    code_spaces: [u64; 2],
+    /// A fetch from the upper half has been translated by an entry that is not global.
+    upper_is_private: bool,
     class: Class,
     l1: Box<[Entry]>,
     l2: Box<[[Wide; L2_WAYS]]>,
@@ -191,7 +193,8 @@ impl Default for Tlb {
         let mut tlb = Tlb {
             table,
             space: 1,
-            code_space: 0,
+            code_spaces: [0; 2],
+            upper_is_private: false,
             class: Class::Supervisor,
             l1,
             l2: vec![[Wide::default(); L2_WAYS]; L2_SETS].into_boxed_slice(),
@@ -255,10 +258,12 @@ impl Tlb {
         self.table = NonNull::from(&mut self.l1[class as usize * L1_SLOTS]);
     }
 
-    /// A number that stands for the linear-to-physical mapping of code: while it is the same, so is the mapping.
+    /// A number that stands for the linear-to-physical mapping of code around `lin`: while it is the same, so is
+    /// the mapping. In the upper half, where systems keep themselves in global pages, switching the address space
+    /// does not change it as long as all code there is global.
     #[inline(always)]
-    pub(crate) fn code_space(&self) -> u64 {
-        self.code_space
+    pub(crate) fn code_space(&self, lin: u64) -> u64 {
+        self.code_spaces[(lin >> 63) as usize]
     }
 
     /// Cached translation of `lin` in the current address space.
@@ -311,9 +316,13 @@ impl Tlb {
     }
 
     /// Keeps a translation for fetches.
-    pub(crate) fn exec_fill(&mut self, user: bool, lin: u64, gfn: u64, host: u64) {
+    pub(crate) fn exec_fill(&mut self, user: bool, lin: u64, leaf: Leaf, host: u64) {
         self.executed.add(lin >> PAGE_SHIFT);
-        self.exec[exec_index(user, lin)] = Exec { tag: self.tag(lin), gfn, host };
+        self.exec[exec_index(user, lin)] = Exec { tag: self.tag(lin), gfn: leaf.page() >> PAGE_SHIFT, host };
+        if lin >> 63 != 0 && !leaf.has(Leaf::GLOBAL) && !self.upper_is_private {
+            self.upper_is_private = true;
+            self.select();
+        }
     }
 
     /// Gives out a number for an address space.
@@ -334,6 +343,7 @@ impl Tlb {
         self.large.clear();
         self.huge.clear();
         self.executed.clear();
+        self.upper_is_private = false;
         self.code_flushes += 1;
         self.global_space = 1;
         self.next_space = 2;
@@ -347,7 +357,8 @@ impl Tlb {
             self.spaces[pcid] = space as u16;
         }
         self.space = u64::from(self.spaces[pcid]);
-        self.code_space = (self.code_flushes << PAGE_SHIFT) | self.space;
+        let upper = if self.upper_is_private { self.space } else { self.global_space };
+        self.code_spaces = [self.space, upper].map(|space| (self.code_flushes << PAGE_SHIFT) | space);
     }
 
     /// Switches to the address space of `pcid`.
@@ -364,13 +375,13 @@ impl Tlb {
 
     /// Forgets the translations of all PCIDs, and the global ones too unless `keep_global`.
     pub(crate) fn flush_all(&mut self, keep_global: bool) {
-        // Every space gets a new number, so nothing that was given out for fetches is in use any more.
         self.spaces.fill(0);
-        self.executed.clear();
         if !keep_global {
-            // Nothing that was entered so far can match any more.
+            // Every space gets a new number: nothing that was entered or given out so far can match any more.
             self.large.clear();
             self.huge.clear();
+            self.executed.clear();
+            self.upper_is_private = false;
             self.global_space = self.new_space();
         }
         self.select();
@@ -460,7 +471,7 @@ mod tests {
         let mut tlb = Tlb::default();
         tlb.insert(LIN, leaf);
         tlb.fill(Class::Supervisor, LIN, leaf, 0x10_0000, true);
-        tlb.exec_fill(false, LIN, 5, 0x10_0000);
+        tlb.exec_fill(false, LIN, leaf, 0x10_0000);
         tlb
     }
 
@@ -504,18 +515,45 @@ mod tests {
     #[test]
     fn pcids_keep_their_entries() {
         let mut tlb = filled(LEAF);
-        let home = tlb.code_space();
+        let home = tlb.code_space(LIN);
         tlb.switch(7);
         assert_eq!(cached(&tlb), [false; 3]);
-        assert_ne!(tlb.code_space(), home);
+        assert_ne!(tlb.code_space(LIN), home);
         tlb.switch(0);
         assert_eq!(cached(&tlb), [true; 3]);
-        assert_eq!(tlb.code_space(), home);
+        assert_eq!(tlb.code_space(LIN), home);
         tlb.flush_context(7);
         assert_eq!(cached(&tlb), [true; 3]);
         tlb.flush_context(0);
         assert_eq!(cached(&tlb), [false; 3]);
-        assert_ne!(tlb.code_space(), home);
+        assert_ne!(tlb.code_space(LIN), home);
+    }
+
+    #[test]
+    fn global_code_of_the_upper_half_is_one_space() {
+        const UPPER: u64 = !0xffff;
+        let global = Leaf(LEAF.0 | Leaf::GLOBAL);
+        let mut tlb = Tlb::default();
+        tlb.exec_fill(false, UPPER, global, 0x10_0000);
+        let home = tlb.code_space(UPPER);
+        for (change, same) in [
+            ((|tlb| tlb.switch(5)) as fn(&mut Tlb), true),
+            (|tlb| tlb.flush_context(5), true),
+            (|tlb| tlb.flush_all(true), true),
+            (|tlb| tlb.flush_page(UPPER - PAGE_SIZE), true),
+            (|tlb| tlb.flush_page(UPPER), false),
+            (|tlb| tlb.flush_all(false), false),
+        ] {
+            change(&mut tlb);
+            assert_eq!(tlb.code_space(UPPER) == home, same);
+        }
+        // One private page, and switching matters.
+        tlb.exec_fill(false, UPPER - PAGE_SIZE, LEAF, 0x20_0000);
+        let home = tlb.code_space(UPPER);
+        tlb.switch(6);
+        assert_ne!(tlb.code_space(UPPER), home);
+        tlb.switch(5);
+        assert_eq!(tlb.code_space(UPPER), home);
     }
 
     #[test]
@@ -540,13 +578,13 @@ mod tests {
     #[test]
     fn flushing_one_page_spares_the_others() {
         let mut tlb = filled(LEAF);
-        let home = tlb.code_space();
+        let home = tlb.code_space(LIN);
         tlb.flush_page(LIN + PAGE_SIZE);
         assert_eq!(cached(&tlb), [true; 3]);
-        assert_eq!(tlb.code_space(), home, "no code ran from that page");
+        assert_eq!(tlb.code_space(LIN), home, "no code ran from that page");
         tlb.flush_page(LIN + 123);
         assert_eq!(cached(&tlb), [false; 3]);
-        assert_ne!(tlb.code_space(), home);
+        assert_ne!(tlb.code_space(LIN), home);
     }
 
     #[test]
@@ -561,10 +599,10 @@ mod tests {
     #[test]
     fn spaces_can_be_used_up() {
         let mut tlb = filled(LEAF);
-        let mut seen = std::collections::HashSet::from([tlb.code_space()]);
+        let mut seen = std::collections::HashSet::from([tlb.code_space(LIN)]);
         for _ in 0..3 * SPACES {
             tlb.flush_context(0);
-            assert!(seen.insert(tlb.code_space()));
+            assert!(seen.insert(tlb.code_space(LIN)));
             assert_eq!(cached(&tlb), [false; 3]);
             tlb.fill(Class::Supervisor, LIN, LEAF, 0x10_0000, true);
         }
