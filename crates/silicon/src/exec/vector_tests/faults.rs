@@ -264,3 +264,33 @@ fn narrow_modes_use_the_same_stubs() {
         assert_eq!(guest.word(data + 8, 4), 42, "{size:?}");
     }
 }
+
+#[test]
+fn environments_have_the_formats_of_their_modes() {
+    let image = |size: CodeSize, code: &[u8], length: usize| {
+        let mut guest = Guest::new(size);
+        guest.cpu.state.x87 =
+            X87 { fsw: 0x3800, ftw: 0x80, fop: 0x6f9, fip: 0x5_4321, fdp: 0xa_8765, ..X87::INIT };
+        guest.cpu.state.x87.st[0][7..10].copy_from_slice(&[0x80, 0xff, 0x3f]);
+        guest.set(reg::RBX, 0x600);
+        guest.finish(code);
+        // It comes back as it was, but for the masks that FNSTENV sets.
+        let (before, load) =
+            (guest.cpu.state.x87, [&code[..code.len() - 1], &[code[code.len() - 1] - 0x10]].concat());
+        guest.cpu.state.x87 = X87::INIT;
+        guest.finish(&load);
+        let after = guest.cpu.state.x87;
+        assert_eq!((after.fcw, after.fsw, after.ftw), (before.fcw, before.fsw, before.ftw));
+        guest.bytes(0x600, length)
+    };
+    // Tags: register 7 valid, the others empty. fnstenv [bx] and fldenv [bx] differ in the reg field.
+    let real = image(CodeSize::Bits16, &[0xd9, 0x37], 14);
+    assert_eq!(real, [0x7f, 0x03, 0, 0x38, 0xff, 0x3f, 0x21, 0x43, 0xf9, 0x56, 0x65, 0x87, 0, 0xa0]);
+    let real_wide = image(CodeSize::Bits16, &[0x66, 0xd9, 0x37], 28);
+    assert_eq!(real_wide[12..], [0x21, 0x43, 0, 0, 0xf9, 0x56, 0, 0, 0x65, 0x87, 0, 0, 0, 0xa0, 0, 0]);
+    let protected = image(CodeSize::Bits32, &[0xd9, 0x33], 28);
+    assert_eq!(protected[..12], [0x7f, 0x03, 0xff, 0xff, 0, 0x38, 0xff, 0xff, 0xff, 0x3f, 0xff, 0xff]);
+    assert_eq!(protected[12..], [0x21, 0x43, 5, 0, 0, 0, 0xf9, 6, 0x65, 0x87, 0xa, 0, 0, 0, 0xff, 0xff]);
+    let narrow = image(CodeSize::Bits32, &[0x66, 0xd9, 0x33], 14);
+    assert_eq!(narrow[6..], [0x21, 0x43, 0, 0, 0x65, 0x87, 0, 0]);
+}
