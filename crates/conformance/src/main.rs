@@ -149,7 +149,10 @@ fn one_case(arguments: &Arguments, features: &Features, case: &str) -> Result<Ex
         .case(code, arguments.seed, number)
         .ok_or("this form cannot be encoded")?;
     println!("{}", report::disassemble(&case));
-    println!("{:#x?}", case.machine.gpr);
+    println!("{:x?}", case.machine);
+    for (address, bytes) in &case.patches {
+        println!("{address:#x}: {bytes:02x?}");
+    }
     let mut bench = Bench::new(features.clone(), arguments.seed).map_err(|e| e.to_string())?;
     let outcome = bench.run(&case);
     println!("host:  {} at {:#x}", outcome.host.0, outcome.host.1.rip);
