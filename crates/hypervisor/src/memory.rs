@@ -58,12 +58,24 @@ impl Memory {
                 errno: libc::ENOMEM,
             });
         }
+        let logged = region.flags & KVM_MEM_LOG_DIRTY_PAGES != 0;
+        if region.memory_size != 0 && logged != self.ept.logs_dirty(region.guest_phys_addr) {
+            self.ept.set_dirty_log(region.guest_phys_addr, logged);
+        }
         Ok(())
+    }
+
+    /// KVM_GET_DIRTY_LOG: the bitmap of the slot's pages written since the last call. ENOENT for a slot that is
+    /// not there or does not log.
+    pub fn take_dirty(&self, slot: u32) -> Result<Vec<u64>, Error> {
+        let slots = self.slots();
+        let log = slots.get(&slot).and_then(|s| self.ept.take_dirty(s.guest_phys_addr));
+        log.ok_or(Error::MemorySlot { slot, why: "does not log writes", errno: libc::ENOENT })
     }
 
     /// Reads guest-physical memory. False if any byte of it is not in a slot.
     pub fn read(&self, gpa: u64, out: &mut [u8]) -> bool {
-        self.pieces(gpa, out.len() as u64, |host, from, len| {
+        self.pieces(gpa, out.len() as u64, false, |host, from, len| {
             // SAFETY: `pieces` gives host ranges of registered slots, which the VMM keeps mapped; `from..from + len`
             // lies within `out`.
             unsafe {
@@ -74,17 +86,22 @@ impl Memory {
 
     /// Writes guest-physical memory. False if any byte of it is not in a writable slot.
     pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
-        self.pieces(gpa, data.len() as u64, |host, from, len| {
+        let done = self.pieces(gpa, data.len() as u64, true, |host, from, len| {
             // SAFETY: as in `read`.
             unsafe { std::ptr::copy_nonoverlapping(data[from..from + len].as_ptr(), host as *mut u8, len) };
-        })
+        });
+        self.ept.mark_dirty(gpa, data.len() as u64);
+        done
     }
 
-    fn pieces(&self, gpa: u64, len: u64, mut each: impl FnMut(u64, usize, usize)) -> bool {
+    fn pieces(&self, gpa: u64, len: u64, write: bool, mut each: impl FnMut(u64, usize, usize)) -> bool {
         let mut done = 0;
         while done < len {
             let Some(at) = gpa.checked_add(done) else { return false };
             let Some(region) = self.ept.find(at) else { return false };
+            if write && region.readonly {
+                return false;
+            }
             let inside = at - region.gpa;
             let piece = (region.size - inside).min(len - done);
             each(region.host + inside, done as usize, piece as usize);
@@ -205,5 +222,26 @@ mod tests {
         let mut out = [0; 4];
         assert!(memory.read(4094, &mut out) && &out == b"abcd");
         assert!(!memory.write(8190, b"abcd"));
+        let readonly = KVM_MEM_READONLY;
+        let rom =
+            kvm_userspace_memory_region { flags: readonly, ..region(2, 0x10_0000, 4096, align(&mut b)) };
+        memory.set_region(rom).unwrap();
+        assert!(!memory.write(0x10_0000, b"a") && memory.read(0x10_0000, &mut out));
+    }
+
+    #[test]
+    fn slots_log_writes_while_they_are_told_to() {
+        let mut bytes = vec![0u8; 12288];
+        let host = (bytes.as_mut_ptr() as u64 + 4095) & !4095;
+        let memory = Memory::default();
+        let plain = region(3, 0x10_0000, 8192, host);
+        memory.set_region(plain).unwrap();
+        assert_eq!(memory.take_dirty(3).map_err(|e| e.errno()), Err(libc::ENOENT));
+        memory.set_region(kvm_userspace_memory_region { flags: KVM_MEM_LOG_DIRTY_PAGES, ..plain }).unwrap();
+        assert!(memory.write(0x10_1000, b"a"));
+        assert_eq!(memory.take_dirty(3).unwrap(), [2]);
+        assert_eq!(memory.take_dirty(3).unwrap(), [0]);
+        memory.set_region(plain).unwrap();
+        assert!(memory.take_dirty(3).is_err() && memory.take_dirty(4).is_err());
     }
 }

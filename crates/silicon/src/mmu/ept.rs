@@ -197,6 +197,11 @@ impl Ept {
         found && changed
     }
 
+    /// Whether writes to the region that begins at `gpa` are recorded.
+    pub fn logs_dirty(&self, gpa: u64) -> bool {
+        self.dirty_log(gpa).is_some()
+    }
+
     /// The bitmap of pages of the region at `gpa` written since they were last cleared, and clears it. `None`
     /// if writes are not recorded.
     pub fn take_dirty(&self, gpa: u64) -> Option<Vec<u64>> {
@@ -331,7 +336,9 @@ mod tests {
         ept.set_regions(vec![region(0x10_0000, 100 << 12)]);
         assert_eq!(ept.take_dirty(0x10_0000), None);
         assert!(!ept.set_dirty_log(0, true));
-        assert!(ept.set_dirty_log(0x10_0000, true));
+        assert!(
+            !ept.logs_dirty(0x10_0000) && ept.set_dirty_log(0x10_0000, true) && ept.logs_dirty(0x10_0000)
+        );
         ept.mark_dirty(0x10_0fff, 2);
         ept.mark_dirty(0x10_0000 + (64 << 12), 1);
         ept.mark_dirty(0x10_0000 + (99 << 12), 0x8000);
