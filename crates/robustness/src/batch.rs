@@ -14,8 +14,9 @@ const PATIENCE: Duration = Duration::from_millis(15);
 const KERNEL_PATIENCE: Duration = Duration::from_millis(100);
 /// Time that it then has to come back, on a machine with much else to do.
 const GRACE: Duration = Duration::from_secs(20);
-/// Images before the process holds all that it needs.
+/// Images before the process holds all that it needs: at least so many, and one of so many.
 const WARM_UP: u64 = 300;
+const WARM_UP_SHARE: u64 = 5;
 
 /// Which images to run.
 #[derive(Clone, Debug)]
@@ -50,6 +51,8 @@ pub struct Summary {
     pub kicks: u64,
     /// The longest time that one took to come back, and which it was.
     pub slowest: (Duration, String),
+    /// Resident memory in KiB after the first images and at the end, if there were enough of them.
+    pub resident: (u64, u64),
 }
 
 /// The command that runs one image again.
@@ -74,12 +77,14 @@ pub fn run(plan: &Plan, kernel: Option<&Path>, mut tell: impl FnMut(Event)) -> R
             Err(failure) => tell(Event::Failed(kind, seed, failure.to_string())),
         }
         drop(image);
-        if i + 1 == WARM_UP {
+        if i + 1 == WARM_UP.max(plan.images / WARM_UP_SHARE) {
             held = Some(Held::now());
         }
     }
-    if let Some(growth) = held.and_then(|before| Held::now().growth(&before)) {
-        tell(Event::Grew(growth));
+    if let Some(before) = held {
+        let after = Held::now();
+        summary.resident = (before.resident, after.resident);
+        after.growth(&before).map(Event::Grew).into_iter().for_each(tell);
     }
     (summary.kicks, summary.slowest) = bench.watchdog().kicks();
     Ok(summary)

@@ -41,7 +41,8 @@ struct Arguments {
     stride: Option<u64>,
 }
 
-/// What a worker says, one line each: `at KIND SEED`, `fail KIND SEED TEXT`, `grew TEXT`, `total KIND …`, `kicks …`.
+/// What a worker says, one line each: `at KIND SEED`, `fail KIND SEED TEXT`, `grew TEXT`, `total KIND …`,
+/// `kicks …`, `resident …`.
 enum Message {
     Line(u64, String),
     Ended(u64),
@@ -88,6 +89,9 @@ fn worker(arguments: &Arguments, stride: u64) -> Result<bool, String> {
     }
     let (slowest, label) = summary.slowest;
     say(&format!("kicks {} {} {label}", summary.kicks, slowest.as_micros()));
+    if summary.resident.0 != 0 {
+        say(&format!("resident {} {}", summary.resident.0, summary.resident.1));
+    }
     Ok(true)
 }
 
@@ -104,6 +108,8 @@ struct Report {
     failures: Vec<String>,
     kicks: u64,
     slowest: (Duration, String),
+    /// Of each worker, in KiB: after its first images and at its end.
+    resident: Vec<(u64, u64)>,
 }
 
 /// A worker and what it has still to do.
@@ -210,6 +216,10 @@ fn heard(line: &str, report: &mut Report) -> Option<(Kind, u64)> {
                 report.totals.entry(kind.to_string()).or_default().add(&totals);
             }
         }
+        "resident" => {
+            let (before, after) = rest.split_once(' ')?;
+            report.resident.push((before.parse().ok()?, after.parse().ok()?));
+        }
         "kicks" => {
             let mut words = rest.splitn(3, ' ');
             report.kicks += words.next()?.parse().unwrap_or(0);
@@ -241,6 +251,8 @@ fn spawn(
     if let Some(kernel) = &arguments.kernel {
         command.arg("--kernel").arg(kernel);
     }
+    // With an arena for each thread that ever was, what stays resident says little about what is held.
+    command.env("MALLOC_ARENA_MAX", "1");
     let mut child = command.stdout(Stdio::piped()).spawn().map_err(|e| e.to_string())?;
     let Some(out) = child.stdout.take() else { return Err("a worker has no output".into()) };
     let sender = sender.clone();
@@ -279,6 +291,9 @@ fn print(report: &Report, took: Duration) {
         report.failures.len(),
         took.as_secs_f64()
     );
+    for (before, after) in &report.resident {
+        println!("a worker held {before} KiB after its first images and {after} KiB at its end");
+    }
     for failure in &report.failures {
         println!("FAILED: {failure}");
     }

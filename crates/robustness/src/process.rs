@@ -20,7 +20,7 @@ pub struct Held {
 }
 
 /// Growth that is no leak: caches, and the allocator's fragments. In KiB.
-const RESIDENT_SLACK: u64 = 12 << 10;
+const RESIDENT_SLACK: u64 = 4 << 10;
 /// Mappings of the allocator.
 const MAPPINGS_SLACK: u64 = 40;
 
