@@ -29,7 +29,8 @@ struct Arguments {
     /// Go on with further cases for this long.
     #[arg(long)]
     minutes: Option<u64>,
-    /// CPU model, as `ring3 boot --cpu` takes it.
+    /// CPU model, as `ring3 boot --cpu` takes it. Models of older parts than the host differ where the parts do
+    /// (x87 data pointer, width of addresses).
     #[arg(long, default_value = "max")]
     cpu: String,
     /// Only forms whose name (iced-x86's, such as `Add_rm32_r32`) or extension contains this; repeatable.
