@@ -108,7 +108,7 @@ impl Bench {
 const LONGEST_PARTIAL: usize = 9;
 
 /// Whether the instruction stored ten bytes across a page that is missing. How much of the first page is written
-/// then is the implementation's choice (SDM vol. 3A, 9.1.1), and varies on one and the same processor.
+/// then differed between cases on the host, by a rule that we do not know.
 fn partial_store(case: &Case, event: &Event) -> bool {
     let size = case.instruction.memory_size();
     matches!(event, Event::Fault { vector: 14, .. }) && matches!(size, MemorySize::Float80 | MemorySize::Bcd)
