@@ -20,7 +20,8 @@ pub fn linux(
     let mut boot = Boot {
         kernel: kernel.image,
         initrd: Some(initrd),
-        append: "console=ttyS0".into(),
+        // A panic ends the guest instead of leaving it hanging.
+        append: "console=ttyS0 panic=-1".into(),
         memory: 512,
         ..Boot::default()
     };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::{Error, target_dir};
 
 /// How long a guest may take before it counts as hung. Far above what the slowest machine needs.
-const HUNG: Duration = Duration::from_secs(1500);
+const HUNG: Duration = Duration::from_secs(900);
 
 /// Console lines that no healthy boot prints.
 const ALARMS: &[&str] = &[
@@ -88,7 +88,14 @@ impl Boot {
         let stderr = reader(child.stderr.take());
         let status = wait(&mut child)?;
         let text = |thread: std::thread::JoinHandle<String>| thread.join().unwrap_or_default();
-        Ok(Outcome { console: text(console).replace('\r', ""), stderr: text(stderr), status })
+        let (console, stderr) = (text(console).replace('\r', ""), text(stderr));
+        let Ended::Exited(status) = status else {
+            let tail: Vec<&str> = console.lines().rev().take(40).collect();
+            let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
+            let seconds = HUNG.as_secs();
+            return Err(Error::Guest(format!("the guest hung for {seconds} s\n{stderr}\nconsole:\n{tail}")));
+        };
+        Ok(Outcome { console, stderr, status })
     }
 }
 
@@ -111,16 +118,24 @@ fn reader(from: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<S
     })
 }
 
-fn wait(child: &mut Child) -> Result<Option<i32>, Error> {
+/// How a guest's process ended.
+enum Ended {
+    /// By itself; `None` if a signal ended it.
+    Exited(Option<i32>),
+    /// It had to be killed.
+    Hung,
+}
+
+fn wait(child: &mut Child) -> Result<Ended, Error> {
     let started = Instant::now();
     loop {
         match child.try_wait() {
-            Ok(Some(status)) => return Ok(status.code()),
+            Ok(Some(status)) => return Ok(Ended::Exited(status.code())),
             Ok(None) if started.elapsed() < HUNG => std::thread::sleep(Duration::from_millis(20)),
             Ok(None) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(Error::Guest(format!("the guest hung for {} s", HUNG.as_secs())));
+                return Ok(Ended::Hung);
             }
             Err(e) => return Err(Error::Guest(e.to_string())),
         }

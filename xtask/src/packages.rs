@@ -75,40 +75,65 @@ fn depends(package: &str) -> Vec<String> {
     listed.lines().filter_map(|l| l.trim().strip_prefix("Depends: ")).map(str::to_string).collect()
 }
 
-/// Downloads `package` and unpacks it below `into`.
+/// Downloads `package` and unpacks it as the directory `into`, which appears complete or not at all.
 fn unpack(package: &str, into: &Path) -> Result<(), Error> {
-    let download = into.join("download");
-    at(&download, std::fs::create_dir_all(&download))?;
+    let (part, download) = (into.with_extension("part"), into.with_extension("download"));
+    for dir in [&part, &download] {
+        // An earlier try may have been cut short.
+        let _ = std::fs::remove_dir_all(dir);
+        at(dir, std::fs::create_dir_all(dir))?;
+    }
     eprintln!("fetching {package}");
     run(Command::new("apt-get").args(["download", "-qq", package]).current_dir(&download))?;
     for entry in at(&download, std::fs::read_dir(&download))?.flatten() {
-        run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(into))?;
+        run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&part))?;
     }
-    at(&download, std::fs::remove_dir_all(&download))
+    at(&download, std::fs::remove_dir_all(&download))?;
+    let _ = std::fs::remove_dir_all(into);
+    at(into, std::fs::rename(&part, into))
+}
+
+/// What `found` finds; if it finds nothing, what it finds after `fetch`. Only one fetch runs at a time, be it of
+/// another thread or of another process: tests start together on a machine that has nothing yet.
+fn fetched<T>(
+    found: impl Fn() -> Option<T>,
+    fetch: impl FnOnce() -> Result<(), Error>,
+    missing: &str,
+) -> Result<T, Error> {
+    if let Some(there) = found() {
+        return Ok(there);
+    }
+    let dir = guest_dir();
+    at(&dir, std::fs::create_dir_all(&dir))?;
+    let path = dir.join("fetch.lock");
+    let lock = at(&path, std::fs::File::create(&path))?;
+    at(&path, lock.lock())?;
+    if found().is_none() {
+        fetch()?;
+    }
+    found().ok_or_else(|| Error::Package(missing.to_string()))
 }
 
 /// Debian's cloud kernel of `series` ("6.12" or "6.1"), fetched on first use.
 pub fn kernel(series: &str) -> Result<Kernel, Error> {
     let dir = guest_dir().join(format!("linux-{series}"));
-    if let Some(found) = unpacked_kernel(&dir) {
-        return Ok(found);
-    }
+    fetched(|| unpacked_kernel(&dir), || unpack(&kernel_package(series)?, &dir), series)
+}
+
+/// The package that has the newest image of `series`.
+fn kernel_package(series: &str) -> Result<String, Error> {
     let Some((_, candidates)) = KERNELS.iter().find(|(name, _)| *name == series) else {
         return Err(Error::Package(format!("linux-image-{series}-cloud-amd64")));
     };
     let prefix = format!("linux-image-{series}.");
     let search = || candidates.iter().flat_map(|c| depends(c)).find(|name| name.starts_with(&prefix));
-    let image = match search() {
-        Some(image) => image,
-        None => {
-            if is_root() {
-                update()?;
-            }
-            search().ok_or_else(|| Error::Package(candidates[0].to_string()))?
-        }
-    };
-    unpack(&image, &dir)?;
-    unpacked_kernel(&dir).ok_or(Error::Package(image))
+    if let Some(image) = search() {
+        return Ok(image);
+    }
+    if is_root() {
+        update()?;
+    }
+    search().ok_or_else(|| Error::Package(candidates[0].to_string()))
 }
 
 fn unpacked_kernel(dir: &Path) -> Option<Kernel> {
@@ -129,14 +154,33 @@ fn unpacked_kernel(dir: &Path) -> Option<Kernel> {
 pub fn busybox() -> Result<PathBuf, Error> {
     let dir = guest_dir().join("busybox");
     let found = || ["bin/busybox", "usr/bin/busybox"].iter().map(|p| dir.join(p)).find(|p| p.is_file());
-    if let Some(path) = found() {
-        return Ok(path);
+    let fetch = || match unpack("busybox-static", &dir) {
+        Err(_) if is_root() => update().and_then(|()| unpack("busybox-static", &dir)),
+        result => result,
+    };
+    fetched(found, fetch, "busybox-static")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    /// Two tests that fetched busybox at the same time gave a guest half of it, which hung.
+    #[test]
+    fn what_two_ask_for_at_once_is_fetched_once() {
+        let (there, fetches) = (AtomicBool::new(false), AtomicU32::new(0));
+        let ask = || {
+            let found = || there.load(Ordering::SeqCst).then_some(());
+            let fetch = || {
+                fetches.fetch_add(1, Ordering::SeqCst);
+                std::thread::yield_now();
+                there.store(true, Ordering::SeqCst);
+                Ok(())
+            };
+            fetched(found, fetch, "it").unwrap();
+        };
+        std::thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(ask))));
+        assert_eq!(fetches.load(Ordering::SeqCst), 1);
     }
-    if unpack("busybox-static", &dir).is_err() {
-        if is_root() {
-            update()?;
-        }
-        unpack("busybox-static", &dir)?;
-    }
-    found().ok_or_else(|| Error::Package("busybox-static".into()))
 }
