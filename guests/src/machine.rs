@@ -222,7 +222,7 @@ fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration, devices: &dyn D
         }
         drop(report);
         for handle in vm.vcpus() {
-            handle.set_immediate_exit(true);
+            handle.interrupt();
         }
     });
     shared.report.into_inner().unwrap_or_else(PoisonError::into_inner)

@@ -26,8 +26,8 @@ const CAPABILITIES: &[(u32, i32)] = &[
 ];
 
 /// KVM_CHECK_EXTENSION.
-pub fn check_extension(capability: u32) -> i32 {
-    CAPABILITIES.iter().find(|(known, _)| *known == capability).map_or(0, |(_, answer)| *answer)
+pub fn check_extension(capability: u64) -> i32 {
+    CAPABILITIES.iter().find(|(known, _)| u64::from(*known) == capability).map_or(0, |(_, answer)| *answer)
 }
 
 #[cfg(test)]
@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     fn unknown_capabilities_answer_zero() {
-        assert_eq!(check_extension(u32::MAX), 0);
-        assert_eq!(check_extension(KVM_CAP_USER_MEMORY), 1);
+        assert_eq!(check_extension(u64::MAX), 0);
+        assert_eq!(check_extension(KVM_CAP_USER_MEMORY.into()), 1);
     }
 }

@@ -1,26 +1,17 @@
-//! The ioctls that the hypervisor has typed calls for (kernel: include/uapi/linux/kvm.h).
+//! Every ioctl that is served, as a table (kernel: include/uapi/linux/kvm.h): number, structure, object, handler.
 
-use kvm_bindings::{
-    kvm_cpuid2, kvm_debugregs, kvm_fpu, kvm_interrupt, kvm_ioeventfd, kvm_irq_level, kvm_irq_routing,
-    kvm_irqfd, kvm_mp_state, kvm_msi, kvm_msrs, kvm_pit_config, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region,
-};
+use std::sync::Arc;
+
+use hypervisor::{System, Vcpu, Vm};
+use kvm_bindings::*;
+
+use crate::error::Errno;
+use crate::object::{Object, Reply, VcpuObject};
+use crate::user::Argument;
+use crate::{run, system, vcpu, vm};
 
 /// KVM's ioctl type byte.
 pub const KVMIO: u8 = 0xae;
-
-/// What kind of file descriptor an ioctl belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Object {
-    /// `/dev/kvm`.
-    System,
-    /// What KVM_CREATE_VM returns.
-    Vm,
-    /// What KVM_CREATE_VCPU returns.
-    Vcpu,
-    /// What KVM_CREATE_DEVICE returns.
-    Device,
-}
 
 /// Who writes the structure that an ioctl points to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,19 +26,54 @@ pub enum Direction {
     InOut,
 }
 
+/// The function that serves an ioctl, by the kind of object that it takes.
+#[derive(Clone, Copy)]
+pub enum Handler {
+    /// On `/dev/kvm`.
+    System(fn(&Arc<System>, Argument) -> Result<Reply, Errno>),
+    /// On a VM.
+    Vm(fn(&Arc<Vm>, Argument) -> Result<Reply, Errno>),
+    /// On a vCPU, which is locked for the call.
+    Vcpu(fn(&mut Vcpu, Argument) -> Result<Reply, Errno>),
+    /// On a vCPU with its `kvm_run` area; locks it itself.
+    Run(fn(&VcpuObject, Argument) -> Result<Reply, Errno>),
+}
+
+impl Handler {
+    /// Makes the call; ENOTTY on another kind of object.
+    fn call(self, object: &Object, argument: Argument) -> Result<Reply, Errno> {
+        match (self, object) {
+            (Handler::System(f), Object::System(system)) => f(system, argument),
+            (Handler::Vm(f), Object::Vm(vm)) => f(vm, argument),
+            (Handler::Vcpu(f), Object::Vcpu(vcpu)) => f(&mut vcpu.lock(), argument),
+            (Handler::Run(f), Object::Vcpu(vcpu)) => f(vcpu, argument),
+            _ => Err(Errno::NOTTY),
+        }
+    }
+
+    fn takes(self, object: &Object) -> bool {
+        matches!(
+            (self, object),
+            (Handler::System(_), Object::System(_))
+                | (Handler::Vm(_), Object::Vm(_))
+                | (Handler::Vcpu(_) | Handler::Run(_), Object::Vcpu(_))
+        )
+    }
+}
+
 /// One row of the API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub struct Ioctl {
     /// The kernel's name.
     pub name: &'static str,
-    /// The object that takes it.
-    pub object: Object,
     /// Low byte of the number.
     pub nr: u8,
     /// Direction of the structure.
     pub direction: Direction,
     /// Size of the structure in bytes (of its fixed part, where entries follow).
     pub size: usize,
+    /// What serves it.
+    pub handler: Handler,
 }
 
 impl Ioctl {
@@ -64,56 +90,81 @@ impl Ioctl {
 }
 
 macro_rules! ioctls {
-    ($($name:ident $object:ident $nr:literal $direction:ident $structure:ty;)*) => {
+    ($($name:ident $nr:literal $direction:ident $structure:ty => $kind:ident $handler:path;)*) => {
         /// Every ioctl that is served.
-        pub const IOCTLS: &[Ioctl] = &[$(Ioctl {
+        pub static IOCTLS: &[Ioctl] = &[$(Ioctl {
             name: stringify!($name),
-            object: Object::$object,
             nr: $nr,
             direction: Direction::$direction,
             size: size_of::<$structure>(),
+            handler: Handler::$kind($handler),
         }),*];
     };
 }
 
 ioctls! {
-    KVM_GET_API_VERSION         System 0x00 Value ();
-    KVM_CREATE_VM               System 0x01 Value ();
-    KVM_CHECK_EXTENSION         System 0x03 Value ();
-    KVM_GET_VCPU_MMAP_SIZE      System 0x04 Value ();
-    KVM_GET_SUPPORTED_CPUID     System 0x05 InOut kvm_cpuid2;
-    KVM_CREATE_VCPU             Vm     0x41 Value ();
-    KVM_SET_USER_MEMORY_REGION  Vm     0x46 In    kvm_userspace_memory_region;
-    KVM_CREATE_IRQCHIP          Vm     0x60 Value ();
-    KVM_IRQ_LINE                Vm     0x61 In    kvm_irq_level;
-    KVM_SET_GSI_ROUTING         Vm     0x6a In    kvm_irq_routing;
-    KVM_IRQFD                   Vm     0x76 In    kvm_irqfd;
-    KVM_CREATE_PIT2             Vm     0x77 In    kvm_pit_config;
-    KVM_IOEVENTFD               Vm     0x79 In    kvm_ioeventfd;
-    KVM_SIGNAL_MSI              Vm     0xa5 In    kvm_msi;
-    KVM_RUN                     Vcpu   0x80 Value ();
-    KVM_GET_REGS                Vcpu   0x81 Out   kvm_regs;
-    KVM_SET_REGS                Vcpu   0x82 In    kvm_regs;
-    KVM_GET_SREGS               Vcpu   0x83 Out   kvm_sregs;
-    KVM_SET_SREGS               Vcpu   0x84 In    kvm_sregs;
-    KVM_INTERRUPT               Vcpu   0x86 In    kvm_interrupt;
-    KVM_GET_MSRS                Vcpu   0x88 InOut kvm_msrs;
-    KVM_SET_MSRS                Vcpu   0x89 In    kvm_msrs;
-    KVM_GET_FPU                 Vcpu   0x8c Out   kvm_fpu;
-    KVM_SET_FPU                 Vcpu   0x8d In    kvm_fpu;
-    KVM_SET_CPUID2              Vcpu   0x90 In    kvm_cpuid2;
-    KVM_GET_MP_STATE            Vcpu   0x98 Out   kvm_mp_state;
-    KVM_SET_MP_STATE            Vcpu   0x99 In    kvm_mp_state;
-    KVM_NMI                     Vcpu   0x9a Value ();
-    KVM_GET_DEBUGREGS           Vcpu   0xa1 Out   kvm_debugregs;
-    KVM_SET_DEBUGREGS           Vcpu   0xa2 In    kvm_debugregs;
-    KVM_GET_TSC_KHZ             Vcpu   0xa3 Value ();
+    KVM_GET_API_VERSION            0x00 Value ()                          => System system::get_api_version;
+    KVM_CREATE_VM                  0x01 Value ()                          => System system::create_vm;
+    KVM_CHECK_EXTENSION            0x03 Value ()                          => System system::check_extension;
+    KVM_GET_VCPU_MMAP_SIZE         0x04 Value ()                          => System system::get_vcpu_mmap_size;
+    KVM_GET_SUPPORTED_CPUID        0x05 InOut kvm_cpuid2                  => System system::get_supported_cpuid;
+
+    KVM_CHECK_EXTENSION            0x03 Value ()                          => Vm vm::check_extension;
+    KVM_CREATE_VCPU                0x41 Value ()                          => Vm vm::create_vcpu;
+    KVM_SET_USER_MEMORY_REGION     0x46 In    kvm_userspace_memory_region => Vm vm::set_user_memory_region;
+    KVM_CREATE_IRQCHIP             0x60 Value ()                          => Vm vm::create_irqchip;
+    KVM_IRQ_LINE                   0x61 In    kvm_irq_level               => Vm vm::irq_line;
+    KVM_SET_GSI_ROUTING            0x6a In    kvm_irq_routing             => Vm vm::set_gsi_routing;
+    KVM_IRQFD                      0x76 In    kvm_irqfd                   => Vm vm::irqfd;
+    KVM_CREATE_PIT2                0x77 In    kvm_pit_config              => Vm vm::create_pit2;
+    KVM_IOEVENTFD                  0x79 In    kvm_ioeventfd               => Vm vm::ioeventfd;
+    KVM_SIGNAL_MSI                 0xa5 In    kvm_msi                     => Vm vm::signal_msi;
+
+    KVM_RUN                        0x80 Value ()                          => Run run::run;
+    KVM_GET_REGS                   0x81 Out   kvm_regs                    => Vcpu vcpu::get_regs;
+    KVM_SET_REGS                   0x82 In    kvm_regs                    => Vcpu vcpu::set_regs;
+    KVM_GET_SREGS                  0x83 Out   kvm_sregs                   => Vcpu vcpu::get_sregs;
+    KVM_SET_SREGS                  0x84 In    kvm_sregs                   => Vcpu vcpu::set_sregs;
+    KVM_INTERRUPT                  0x86 In    kvm_interrupt               => Vcpu vcpu::interrupt;
+    KVM_GET_MSRS                   0x88 InOut kvm_msrs                    => Vcpu vcpu::get_msrs;
+    KVM_SET_MSRS                   0x89 In    kvm_msrs                    => Vcpu vcpu::set_msrs;
+    KVM_GET_FPU                    0x8c Out   kvm_fpu                     => Vcpu vcpu::get_fpu;
+    KVM_SET_FPU                    0x8d In    kvm_fpu                     => Vcpu vcpu::set_fpu;
+    KVM_SET_CPUID2                 0x90 In    kvm_cpuid2                  => Vcpu vcpu::set_cpuid2;
+    KVM_GET_MP_STATE               0x98 Out   kvm_mp_state                => Vcpu vcpu::get_mp_state;
+    KVM_SET_MP_STATE               0x99 In    kvm_mp_state                => Vcpu vcpu::set_mp_state;
+    KVM_NMI                        0x9a Value ()                          => Vcpu vcpu::nmi;
+    KVM_GET_DEBUGREGS              0xa1 Out   kvm_debugregs               => Vcpu vcpu::get_debugregs;
+    KVM_SET_DEBUGREGS              0xa2 In    kvm_debugregs               => Vcpu vcpu::set_debugregs;
+    KVM_GET_TSC_KHZ                0xa3 Value ()                          => Vcpu vcpu::get_tsc_khz;
 }
 
-/// The row for `number` on `object`. `None` is ENOTTY to the client.
-pub fn lookup(object: Object, number: u32) -> Option<&'static Ioctl> {
-    IOCTLS.iter().find(|row| row.object == object && row.number() == number)
+/// The row for `number` on `object`.
+fn lookup(object: &Object, number: u32) -> Option<&'static Ioctl> {
+    IOCTLS.iter().find(|row| row.number() == number && row.handler.takes(object))
 }
+
+/// Makes an ioctl: the one entry of the KVM API.
+///
+/// # Errors
+///
+/// ENOTTY for a number that the object does not have; else what the kernel gives for the call.
+pub fn ioctl(object: &Object, number: u32, argument: Argument) -> Result<Reply, Errno> {
+    // The one call that must cost nothing before it begins.
+    if let (Object::Vcpu(vcpu), RUN) = (object, number) {
+        return run::run(vcpu, argument);
+    }
+    let row = lookup(object, number).ok_or_else(|| {
+        tracing::debug!("no ioctl {number:#x} on {object:?}");
+        Errno::NOTTY
+    })?;
+    let result = row.handler.call(object, argument);
+    tracing::trace!("{} {:#x}: {result:?}", row.name, argument.0);
+    result
+}
+
+/// KVM_RUN.
+const RUN: u32 = (KVMIO as u32) << 8 | 0x80;
 
 #[cfg(test)]
 mod tests {
@@ -127,7 +178,7 @@ mod tests {
             ("KVM_GET_SUPPORTED_CPUID", 0xc008_ae05),
             ("KVM_SET_USER_MEMORY_REGION", 0x4020_ae46),
             ("KVM_IRQ_LINE", 0x4008_ae61),
-            ("KVM_RUN", 0x0000_ae80),
+            ("KVM_RUN", RUN),
             ("KVM_GET_REGS", 0x8090_ae81),
             ("KVM_SET_SREGS", 0x4138_ae84),
             ("KVM_GET_MSRS", 0xc008_ae88),
@@ -140,14 +191,15 @@ mod tests {
     }
 
     #[test]
-    fn each_number_stands_once() {
+    fn each_number_stands_once_for_an_object() {
+        let kind = |row: &Ioctl| match row.handler {
+            Handler::System(_) => 0,
+            Handler::Vm(_) => 1,
+            Handler::Vcpu(_) | Handler::Run(_) => 2,
+        };
         for (i, a) in IOCTLS.iter().enumerate() {
-            assert!(
-                IOCTLS[i + 1..].iter().all(|b| (a.object, a.number()) != (b.object, b.number())),
-                "{}",
-                a.name
-            );
+            let twice = IOCTLS[i + 1..].iter().any(|b| (kind(a), a.number()) == (kind(b), b.number()));
+            assert!(!twice, "{}", a.name);
         }
-        assert_eq!(lookup(Object::Vm, IOCTLS[0].number()), None, "a system ioctl on a VM is ENOTTY");
     }
 }

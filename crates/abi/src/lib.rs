@@ -1,10 +1,21 @@
 //! The KVM API as data: which ioctl belongs to which object, what it carries, what a capability answers.
 //!
-//! Foreign clients will come in through one entry, `ioctl(object, number, argument)`, which looks the number up
-//! here and makes the [`hypervisor`] call of that row. This layer holds no policy.
+//! Clients come in through one entry, [`ioctl()`]`(object, number, argument)`, which looks the number up in
+//! [`ioctl::IOCTLS`] and makes the [`hypervisor`] call of that row. This layer copies structures and gives errnos;
+//! it holds no policy.
 
 pub mod capability;
+pub mod error;
 pub mod ioctl;
+pub mod object;
+pub mod run;
+pub mod user;
 
-pub use capability::check_extension;
-pub use ioctl::{Direction, Ioctl, Object, lookup};
+mod system;
+mod vcpu;
+mod vm;
+
+pub use error::Errno;
+pub use ioctl::ioctl;
+pub use object::{Created, Object, Reply, VcpuObject};
+pub use user::Argument;

@@ -215,7 +215,7 @@ fn run_all(vm: &Vm, vcpus: &mut [Box<Guarded>], rng: &mut Rng) -> Result<Totals,
                 scope.spawn(move || {
                     let result = guarded(|| run_one(vm, &mut cpu.vcpu, rng));
                     // The others may wait for it.
-                    vm.vcpus().iter().for_each(|handle| handle.set_immediate_exit(true));
+                    vm.vcpus().iter().for_each(|handle| handle.interrupt());
                     result
                 })
             })

@@ -89,7 +89,7 @@ fn look(shared: &Shared, grace: Duration) {
     let Some(watched) = guard.as_mut() else { return };
     match watched.kicked {
         None if Instant::now() > watched.deadline => {
-            watched.handles.iter().for_each(|handle| handle.set_immediate_exit(true));
+            watched.handles.iter().for_each(|handle| handle.interrupt());
             watched.kicked = Some(Instant::now());
             shared.kicks.fetch_add(1, Ordering::Relaxed);
         }

@@ -104,7 +104,7 @@ fn random_vcpu_state_is_taken_or_refused() {
             let limit = vcpu.cpu_mut().instructions() + 100;
             vcpu.cpu_mut().controls.instruction_limit = limit;
             let _ = vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE });
-            vm.vcpus()[0].set_immediate_exit(true);
+            vm.vcpus()[0].interrupt();
             let _ = vcpu.run();
         }
     }
@@ -151,7 +151,7 @@ fn random_interrupt_controller_state_is_taken_or_refused() {
             })
             .collect();
         let _ = vm.set_gsi_routing(&entries);
-        vm.vcpus()[0].set_immediate_exit(true);
+        vm.vcpus()[0].interrupt();
         let _ = vcpu.run();
         let _ = lapic.state();
     }

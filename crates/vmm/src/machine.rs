@@ -120,7 +120,7 @@ impl Ender {
             tracing::error!("cannot signal the machine's end: {error}");
         }
         for cpu in self.cpus.get().into_iter().flatten() {
-            cpu.set_immediate_exit(true);
+            cpu.interrupt();
         }
     }
 

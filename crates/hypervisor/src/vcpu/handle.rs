@@ -1,7 +1,8 @@
 //! The part of a vCPU that other threads may touch: waking it, stopping it, its counters.
+#![expect(unsafe_code, reason = "futex(2), the one way to wake a sleeper that a signal handler may use")]
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use silicon::cpu::Requests;
 
@@ -13,9 +14,10 @@ use crate::stats::VcpuStats;
 pub struct VcpuHandle {
     id: u32,
     requests: Arc<Requests>,
-    immediate_exit: AtomicBool,
-    sleeping: Mutex<()>,
-    wake: Condvar,
+    interrupted: AtomicBool,
+    /// Counts the kicks; the futex that a sleeping vCPU waits on.
+    kicks: AtomicU32,
+    sleeping: AtomicBool,
     /// Counters.
     pub stats: VcpuStats,
 }
@@ -25,9 +27,9 @@ impl VcpuHandle {
         VcpuHandle {
             id,
             requests,
-            immediate_exit: AtomicBool::new(false),
-            sleeping: Mutex::new(()),
-            wake: Condvar::new(),
+            interrupted: AtomicBool::new(false),
+            kicks: AtomicU32::new(0),
+            sleeping: AtomicBool::new(false),
             stats: VcpuStats::default(),
         }
     }
@@ -38,35 +40,53 @@ impl VcpuHandle {
     }
 
     /// Makes KVM_RUN return with [`Error::Interrupted`](crate::Error::Interrupted) as soon as it can, and at
-    /// once when it is called, until this is set to false (`kvm_run.immediate_exit`).
-    pub fn set_immediate_exit(&self, on: bool) {
-        self.immediate_exit.store(on, Ordering::SeqCst);
-        if on {
-            self.kick();
-        }
+    /// once when it is called, until [`VcpuHandle::settle`]. It may be called in a signal handler.
+    pub fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::SeqCst);
+        self.kick();
     }
 
-    pub(crate) fn immediate_exit(&self) -> bool {
-        self.immediate_exit.load(Ordering::SeqCst)
+    /// KVM_RUN may run again.
+    pub fn settle(&self) {
+        self.interrupted.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::SeqCst)
     }
 
     /// Sleeps until `ready` holds or KVM_RUN has to return. `ready` is asked again after every wake-up.
     pub(crate) fn sleep_until(&self, mut ready: impl FnMut() -> bool) {
-        while !self.immediate_exit() && !ready() {
-            let guard = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
-            // Whoever wakes posts the request first and takes the lock then: either we see the request here or
-            // the notification comes while we wait.
+        self.sleeping.store(true, Ordering::SeqCst);
+        loop {
+            // A kick posts its request before it counts: what is not seen below changes the count that we wait on.
+            let seen = self.kicks.load(Ordering::SeqCst);
+            if self.interrupted() || ready() {
+                break;
+            }
             if self.requests.take(Requests::KICK) == 0 {
-                drop(self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner));
+                futex(&self.kicks, libc::FUTEX_WAIT, seen);
             }
         }
+        self.sleeping.store(false, Ordering::SeqCst);
+    }
+}
+
+/// FUTEX_WAIT while the word holds `value`, or FUTEX_WAKE of `value` waiters. Returns early for any reason.
+fn futex(word: &AtomicU32, operation: i32, value: u32) {
+    let none = std::ptr::null::<libc::timespec>();
+    // SAFETY: the word outlives the call, and the kernel only compares it.
+    unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), operation | libc::FUTEX_PRIVATE_FLAG, value, none);
     }
 }
 
 impl Waker for VcpuHandle {
     fn kick(&self) {
         self.requests.post(Requests::KICK);
-        drop(self.sleeping.lock().unwrap_or_else(PoisonError::into_inner));
-        self.wake.notify_all();
+        self.kicks.fetch_add(1, Ordering::SeqCst);
+        if self.sleeping.load(Ordering::SeqCst) {
+            futex(&self.kicks, libc::FUTEX_WAKE, u32::MAX >> 1);
+        }
     }
 }

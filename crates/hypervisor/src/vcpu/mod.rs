@@ -4,6 +4,7 @@ mod exits;
 mod handle;
 mod registers;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -67,6 +68,19 @@ pub enum VcpuExit {
     Budget,
 }
 
+/// State that `kvm_run` carries after every KVM_RUN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunState {
+    /// RFLAGS.IF.
+    pub interrupt_flag: bool,
+    /// KVM_INTERRUPT would be taken at once.
+    pub ready_for_interrupt: bool,
+    /// CR8.
+    pub cr8: u64,
+    /// IA32_APIC_BASE.
+    pub apic_base: u64,
+}
+
 /// A virtual CPU, owned by the thread that runs it.
 pub struct Vcpu {
     /// The processor underneath.
@@ -84,6 +98,15 @@ pub struct Vcpu {
     /// An access to user space was reported and awaits its result.
     user_access: bool,
     reset_state: Box<CpuState>,
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("id", &self.handle.id())
+            .field("rip", &self.cpu.state.rip)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Vcpu {
@@ -257,7 +280,7 @@ impl Vcpu {
         // The VMM may have written memory since the last call; between exits that stay here it has no turn.
         let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
         loop {
-            if self.handle.immediate_exit() {
+            if self.handle.interrupted() {
                 // KVM finishes a pending access even then, so that the registers can be saved.
                 self.finish_access();
                 return Err(Error::Interrupted);
@@ -373,6 +396,19 @@ impl Vcpu {
             let base = *self.vm.clock();
             let (offset, khz) = (self.cpu.controls.tsc_offset, self.tsc_khz());
             self.clock_page.update(self.vm.memory(), &base, offset, khz);
+        }
+    }
+
+    /// What `kvm_run` says of the vCPU after each KVM_RUN.
+    pub fn run_state(&self) -> RunState {
+        let interrupt_flag = self.cpu.state.flag(Rflags::IF);
+        RunState {
+            interrupt_flag,
+            // The kernel says so whenever its interrupt controllers do the injecting.
+            ready_for_interrupt: self.lapic.is_some()
+                || self.cpu.injection.is_none() && self.cpu.interrupt_allowed(),
+            cr8: self.cr8(),
+            apic_base: self.apic_base(),
         }
     }
 

@@ -1,0 +1,133 @@
+//! The objects that file descriptors stand for, and the descriptors themselves.
+//!
+//! Each object gets a descriptor of the kernel's own: a memfd, whose inode identifies the object whoever duplicates or
+//! passes the descriptor. A vCPU's memfd *is* its `kvm_run` area, so the client's mmap(2) needs nobody's help.
+
+#![expect(unsafe_code, reason = "memfd_create and ftruncate")]
+
+use std::ffi::CStr;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hypervisor::{System, Vcpu, VcpuHandle, Vm};
+
+use crate::error::Errno;
+use crate::run::{Answer, RunArea};
+
+/// What an ioctl is made on.
+#[derive(Clone, Debug)]
+pub enum Object {
+    /// `/dev/kvm`.
+    System(Arc<System>),
+    /// What KVM_CREATE_VM returns.
+    Vm(Arc<Vm>),
+    /// What KVM_CREATE_VCPU returns.
+    Vcpu(Arc<VcpuObject>),
+}
+
+/// A new object, and the descriptor that the client gets for it.
+#[derive(Debug)]
+pub struct Created {
+    /// The object.
+    pub object: Object,
+    /// Its descriptor, close-on-exec.
+    pub fd: OwnedFd,
+}
+
+/// What an ioctl gives back.
+#[derive(Debug)]
+pub enum Reply {
+    /// The return value.
+    Value(i32),
+    /// A new object; the return value is its descriptor.
+    Created(Created),
+}
+
+/// A vCPU with the memory that it shares with its client.
+#[derive(Debug)]
+pub struct VcpuObject {
+    vcpu: Mutex<LockedVcpu>,
+    /// For those who interrupt and watch it while it runs.
+    pub handle: Arc<VcpuHandle>,
+    /// The `kvm_run` area.
+    pub run: RunArea,
+}
+
+impl VcpuObject {
+    /// The vCPU, once nobody else uses it: as in the kernel, calls on one vCPU wait for each other.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, LockedVcpu> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a KVM_RUN in progress, and each later one, return EINTR until [`VcpuObject::settle`]. Safe in a signal
+    /// handler.
+    pub fn interrupt(&self) {
+        self.handle.interrupt();
+    }
+
+    /// The reason for [`VcpuObject::interrupt`] has been dealt with.
+    pub fn settle(&self) {
+        self.handle.settle();
+    }
+}
+
+/// What one caller at a time may use.
+#[derive(Debug)]
+pub(crate) struct LockedVcpu {
+    vcpu: Vcpu,
+    /// The answer that the client owes to the last exit.
+    pub(crate) answer: Answer,
+}
+
+impl Deref for LockedVcpu {
+    type Target = Vcpu;
+    fn deref(&self) -> &Vcpu {
+        &self.vcpu
+    }
+}
+
+impl DerefMut for LockedVcpu {
+    fn deref_mut(&mut self) -> &mut Vcpu {
+        &mut self.vcpu
+    }
+}
+
+/// An anonymous file of `size` bytes.
+pub(crate) fn memfd(name: &CStr, size: u64) -> Result<OwnedFd, Errno> {
+    let flags = libc::MFD_CLOEXEC;
+    // SAFETY: `name` ends with a zero byte; no other memory is involved.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: the kernel has just given us this descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: no memory is involved.
+    if size != 0 && unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(fd)
+}
+
+impl Created {
+    /// The system, as open(2) of `/dev/kvm` gives it.
+    pub fn system(system: Arc<System>) -> Result<Created, Errno> {
+        Ok(Created { object: Object::System(system), fd: memfd(c"kvm", 0)? })
+    }
+
+    /// A VM.
+    pub fn vm(vm: Arc<Vm>) -> Result<Created, Errno> {
+        Ok(Created { object: Object::Vm(vm), fd: memfd(c"kvm-vm", 0)? })
+    }
+
+    /// A vCPU.
+    pub fn vcpu(vcpu: Vcpu) -> Result<Created, Errno> {
+        let fd = memfd(c"kvm-vcpu", RunArea::SIZE as u64)?;
+        let run = RunArea::map(&fd)?;
+        let handle = vcpu.handle();
+        let vcpu = Mutex::new(LockedVcpu { vcpu, answer: Answer::None });
+        let object = VcpuObject { vcpu, handle, run };
+        Ok(Created { object: Object::Vcpu(Arc::new(object)), fd })
+    }
+}
