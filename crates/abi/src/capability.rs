@@ -1,42 +1,210 @@
-//! What KVM_CHECK_EXTENSION answers.
+//! Capabilities: what KVM_CHECK_EXTENSION answers and what KVM_ENABLE_CAP does, one row each (kernel:
+//! `kvm_vm_ioctl_check_extension_generic`, `kvm_vm_ioctl_check_extension`, `kvm_vm_ioctl_enable_cap`).
+//!
+//! A capability is listed when all of it works; what is not listed answers 0 and cannot be enabled.
 
-use hypervisor::system::VCPUS_MAX;
-use kvm_bindings::{
-    KVM_CAP_EXT_CPUID, KVM_CAP_HLT, KVM_CAP_IOEVENTFD, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD,
-    KVM_CAP_MAX_VCPUS, KVM_CAP_MP_STATE, KVM_CAP_NR_MEMSLOTS, KVM_CAP_NR_VCPUS, KVM_CAP_PIT2,
-    KVM_CAP_READONLY_MEM, KVM_CAP_SIGNAL_MSI, KVM_CAP_USER_MEMORY,
-};
+use hypervisor::msr::MCE_BANKS;
+use hypervisor::routing::MAX_ROUTES;
+use hypervisor::system::{VCPU_IDS_MAX, VCPUS_MAX};
+use hypervisor::vm::clock::CLOCK_FLAGS;
+use hypervisor::vm::policy::{DISABLE_EXITS, EXIT_HYPERCALLS, MANUAL_DIRTY_LOG, QUIRKS, X2APIC_API};
+use hypervisor::{Error, System, Vm};
+use kvm_bindings::*;
 
-/// Capabilities and their answers; what is not listed answers 0 (not supported).
-const CAPABILITIES: &[(u32, i32)] = &[
-    (KVM_CAP_IRQCHIP, 1),
-    (KVM_CAP_HLT, 1),
-    (KVM_CAP_USER_MEMORY, 1),
-    (KVM_CAP_EXT_CPUID, 1),
-    (KVM_CAP_NR_VCPUS, VCPUS_MAX as i32),
-    (KVM_CAP_MAX_VCPUS, VCPUS_MAX as i32),
-    (KVM_CAP_NR_MEMSLOTS, hypervisor::memory::SLOTS_MAX as i32),
-    (KVM_CAP_MP_STATE, 1),
-    (KVM_CAP_IRQ_ROUTING, 1),
-    (KVM_CAP_IRQFD, 1),
-    (KVM_CAP_PIT2, 1),
-    (KVM_CAP_IOEVENTFD, 1),
-    (KVM_CAP_SIGNAL_MSI, 1),
-    (KVM_CAP_READONLY_MEM, 1),
-];
+use crate::coalesced::RING_PAGE;
+use crate::error::Errno;
 
-/// KVM_CHECK_EXTENSION.
-pub fn check_extension(capability: u64) -> i32 {
-    CAPABILITIES.iter().find(|(known, _)| u64::from(*known) == capability).map_or(0, |(_, answer)| *answer)
+/// What KVM_CHECK_EXTENSION answers.
+#[derive(Clone, Copy)]
+pub enum Answer {
+    /// Always this.
+    Value(u32),
+    /// It depends on the machine.
+    Of(fn(&System) -> u32),
+    /// It depends on the machine and, on the descriptor of one, on the VM.
+    OfVm(fn(&System, Option<&Vm>) -> u32),
+}
+
+/// What KVM_ENABLE_CAP does with the first argument.
+type Enable = fn(&Vm, u64) -> Result<(), Error>;
+
+/// One capability.
+#[derive(Clone, Copy)]
+pub struct Capability {
+    /// The kernel's name, less `KVM_CAP_`.
+    pub name: &'static str,
+    /// Its number.
+    pub number: u32,
+    /// What KVM_CHECK_EXTENSION answers.
+    pub answer: Answer,
+    /// What KVM_ENABLE_CAP on a VM does; `None`: there is nothing to enable (EINVAL).
+    pub enable: Option<Enable>,
+}
+
+impl Capability {
+    /// The answer on the system's descriptor, or on that of `vm`.
+    pub fn check(&self, system: &System, vm: Option<&Vm>) -> u32 {
+        match self.answer {
+            Answer::Value(value) => value,
+            Answer::Of(answer) => answer(system),
+            Answer::OfVm(answer) => answer(system, vm),
+        }
+    }
+}
+
+macro_rules! capabilities {
+    ($($name:ident $number:ident $answer:expr $(, enable $enable:expr)?;)*) => {
+        /// Every capability that there is.
+        pub static CAPABILITIES: &[Capability] = &[$(Capability {
+            name: stringify!($name),
+            number: $number,
+            answer: $answer,
+            enable: capabilities!(@ $($enable)?),
+        }),*];
+    };
+    (@) => { None };
+    (@ $enable:expr) => { Some($enable) };
+}
+
+use Answer::{Of, Value};
+
+capabilities! {
+    // The system and its VMs.
+    USER_MEMORY               KVM_CAP_USER_MEMORY                 Value(1);
+    USER_MEMORY2              KVM_CAP_USER_MEMORY2                Value(1);
+    NR_MEMSLOTS               KVM_CAP_NR_MEMSLOTS                 Value(hypervisor::memory::SLOTS_MAX);
+    READONLY_MEM              KVM_CAP_READONLY_MEM                Value(1);
+    SYNC_MMU                  KVM_CAP_SYNC_MMU                    Value(1);
+    DESTROY_MEMORY_REGION_WORKS KVM_CAP_DESTROY_MEMORY_REGION_WORKS Value(1);
+    JOIN_MEMORY_REGIONS_WORKS KVM_CAP_JOIN_MEMORY_REGIONS_WORKS   Value(1);
+    MMU_SHADOW_CACHE_CONTROL  KVM_CAP_MMU_SHADOW_CACHE_CONTROL    Value(1);
+    MANUAL_DIRTY_LOG_PROTECT2 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   Value(MANUAL_DIRTY_LOG), enable Vm::set_manual_dirty_log;
+    SET_TSS_ADDR              KVM_CAP_SET_TSS_ADDR                Value(1);
+    SET_IDENTITY_MAP_ADDR     KVM_CAP_SET_IDENTITY_MAP_ADDR       Value(1);
+    COALESCED_MMIO            KVM_CAP_COALESCED_MMIO              Value(RING_PAGE);
+    COALESCED_PIO             KVM_CAP_COALESCED_PIO               Value(1);
+    IOEVENTFD                 KVM_CAP_IOEVENTFD                   Value(1);
+    IOEVENTFD_NO_LENGTH       KVM_CAP_IOEVENTFD_NO_LENGTH         Value(1);
+    IOEVENTFD_ANY_LENGTH      KVM_CAP_IOEVENTFD_ANY_LENGTH        Value(1);
+    CHECK_EXTENSION_VM        KVM_CAP_CHECK_EXTENSION_VM          Value(1);
+    ENABLE_CAP                KVM_CAP_ENABLE_CAP                  Value(1);
+    ENABLE_CAP_VM             KVM_CAP_ENABLE_CAP_VM               Value(1);
+    SYS_ATTRIBUTES            KVM_CAP_SYS_ATTRIBUTES              Value(1);
+    VM_TYPES                  KVM_CAP_VM_TYPES                    Value(1 << KVM_X86_DEFAULT_VM);
+    PCI_SEGMENT               KVM_CAP_PCI_SEGMENT                 Value(1);
+    NOP_IO_DELAY              KVM_CAP_NOP_IO_DELAY                Value(1);
+    LAST_CPU                  KVM_CAP_LAST_CPU                    Value(1);
+
+    // vCPUs.
+    NR_VCPUS                  KVM_CAP_NR_VCPUS                    Of(System::vcpus_recommended);
+    MAX_VCPUS                 KVM_CAP_MAX_VCPUS                   Value(VCPUS_MAX);
+    MAX_VCPU_ID               KVM_CAP_MAX_VCPU_ID                 Value(VCPU_IDS_MAX), enable Vm::set_vcpu_ids_max;
+    SET_BOOT_CPU_ID           KVM_CAP_SET_BOOT_CPU_ID             Value(1);
+    MP_STATE                  KVM_CAP_MP_STATE                    Value(1);
+    HLT                       KVM_CAP_HLT                         Value(1);
+    HALT_POLL                 KVM_CAP_HALT_POLL                   Value(1), enable Vm::set_halt_poll;
+    X86_DISABLE_EXITS         KVM_CAP_X86_DISABLE_EXITS           Value(DISABLE_EXITS), enable Vm::disable_exits;
+    EXCEPTION_PAYLOAD         KVM_CAP_EXCEPTION_PAYLOAD           Value(1), enable Vm::set_exception_payload;
+    X86_TRIPLE_FAULT_EVENT    KVM_CAP_X86_TRIPLE_FAULT_EVENT      Value(1), enable Vm::set_triple_fault_event;
+    EXIT_ON_EMULATION_FAILURE KVM_CAP_EXIT_ON_EMULATION_FAILURE   Value(1), enable Vm::set_exit_on_emulation_failure;
+    EXIT_HYPERCALL            KVM_CAP_EXIT_HYPERCALL              Value(EXIT_HYPERCALLS), enable Vm::set_exit_hypercalls;
+    DISABLE_QUIRKS            KVM_CAP_DISABLE_QUIRKS              Value(1), enable Vm::disable_quirks;
+    DISABLE_QUIRKS2           KVM_CAP_DISABLE_QUIRKS2             Value(QUIRKS), enable Vm::disable_quirks2;
+
+    // CPUID and MSRs.
+    EXT_CPUID                 KVM_CAP_EXT_CPUID                   Value(1);
+    EXT_EMUL_CPUID            KVM_CAP_EXT_EMUL_CPUID              Value(1);
+    GET_MSR_FEATURES          KVM_CAP_GET_MSR_FEATURES            Value(1);
+    MCE                       KVM_CAP_MCE                         Value(MCE_BANKS as u32);
+    MSR_PLATFORM_INFO         KVM_CAP_MSR_PLATFORM_INFO           Value(1), enable Vm::show_platform_info;
+    X86_MSR_FILTER            KVM_CAP_X86_MSR_FILTER              Value(1);
+    X86_USER_SPACE_MSR        KVM_CAP_X86_USER_SPACE_MSR          Value(1), enable Vm::set_user_space_msrs;
+
+    // Interrupt controllers.
+    IRQCHIP                   KVM_CAP_IRQCHIP                     Value(1);
+    SPLIT_IRQCHIP             KVM_CAP_SPLIT_IRQCHIP               Value(1), enable Vm::split_irqchip;
+    X2APIC_API                KVM_CAP_X2APIC_API                  Value(X2APIC_API), enable Vm::set_x2apic_api;
+    X86_APIC_BUS_CYCLES_NS    KVM_CAP_X86_APIC_BUS_CYCLES_NS      Value(1), enable Vm::set_apic_bus_cycles;
+    IOAPIC_POLARITY_IGNORED   KVM_CAP_IOAPIC_POLARITY_IGNORED     Value(1);
+    IRQ_ROUTING               KVM_CAP_IRQ_ROUTING                 Value(MAX_ROUTES);
+    IRQ_INJECT_STATUS         KVM_CAP_IRQ_INJECT_STATUS           Value(1);
+    SIGNAL_MSI                KVM_CAP_SIGNAL_MSI                  Value(1);
+    IRQFD                     KVM_CAP_IRQFD                       Value(1);
+    IRQFD_RESAMPLE            KVM_CAP_IRQFD_RESAMPLE              Value(1);
+    TSC_DEADLINE_TIMER        KVM_CAP_TSC_DEADLINE_TIMER          Value(1);
+    PIT                       KVM_CAP_PIT                         Value(1);
+    PIT2                      KVM_CAP_PIT2                        Value(1);
+    PIT_STATE2                KVM_CAP_PIT_STATE2                  Value(1);
+    REINJECT_CONTROL          KVM_CAP_REINJECT_CONTROL            Value(1);
+
+    // Clocks.
+    CLOCKSOURCE               KVM_CAP_CLOCKSOURCE                 Value(1);
+    ADJUST_CLOCK              KVM_CAP_ADJUST_CLOCK                Value(CLOCK_FLAGS);
+    GET_TSC_KHZ               KVM_CAP_GET_TSC_KHZ                 Value(1);
+}
+
+fn find(number: u64) -> Option<&'static Capability> {
+    CAPABILITIES.iter().find(|row| u64::from(row.number) == number)
+}
+
+/// KVM_CHECK_EXTENSION on the system, or on `vm`.
+pub fn check_extension(system: &System, vm: Option<&Vm>, number: u64) -> i32 {
+    find(number).map_or(0, |row| row.check(system, vm) as i32)
+}
+
+/// KVM_ENABLE_CAP on a VM.
+///
+/// # Errors
+///
+/// EINVAL for a capability that cannot be enabled, and for flags; else what the capability says.
+pub fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<(), Errno> {
+    let enable = find(request.cap.into()).and_then(|row| row.enable);
+    match enable {
+        Some(enable) if request.flags == 0 => Ok(enable(vm, request.args[0])?),
+        _ => Err(Errno::INVALID),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hypervisor::HostParams;
+    use silicon::model::CpuModel;
+
+    fn request(cap: u32, flags: u32, argument: u64) -> kvm_enable_cap {
+        kvm_enable_cap { cap, flags, args: [argument, 0, 0, 0], ..Default::default() }
+    }
 
     #[test]
     fn unknown_capabilities_answer_zero() {
-        assert_eq!(check_extension(u64::MAX), 0);
-        assert_eq!(check_extension(KVM_CAP_USER_MEMORY.into()), 1);
+        let system = System::new(CpuModel::default(), HostParams::default());
+        let check = |number| check_extension(&system, None, number);
+        assert_eq!(check(u64::MAX), 0);
+        assert_eq!(check(1 << 32 | u64::from(KVM_CAP_USER_MEMORY)), 0);
+        assert_eq!(check(KVM_CAP_USER_MEMORY.into()), 1);
+        assert_eq!(check(KVM_CAP_NR_MEMSLOTS.into()), 32764);
+        assert_eq!(check(KVM_CAP_MAX_VCPU_ID.into()), 4096);
+    }
+
+    #[test]
+    fn every_capability_stands_once() {
+        for (i, a) in CAPABILITIES.iter().enumerate() {
+            assert!(!CAPABILITIES[i + 1..].iter().any(|b| b.number == a.number), "{}", a.name);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_enabled_is_einval() {
+        let system = System::new(CpuModel::default(), HostParams::default());
+        let vm = system.create_vm().unwrap();
+        for (cap, flags, argument) in
+            [(KVM_CAP_USER_MEMORY, 0, 1), (u32::MAX, 0, 0), (KVM_CAP_EXCEPTION_PAYLOAD, 1, 1)]
+        {
+            assert_eq!(enable(&vm, &request(cap, flags, argument)), Err(Errno::INVALID), "{cap}");
+        }
+        enable(&vm, &request(KVM_CAP_EXCEPTION_PAYLOAD, 0, 1)).unwrap();
+        assert!(vm.policy().exception_payload());
+        enable(&vm, &request(KVM_CAP_SPLIT_IRQCHIP, 0, 24)).unwrap();
+        assert_eq!(enable(&vm, &request(KVM_CAP_SPLIT_IRQCHIP, 0, 24)), Err(Errno::EXISTS));
     }
 }

@@ -51,7 +51,7 @@ impl Handler {
         }
     }
 
-    fn takes(self, object: &Object) -> bool {
+    pub(crate) fn takes(self, object: &Object) -> bool {
         matches!(
             (self, object),
             (Handler::System(_), Object::System(_))
@@ -103,22 +103,53 @@ macro_rules! ioctls {
 }
 
 ioctls! {
-    KVM_GET_API_VERSION            0x00 Value ()                          => System system::get_api_version;
-    KVM_CREATE_VM                  0x01 Value ()                          => System system::create_vm;
-    KVM_CHECK_EXTENSION            0x03 Value ()                          => System system::check_extension;
-    KVM_GET_VCPU_MMAP_SIZE         0x04 Value ()                          => System system::get_vcpu_mmap_size;
-    KVM_GET_SUPPORTED_CPUID        0x05 InOut kvm_cpuid2                  => System system::get_supported_cpuid;
+    KVM_GET_API_VERSION            0x00 Value ()                           => System system::get_api_version;
+    KVM_CREATE_VM                  0x01 Value ()                           => System system::create_vm;
+    KVM_GET_MSR_INDEX_LIST         0x02 InOut kvm_msr_list                 => System system::get_msr_index_list;
+    KVM_CHECK_EXTENSION            0x03 Value ()                           => System system::check_extension;
+    KVM_GET_VCPU_MMAP_SIZE         0x04 Value ()                           => System system::get_vcpu_mmap_size;
+    KVM_GET_SUPPORTED_CPUID        0x05 InOut kvm_cpuid2                   => System system::get_supported_cpuid;
+    KVM_GET_EMULATED_CPUID         0x09 InOut kvm_cpuid2                   => System system::get_emulated_cpuid;
+    KVM_GET_MSR_FEATURE_INDEX_LIST 0x0a InOut kvm_msr_list                 => System system::get_msr_feature_index_list;
+    KVM_GET_MSRS                   0x88 InOut kvm_msrs                     => System system::get_msrs;
+    KVM_X86_GET_MCE_CAP_SUPPORTED  0x9d Out   u64                          => System system::get_mce_cap_supported;
+    KVM_GET_DEVICE_ATTR            0xe2 In    kvm_device_attr              => System system::get_device_attr;
+    KVM_HAS_DEVICE_ATTR            0xe3 In    kvm_device_attr              => System system::has_device_attr;
 
-    KVM_CHECK_EXTENSION            0x03 Value ()                          => Vm vm::check_extension;
-    KVM_CREATE_VCPU                0x41 Value ()                          => Vm vm::create_vcpu;
-    KVM_SET_USER_MEMORY_REGION     0x46 In    kvm_userspace_memory_region => Vm vm::set_user_memory_region;
-    KVM_CREATE_IRQCHIP             0x60 Value ()                          => Vm vm::create_irqchip;
-    KVM_IRQ_LINE                   0x61 In    kvm_irq_level               => Vm vm::irq_line;
-    KVM_SET_GSI_ROUTING            0x6a In    kvm_irq_routing             => Vm vm::set_gsi_routing;
-    KVM_IRQFD                      0x76 In    kvm_irqfd                   => Vm vm::irqfd;
-    KVM_CREATE_PIT2                0x77 In    kvm_pit_config              => Vm vm::create_pit2;
-    KVM_IOEVENTFD                  0x79 In    kvm_ioeventfd               => Vm vm::ioeventfd;
-    KVM_SIGNAL_MSI                 0xa5 In    kvm_msi                     => Vm vm::signal_msi;
+    KVM_CHECK_EXTENSION            0x03 Value ()                           => Vm vm::check_extension;
+    KVM_CREATE_VCPU                0x41 Value ()                           => Vm vm::create_vcpu;
+    KVM_GET_DIRTY_LOG              0x42 In    kvm_dirty_log                => Vm vm::get_dirty_log;
+    KVM_SET_NR_MMU_PAGES           0x44 Value ()                           => Vm vm::set_nr_mmu_pages;
+    KVM_SET_USER_MEMORY_REGION     0x46 In    kvm_userspace_memory_region  => Vm vm::set_user_memory_region;
+    KVM_SET_TSS_ADDR               0x47 Value ()                           => Vm vm::set_tss_addr;
+    KVM_SET_IDENTITY_MAP_ADDR      0x48 In    u64                          => Vm vm::set_identity_map_addr;
+    KVM_SET_USER_MEMORY_REGION2    0x49 In    kvm_userspace_memory_region2 => Vm vm::set_user_memory_region2;
+    KVM_CREATE_IRQCHIP             0x60 Value ()                           => Vm vm::create_irqchip;
+    KVM_IRQ_LINE                   0x61 In    kvm_irq_level                => Vm vm::irq_line;
+    KVM_GET_IRQCHIP                0x62 InOut kvm_irqchip                  => Vm vm::get_irqchip;
+    KVM_SET_IRQCHIP                0x63 Out   kvm_irqchip                  => Vm vm::set_irqchip;
+    KVM_CREATE_PIT                 0x64 Value ()                           => Vm vm::create_pit;
+    KVM_GET_PIT                    0x65 InOut kvm_pit_state                => Vm vm::get_pit;
+    KVM_SET_PIT                    0x66 Out   kvm_pit_state                => Vm vm::set_pit;
+    KVM_IRQ_LINE_STATUS            0x67 InOut kvm_irq_level                => Vm vm::irq_line_status;
+    KVM_REGISTER_COALESCED_MMIO    0x67 In    kvm_coalesced_mmio_zone      => Vm vm::register_coalesced_mmio;
+    KVM_UNREGISTER_COALESCED_MMIO  0x68 In    kvm_coalesced_mmio_zone      => Vm vm::unregister_coalesced_mmio;
+    KVM_SET_GSI_ROUTING            0x6a In    kvm_irq_routing              => Vm vm::set_gsi_routing;
+    KVM_REINJECT_CONTROL           0x71 Value ()                           => Vm vm::reinject_control;
+    KVM_IRQFD                      0x76 In    kvm_irqfd                    => Vm vm::irqfd;
+    KVM_CREATE_PIT2                0x77 In    kvm_pit_config               => Vm vm::create_pit2;
+    KVM_SET_BOOT_CPU_ID            0x78 Value ()                           => Vm vm::set_boot_cpu_id;
+    KVM_IOEVENTFD                  0x79 In    kvm_ioeventfd                => Vm vm::ioeventfd;
+    KVM_SET_CLOCK                  0x7b In    kvm_clock_data               => Vm vm::set_clock;
+    KVM_GET_CLOCK                  0x7c Out   kvm_clock_data               => Vm vm::get_clock;
+    KVM_GET_PIT2                   0x9f Out   kvm_pit_state2               => Vm vm::get_pit2;
+    KVM_SET_PIT2                   0xa0 In    kvm_pit_state2               => Vm vm::set_pit2;
+    KVM_SET_TSC_KHZ                0xa2 Value ()                           => Vm vm::set_tsc_khz;
+    KVM_ENABLE_CAP                 0xa3 In    kvm_enable_cap               => Vm vm::enable_cap;
+    KVM_GET_TSC_KHZ                0xa3 Value ()                           => Vm vm::get_tsc_khz;
+    KVM_SIGNAL_MSI                 0xa5 In    kvm_msi                      => Vm vm::signal_msi;
+    KVM_CLEAR_DIRTY_LOG            0xc0 InOut kvm_clear_dirty_log          => Vm vm::clear_dirty_log;
+    KVM_X86_SET_MSR_FILTER         0xc6 In    kvm_msr_filter               => Vm vm::set_msr_filter;
 
     KVM_RUN                        0x80 Value ()                          => Run run::run;
     KVM_GET_REGS                   0x81 Out   kvm_regs                    => Vcpu vcpu::get_regs;
@@ -178,6 +209,18 @@ mod tests {
             ("KVM_GET_SUPPORTED_CPUID", 0xc008_ae05),
             ("KVM_SET_USER_MEMORY_REGION", 0x4020_ae46),
             ("KVM_IRQ_LINE", 0x4008_ae61),
+            ("KVM_GET_MSR_INDEX_LIST", 0xc004_ae02),
+            ("KVM_X86_GET_MCE_CAP_SUPPORTED", 0x8008_ae9d),
+            ("KVM_SET_USER_MEMORY_REGION2", 0x40a0_ae49),
+            ("KVM_SET_IRQCHIP", 0x8208_ae63),
+            ("KVM_IRQ_LINE_STATUS", 0xc008_ae67),
+            ("KVM_REGISTER_COALESCED_MMIO", 0x4010_ae67),
+            ("KVM_REINJECT_CONTROL", 0x0000_ae71),
+            ("KVM_SET_CLOCK", 0x4030_ae7b),
+            ("KVM_GET_PIT2", 0x8070_ae9f),
+            ("KVM_ENABLE_CAP", 0x4068_aea3),
+            ("KVM_CLEAR_DIRTY_LOG", 0xc018_aec0),
+            ("KVM_X86_SET_MSR_FILTER", 0x4188_aec6),
             ("KVM_RUN", RUN),
             ("KVM_GET_REGS", 0x8090_ae81),
             ("KVM_SET_SREGS", 0x4138_ae84),

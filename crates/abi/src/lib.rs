@@ -5,12 +5,14 @@
 //! it holds no policy.
 
 pub mod capability;
+mod coalesced;
 pub mod error;
 pub mod ioctl;
 pub mod object;
 pub mod run;
 pub mod user;
 
+mod shared;
 mod system;
 mod vcpu;
 mod vm;

@@ -44,7 +44,7 @@ pub(crate) fn interrupt(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Er
     DONE
 }
 
-fn msrs(argument: Argument) -> Result<Vec<kvm_msr_entry>, Errno> {
+pub(crate) fn read_msrs(argument: Argument) -> Result<Vec<kvm_msr_entry>, Errno> {
     let count: u32 = argument.read()?;
     if count >= MSRS_MAX {
         return Err(Errno::TOO_BIG);
@@ -53,14 +53,14 @@ fn msrs(argument: Argument) -> Result<Vec<kvm_msr_entry>, Errno> {
 }
 
 pub(crate) fn get_msrs(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
-    let mut entries = msrs(argument)?;
+    let mut entries = read_msrs(argument)?;
     let done = vcpu.get_msrs(&mut entries);
     argument.write_slice(MSR_ENTRIES, &entries)?;
     Ok(Reply::Value(done as i32))
 }
 
 pub(crate) fn set_msrs(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
-    Ok(Reply::Value(vcpu.set_msrs(&msrs(argument)?) as i32))
+    Ok(Reply::Value(vcpu.set_msrs(&read_msrs(argument)?) as i32))
 }
 
 pub(crate) fn get_fpu(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {

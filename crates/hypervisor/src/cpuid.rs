@@ -97,6 +97,19 @@ pub fn supported(model: &CpuModel) -> Vec<kvm_cpuid_entry2> {
     table.iter().map(entry).collect()
 }
 
+/// KVM_GET_EMULATED_CPUID: MOVBE, and RDPID where there is IA32_TSC_AUX (kernel: `__do_cpuid_func_emulated`).
+pub fn emulated(model: &CpuModel) -> Vec<kvm_cpuid_entry2> {
+    let row = |leaf, values| CpuidEntry { leaf, subleaf: 0, indexed: leaf == 7, values };
+    let mut table = [
+        row(0, CpuidValues { eax: 7, ..CpuidValues::default() }),
+        row(1, CpuidValues::default()),
+        row(7, CpuidValues::default()),
+    ];
+    set_bit(&mut table, Feature::Movbe, true);
+    set_bit(&mut table, Feature::Rdpid, model.has(Feature::Rdtscp));
+    table.iter().map(entry).collect()
+}
+
 /// KVM lists every leaf up to the highest, empty ones too.
 fn fill_gaps(table: &mut Vec<CpuidEntry>) {
     let highest = |class: u32| table.iter().find(|e| e.leaf == class).map_or(class, |e| e.values.eax);

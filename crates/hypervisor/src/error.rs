@@ -25,6 +25,18 @@ pub enum Error {
     /// The call needs an object that has not been created.
     #[error("{0} has not been created")]
     Missing(&'static str),
+    /// The call needs something that is not there, and the kernel calls it not found.
+    #[error("there is no {0}")]
+    NotFound(&'static str),
+    /// The call comes too late.
+    #[error("busy: {0}")]
+    Busy(&'static str),
+    /// A table of a fixed size is full.
+    #[error("there is no space for more {0}")]
+    NoSpace(&'static str),
+    /// There is no such device or device type.
+    #[error("there is no such device: {0}")]
+    NoDevice(&'static str),
     /// An argument is out of range.
     #[error("invalid argument: {0}")]
     Invalid(&'static str),
@@ -55,6 +67,10 @@ impl Error {
             Error::MemorySlot { errno, .. } => *errno,
             Error::Exists(_) => libc::EEXIST,
             Error::Missing(_) => libc::ENXIO,
+            Error::NotFound(_) => libc::ENOENT,
+            Error::Busy(_) => libc::EBUSY,
+            Error::NoSpace(_) => libc::ENOSPC,
+            Error::NoDevice(_) => libc::ENODEV,
             Error::Invalid(_) => libc::EINVAL,
             Error::TooMany(_) => libc::E2BIG,
             Error::IrqChip(IrqChipError::Exists) => libc::EEXIST,

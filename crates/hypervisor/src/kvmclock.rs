@@ -25,16 +25,23 @@ impl ClockBase {
         ClockBase { tsc: tsc::rdtsc(), nanos: 0 }
     }
 
-    /// Nanoseconds that the clock shows now (KVM_GET_CLOCK).
+    /// Nanoseconds that the clock shows now.
     pub fn now(&self) -> u64 {
-        let elapsed = u128::from(tsc::rdtsc().wrapping_sub(self.tsc));
-        let nanos = elapsed * 1_000_000 / u128::from(tsc::host_khz().max(1));
-        self.nanos.wrapping_add(nanos as u64)
+        self.at(tsc::rdtsc())
     }
 
-    /// The clock reads `nanos` from now on (KVM_SET_CLOCK).
-    pub fn set(&mut self, nanos: u64) {
-        *self = ClockBase { tsc: tsc::rdtsc(), nanos };
+    /// What the clock shows when the host's TSC is `tsc`, as a guest computes it from its page.
+    pub fn at(&self, tsc: u64) -> u64 {
+        let (mul, shift) = scale(tsc::host_khz());
+        // A reading from before the base counts as one at the base.
+        let elapsed = (tsc.wrapping_sub(self.tsc) as i64).max(0) as u128;
+        let shifted = if shift < 0 { elapsed >> -shift } else { elapsed << shift };
+        self.nanos.wrapping_add(((shifted * u128::from(mul)) >> 32) as u64)
+    }
+
+    /// The clock reads `nanos` when the host's TSC is `tsc`, and goes on from there (KVM_SET_CLOCK).
+    pub fn set(&mut self, tsc: u64, nanos: u64) {
+        *self = ClockBase { tsc, nanos };
     }
 
     /// Wall-clock time at which the clock read zero.

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// 50 ns, so this gives some 20 parts per million.
 const CALIBRATION: Duration = Duration::from_millis(4);
 
+/// The fastest TSC that a guest can have, in kHz (kernel: `kvm_caps.max_guest_tsc_khz`).
+pub const MAX_KHZ: u32 = i32::MAX as u32;
+
 /// The host's TSC now.
 pub fn rdtsc() -> u64 {
     // SAFETY: RDTSC has no preconditions in user mode with CR4.TSD clear, which Linux keeps by default.

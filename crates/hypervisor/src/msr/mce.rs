@@ -1,8 +1,8 @@
 //! Machine-check registers (SDM vol. 3B, 16.3; kernel: `get_msr_mce`, `set_msr_mce` in arch/x86/kvm/x86.c). No
 //! machine check ever happens by itself; a client may inject one.
 
-/// Banks at most.
-const BANKS: usize = 32;
+/// Banks at most (KVM_CAP_MCE).
+pub const BANKS: usize = 32;
 const MCG_CAP: u32 = 0x179;
 const MCG_STATUS: u32 = 0x17a;
 const MCG_CTL: u32 = 0x17b;
@@ -16,7 +16,7 @@ const CMCI_P: u64 = 1 << 10;
 const SER_P: u64 = 1 << 24;
 const LMCE_P: u64 = 1 << 27;
 /// What KVM_X86_SETUP_MCE takes besides the number of banks and the extended-state count.
-pub(super) const SUPPORTED: u64 = CTL_P | CMCI_P | SER_P | LMCE_P;
+pub const SUPPORTED: u64 = CTL_P | CMCI_P | SER_P | LMCE_P;
 /// IA32_MCi_CTL2: CMCI enable and threshold.
 const CTL2_VALID: u64 = 1 << 30 | 0x7fff;
 

@@ -4,6 +4,7 @@
 //! arch/x86/kvm/vmx/vmx.c.)
 
 mod env;
+pub mod filter;
 mod mce;
 mod mtrr;
 mod table;
@@ -13,7 +14,9 @@ use silicon::model::{CpuModel, Feature, Features};
 
 use crate::host::HostParams;
 pub use env::CpuEnv;
+pub use mce::BANKS as MCE_BANKS;
 use mce::MachineCheck;
+pub use mce::SUPPORTED as MCE_CAPABILITIES;
 use mtrr::Mtrrs;
 use table::{Read, Row, Slot, Write, rows};
 

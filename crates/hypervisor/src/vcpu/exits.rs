@@ -59,15 +59,15 @@ impl Vcpu {
         }
     }
 
-    /// Whether a write only has to signal an ioeventfd.
-    fn ioeventfd(&mut self, space: IoSpace, access: &BusAccess) -> bool {
+    /// Whether a write is done with by signalling an ioeventfd or by putting it off.
+    fn absorbed(&mut self, space: IoSpace, access: &BusAccess) -> bool {
         let Some(value) = access.write else { return false };
         let data = &value.to_le_bytes()[..usize::from(access.size.min(8))];
-        let signalled = self.vm.ioeventfds().signal(space, access.address, data);
-        if signalled {
+        let absorbed = self.vm.absorbs_write(space, access.address, data);
+        if absorbed {
             self.cpu.complete_read(0);
         }
-        signalled
+        absorbed
     }
 
     fn port_access(&mut self, access: BusAccess) -> Option<VcpuExit> {
@@ -80,7 +80,7 @@ impl Vcpu {
             self.cpu.complete_read(u64::from(value));
             return None;
         }
-        if self.ioeventfd(IoSpace::Pio, &access) {
+        if self.absorbed(IoSpace::Pio, &access) {
             return None;
         }
         self.user_access = true;
@@ -101,7 +101,7 @@ impl Vcpu {
             self.cpu.complete_read(u64::from_le_bytes(data));
             return None;
         }
-        if self.ioeventfd(IoSpace::Mmio, &access) {
+        if self.absorbed(IoSpace::Mmio, &access) {
             return None;
         }
         self.user_access = true;

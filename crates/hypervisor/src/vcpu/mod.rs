@@ -92,6 +92,8 @@ pub struct Vcpu {
     pv_features: u32,
     msrs: MsrState,
     clock_page: ClockPage,
+    /// Changes of the VM's clock that the clock page has.
+    clock_changes: u32,
     mp_state: u32,
     /// NMIs that wait for their window; hardware holds one, KVM two.
     nmis: u32,
@@ -110,18 +112,18 @@ impl fmt::Debug for Vcpu {
 }
 
 impl Vcpu {
-    pub(crate) fn new(vm: Arc<Vm>, id: u32) -> Result<Vcpu, Error> {
+    pub(crate) fn new(vm: Arc<Vm>, id: u32, bsp: bool) -> Result<Vcpu, Error> {
         let model = vm.system().model();
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
         cpu.controls.tsc_offset = vm.initial_tsc_offset();
         let handle = Arc::new(VcpuHandle::new(id, cpu.requests.clone()));
-        let lapic = vm.irqchip().map(|chip| chip.create_lapic(id, id == 0)).transpose()?;
+        let lapic = vm.irqchip().map(|chip| chip.create_lapic(id, bsp)).transpose()?;
         if let Some(lapic) = &lapic {
             lapic.set_waker(handle.clone());
         }
         let mp_state =
-            if id != 0 && lapic.is_some() { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE };
+            if !bsp && lapic.is_some() { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE };
         let reset_state = Box::new(cpu.state.clone());
         let msrs = MsrState::new(model, vm.system().host());
         Ok(Vcpu {
@@ -133,6 +135,7 @@ impl Vcpu {
             pv_features: 0,
             msrs,
             clock_page: ClockPage::default(),
+            clock_changes: 0,
             mp_state,
             nmis: 0,
             user_access: false,
@@ -391,7 +394,9 @@ impl Vcpu {
     }
 
     fn update_clock(&mut self) {
-        if std::mem::take(&mut self.msrs.clock_changed) {
+        let changes = self.vm.clock_changes();
+        if std::mem::take(&mut self.msrs.clock_changed) || self.clock_changes != changes {
+            self.clock_changes = changes;
             self.clock_page.msr = self.msrs.system_time();
             let base = *self.vm.clock();
             let (offset, khz) = (self.cpu.controls.tsc_offset, self.tsc_khz());

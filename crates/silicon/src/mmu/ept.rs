@@ -28,6 +28,17 @@ pub struct Region {
     pub readonly: bool,
 }
 
+/// What becomes of the record of writes to a region that is put into the map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logging {
+    /// Writes are not recorded.
+    Off,
+    /// They are. The record of the region that is replaced goes on; a new one has all pages clean.
+    On,
+    /// They are. The record of the region that is replaced goes on; a new one has all pages marked.
+    OnAllDirty,
+}
+
 /// The guest-physical address space of one VM, shared by all of its CPUs.
 #[derive(Debug, Default)]
 pub struct Ept {
@@ -64,8 +75,13 @@ impl Map {
         self.backings.get(index).map(|b| &**b)
     }
 
+    /// Position of the region that begins at `gpa`.
+    fn index(&self, gpa: u64) -> Option<usize> {
+        self.backings.binary_search_by_key(&gpa, |b| b.region.gpa).ok()
+    }
+
     fn at(&self, gpa: u64) -> Option<&Arc<Backing>> {
-        self.backings.iter().find(|b| b.region.gpa == gpa)
+        self.index(gpa).and_then(|index| self.backings.get(index))
     }
 }
 
@@ -127,6 +143,16 @@ impl DirtyLog {
         Some(DirtyLog(zeroed(pages.div_ceil(64))?))
     }
 
+    /// With all pages marked, and no bits behind the last.
+    fn all_dirty(pages: usize) -> Option<DirtyLog> {
+        let log = DirtyLog::new(pages)?;
+        for (index, word) in log.0.iter().enumerate() {
+            let left = pages - index * 64;
+            word.store(if left >= 64 { u64::MAX } else { (1 << left) - 1 }, Ordering::Relaxed);
+        }
+        Some(log)
+    }
+
     /// Whether a page is marked.
     pub(crate) fn holds(&self, page: usize) -> bool {
         self.0.get(page / 64).is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (page % 64)) != 0)
@@ -171,6 +197,47 @@ impl Ept {
             let mut backings: Vec<_> = regions.iter().map(|r| renew(old, *r)).collect::<Option<_>>()?;
             backings.sort_by_key(|b| b.region.gpa);
             Some(Map { backings })
+        })
+    }
+
+    /// Takes the region that begins at `old` out of the map and puts `new` in, which overlaps no other. As with
+    /// [`Ept::set_regions`] no CPU uses what was removed when this returns. False, with nothing changed, if the host
+    /// has no memory to keep track of so many pages.
+    pub fn change_region(&self, old: Option<u64>, new: Option<(Region, Logging)>) -> bool {
+        self.world.stop(|world| {
+            let mut map = self.map.write().unwrap_or_else(|e| e.into_inner());
+            let before = old.and_then(|gpa| map.at(gpa)).cloned();
+            let after = match new {
+                Some((region, logging)) => match replacement(before.as_deref(), region, logging) {
+                    Some(after) => Some(after),
+                    None => return false,
+                },
+                None => None,
+            };
+            // In place if no CPU has this map.
+            let backings = match Arc::get_mut(&mut map) {
+                Some(map) => &mut map.backings,
+                None => {
+                    let backings = map.backings.clone();
+                    *map = Arc::new(Map { backings });
+                    match Arc::get_mut(&mut map) {
+                        Some(map) => &mut map.backings,
+                        None => return false,
+                    }
+                }
+            };
+            if let Some(before) = before
+                && let Ok(index) = backings.binary_search_by_key(&before.region.gpa, |b| b.region.gpa)
+            {
+                backings.remove(index);
+            }
+            if let Some(after) = after {
+                let index = backings.partition_point(|b| b.region.gpa < after.region.gpa);
+                backings.insert(index, Arc::new(after));
+            }
+            self.generation.fetch_add(1, Ordering::Release);
+            world.send_all(Mail::Flush);
+            true
         })
     }
 
@@ -280,6 +347,24 @@ impl Ept {
     }
 }
 
+/// The entry for `region`, which takes the place of `before`.
+fn replacement(before: Option<&Backing>, region: Region, logging: Logging) -> Option<Backing> {
+    let count = (region.size >> PAGE_SHIFT) as usize;
+    let same_pages = before.filter(|b| b.region.gpa == region.gpa && b.region.size == region.size);
+    let pages = match same_pages {
+        Some(before) => before.pages.clone(),
+        None => Arc::new(Pages::new(count)?),
+    };
+    let kept = before.filter(|b| b.region.size == region.size).and_then(|b| b.dirty.clone());
+    let dirty = match (logging, kept) {
+        (Logging::Off, _) => None,
+        (_, Some(log)) => Some(log),
+        (Logging::On, None) => Some(Arc::new(DirtyLog::new(count)?)),
+        (Logging::OnAllDirty, None) => Some(Arc::new(DirtyLog::all_dirty(count)?)),
+    };
+    Some(Backing { region, pages, dirty })
+}
+
 /// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
 fn renew(old: &Map, region: Region) -> Option<Arc<Backing>> {
     Some(match old.at(region.gpa) {
@@ -328,6 +413,28 @@ mod tests {
         assert!(ept.set_regions(vec![region(0x1000, 0x1000)]));
         assert!(!ept.set_regions(vec![Region { size: 1 << 62, ..region(0, 0) }]));
         assert!(ept.find(0x1000).is_some() && ept.find(0x10_0000).is_none());
+    }
+
+    #[test]
+    fn regions_change_one_by_one() {
+        let ept = Ept::new();
+        let found = |gpa| ept.find(gpa).map(|r| r.host);
+        assert!(ept.change_region(None, Some((region(0x10_0000, 0x2000), Logging::Off))));
+        assert!(ept.change_region(None, Some((region(0, 0x1000), Logging::OnAllDirty))));
+        assert_eq!((found(0), found(0x10_1000)), (Some(0x7000_0000), Some(0x7010_0000)));
+        assert_eq!(ept.dirty(0), Some(vec![1]));
+        // A CPU has the map: it is not changed under it.
+        let held = ept.map();
+        let moved = Region { gpa: 0x20_0000, ..region(0, 0x1000) };
+        assert!(ept.change_region(Some(0), Some((moved, Logging::On))));
+        assert_eq!((found(0), found(0x20_0000)), (None, Some(0x7000_0000)));
+        assert!(held.position(0).is_some() && held.position(0x20_0000).is_none());
+        assert_eq!(ept.dirty(0x20_0000), Some(vec![1]), "the record moves along");
+        assert!(ept.change_region(Some(0x20_0000), Some((moved, Logging::Off))));
+        assert!(!ept.logs_dirty(0x20_0000));
+        assert!(!ept.change_region(None, Some((Region { size: 1 << 62, ..region(0, 0) }, Logging::Off))));
+        assert!(ept.change_region(Some(0x10_0000), None) && ept.change_region(Some(0x20_0000), None));
+        assert_eq!((found(0x10_0000), found(0x20_0000)), (None, None));
     }
 
     #[test]

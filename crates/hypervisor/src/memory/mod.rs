@@ -1,0 +1,284 @@
+//! Memory slots: KVM_SET_USER_MEMORY_REGION (kernel: virt/kvm/kvm_main.c, `__kvm_set_memory_region`).
+#![expect(unsafe_code, reason = "slots are host memory of the VMM, reached by address")]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use silicon::mmu::ept::{Ept, Logging, Region};
+
+use crate::error::Error;
+
+/// Slots that a VM can have: 32767 less the three that the kernel keeps for itself (`KVM_USER_MEM_SLOTS`).
+pub const SLOTS_MAX: u32 = 32_764;
+const PAGE: u64 = 4096;
+/// Pages that a slot can have (kernel: `KVM_MEM_MAX_NR_PAGES`).
+const SLOT_PAGES_MAX: u64 = (1 << 31) - 1;
+/// Where the addresses of processes end (kernel: `TASK_SIZE_MAX`).
+const HOST_END: u64 = (1 << 47) - PAGE;
+
+/// The memory slots of a VM and the guest-physical map made from them.
+#[derive(Debug)]
+pub struct Memory {
+    ept: Arc<Ept>,
+    slots: Mutex<Slots>,
+    /// Where guest-physical addresses end.
+    gpa_end: u64,
+}
+
+impl Default for Memory {
+    /// With all the addresses that there can be.
+    fn default() -> Memory {
+        Memory::new(52)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    by_number: BTreeMap<u32, kvm_userspace_memory_region>,
+    /// Slot by its first address.
+    by_address: BTreeMap<u64, u32>,
+}
+
+impl Slots {
+    /// Whether another slot than `slot` has part of `from..to`.
+    fn overlaps(&self, slot: u32, from: u64, to: u64) -> bool {
+        let below = self.by_address.range(..to).rev();
+        // They do not overlap each other, so the last one that begins below `to` ends last.
+        below.map(|(_, number)| number).filter(|number| **number != slot).take(1).any(|number| {
+            self.by_number.get(number).is_some_and(|s| s.guest_phys_addr + s.memory_size > from)
+        })
+    }
+
+    fn remove(&mut self, slot: u32) {
+        if let Some(old) = self.by_number.remove(&slot) {
+            self.by_address.remove(&old.guest_phys_addr);
+        }
+    }
+
+    fn insert(&mut self, region: kvm_userspace_memory_region) {
+        self.remove(region.slot);
+        self.by_address.insert(region.guest_phys_addr, region.slot);
+        self.by_number.insert(region.slot, region);
+    }
+}
+
+/// The pages that KVM_CLEAR_DIRTY_LOG clears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyRange {
+    /// The slot.
+    pub slot: u32,
+    /// The first page, a multiple of 64.
+    pub first_page: u64,
+    /// How many; a multiple of 64 unless they go to the end of the slot.
+    pub pages: u64,
+}
+
+impl Memory {
+    /// Guest-physical addresses of `physical_bits` bits.
+    pub fn new(physical_bits: u8) -> Memory {
+        Memory { ept: Arc::default(), slots: Mutex::default(), gpa_end: 1 << physical_bits.min(52) }
+    }
+
+    /// What the CPUs translate through.
+    pub fn ept(&self) -> &Arc<Ept> {
+        &self.ept
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Creates, moves, changes or (size 0) deletes a slot. When it returns, no vCPU uses the old mapping.
+    /// `all_dirty`: a slot whose writes begin to be logged starts with all pages dirty.
+    pub fn set_region(&self, region: kvm_userspace_memory_region, all_dirty: bool) -> Result<(), Error> {
+        let mut slots = self.slots();
+        let change = self.check(&region, &slots)?;
+        let logging = match region.flags & KVM_MEM_LOG_DIRTY_PAGES {
+            0 => Logging::Off,
+            _ if all_dirty => Logging::OnAllDirty,
+            _ => Logging::On,
+        };
+        let new = Region {
+            gpa: region.guest_phys_addr,
+            size: region.memory_size,
+            host: region.userspace_addr,
+            readonly: region.flags & KVM_MEM_READONLY != 0,
+        };
+        let done = match change {
+            Change::None => true,
+            Change::Delete { from } => self.ept.change_region(Some(from), None),
+            Change::Replace { from } => self.ept.change_region(Some(from), Some((new, logging))),
+            Change::Create => self.ept.change_region(None, Some((new, logging))),
+        };
+        if !done {
+            return Err(refused(region.slot, "too large for the host", libc::ENOMEM));
+        }
+        match change {
+            Change::None => {}
+            Change::Delete { .. } => slots.remove(region.slot),
+            Change::Replace { .. } | Change::Create => slots.insert(region),
+        }
+        Ok(())
+    }
+
+    /// What `region` asks for, checked as the kernel checks it, in its order.
+    fn check(&self, region: &kvm_userspace_memory_region, slots: &Slots) -> Result<Change, Error> {
+        let invalid = |why| Err(refused(region.slot, why, libc::EINVAL));
+        if !slot_exists(region.slot) {
+            return invalid("no such slot number or address space");
+        }
+        if region.flags & !(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY) != 0 {
+            return invalid("unknown flags");
+        }
+        let (gpa, size, host) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
+        if !(gpa | size | host).is_multiple_of(PAGE) {
+            return invalid("address or size is not a multiple of the page size");
+        }
+        if host.checked_add(size).is_none_or(|end| end > HOST_END) {
+            return invalid("host range is not the client's");
+        }
+        let Some(end) = gpa.checked_add(size) else {
+            return invalid("guest-physical range wraps");
+        };
+        if size / PAGE > SLOT_PAGES_MAX {
+            return invalid("too many pages");
+        }
+        let old = slots.by_number.get(&region.slot);
+        if size == 0 {
+            return match old {
+                Some(old) => Ok(Change::Delete { from: old.guest_phys_addr }),
+                None => invalid("deletes a slot that does not exist"),
+            };
+        }
+        let change = match old {
+            None => Change::Create,
+            Some(old)
+                if old.memory_size != size
+                    || old.userspace_addr != host
+                    || (old.flags ^ region.flags) & KVM_MEM_READONLY != 0 =>
+            {
+                return invalid("size, host address and read-only flag of a slot cannot change");
+            }
+            Some(old) if old.guest_phys_addr == gpa && old.flags == region.flags => return Ok(Change::None),
+            Some(old) => Change::Replace { from: old.guest_phys_addr },
+        };
+        if slots.overlaps(region.slot, gpa, end) {
+            return Err(refused(region.slot, "overlaps another slot", libc::EEXIST));
+        }
+        if end > self.gpa_end {
+            return invalid("beyond the physical address width");
+        }
+        Ok(change)
+    }
+
+    /// The first address of a slot that logs writes: EINVAL if there can be no such slot, ENOENT if it does not log.
+    fn logged(&self, slots: &Slots, slot: u32) -> Result<kvm_userspace_memory_region, Error> {
+        if !slot_exists(slot) {
+            return Err(refused(slot, "no such slot number or address space", libc::EINVAL));
+        }
+        let logs = |s: &&kvm_userspace_memory_region| s.flags & KVM_MEM_LOG_DIRTY_PAGES != 0;
+        slots.by_number.get(&slot).filter(logs).copied().ok_or_else(|| not_logged(slot))
+    }
+
+    /// KVM_GET_DIRTY_LOG: the bitmap of the slot's pages written since their bits were cleared; `clear`s them, too.
+    pub fn dirty_log(&self, slot: u32, clear: bool) -> Result<Vec<u64>, Error> {
+        let slots = self.slots();
+        let gpa = self.logged(&slots, slot)?.guest_phys_addr;
+        let log = if clear { self.ept.take_dirty(gpa) } else { self.ept.dirty(gpa) };
+        log.ok_or_else(|| not_logged(slot))
+    }
+
+    /// KVM_CLEAR_DIRTY_LOG: clears the bits of `range` that are set in what `mask` gives: it is asked, without a lock,
+    /// for so many words once the range is known to be good.
+    pub fn clear_dirty_log<E: From<Error>>(
+        &self,
+        range: DirtyRange,
+        mask: impl FnOnce(usize) -> Result<Vec<u64>, E>,
+    ) -> Result<(), E> {
+        let DirtyRange { slot, first_page, pages } = range;
+        if slot_exists(slot) && !first_page.is_multiple_of(64) {
+            return Err(refused(slot, "the first page is not a multiple of 64", libc::EINVAL).into());
+        }
+        let region = self.logged(&self.slots(), slot)?;
+        let left = (region.memory_size / PAGE).checked_sub(first_page);
+        if left.is_none_or(|left| pages > left || pages < left && !pages.is_multiple_of(64)) {
+            return Err(refused(slot, "the pages are not the slot's", libc::EINVAL).into());
+        }
+        let mask = mask(pages.div_ceil(64) as usize)?;
+        let slots = self.slots();
+        let gpa = self.logged(&slots, slot)?.guest_phys_addr;
+        match self.ept.clear_dirty(gpa, first_page, &mask) {
+            true => Ok(()),
+            false => Err(not_logged(slot).into()),
+        }
+    }
+
+    /// Reads guest-physical memory. False if any byte of it is not in a slot.
+    pub fn read(&self, gpa: u64, out: &mut [u8]) -> bool {
+        self.pieces(gpa, out.len() as u64, false, |host, from, len| {
+            // SAFETY: `pieces` gives host ranges of registered slots, which the VMM keeps mapped; `from..from + len`
+            // lies within `out`.
+            unsafe {
+                std::ptr::copy_nonoverlapping(host as *const u8, out[from..from + len].as_mut_ptr(), len)
+            };
+        })
+    }
+
+    /// Writes guest-physical memory. False if any byte of it is not in a writable slot.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
+        let done = self.pieces(gpa, data.len() as u64, true, |host, from, len| {
+            // SAFETY: as in `read`.
+            unsafe { std::ptr::copy_nonoverlapping(data[from..from + len].as_ptr(), host as *mut u8, len) };
+        });
+        self.ept.mark_dirty(gpa, data.len() as u64);
+        done
+    }
+
+    fn pieces(&self, gpa: u64, len: u64, write: bool, mut each: impl FnMut(u64, usize, usize)) -> bool {
+        let mut done = 0;
+        while done < len {
+            let Some(at) = gpa.checked_add(done) else { return false };
+            let Some(region) = self.ept.find(at) else { return false };
+            if write && region.readonly {
+                return false;
+            }
+            let inside = at - region.gpa;
+            let piece = (region.size - inside).min(len - done);
+            each(region.host + inside, done as usize, piece as usize);
+            done += piece;
+        }
+        true
+    }
+}
+
+/// What a call asks for.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    /// Nothing changes.
+    None,
+    Create,
+    /// A move, or other flags.
+    Replace {
+        from: u64,
+    },
+    Delete {
+        from: u64,
+    },
+}
+
+/// Whether there can be a slot of this number: bits 31:16 are the address space, of which there is one.
+fn slot_exists(slot: u32) -> bool {
+    slot < SLOTS_MAX
+}
+
+fn refused(slot: u32, why: &'static str, errno: i32) -> Error {
+    Error::MemorySlot { slot, why, errno }
+}
+
+fn not_logged(slot: u32) -> Error {
+    refused(slot, "does not log writes", libc::ENOENT)
+}
+
+#[cfg(test)]
+mod tests;

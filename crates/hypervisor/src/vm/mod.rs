@@ -1,0 +1,213 @@
+//! A virtual machine: memory, interrupt controllers, clock, and the list of its vCPUs.
+//!
+//! Locks: [`Vm::setup`] is taken before any other lock of a VM, and never while guest memory is touched.
+
+pub mod clock;
+mod interrupts;
+mod memory;
+pub mod policy;
+
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::coalesced::CoalescedIo;
+use crate::error::Error;
+use crate::eventfd::{IoEventFds, IrqFds};
+use crate::irqchip::IrqChip;
+use crate::irqchip::bus::ApicSettings;
+use crate::kvmclock::ClockBase;
+use crate::memory::Memory;
+use crate::msr::filter::MsrFilters;
+use crate::system::{System, VCPU_IDS_MAX, VCPUS_MAX};
+use crate::tsc;
+use crate::vcpu::{Vcpu, VcpuHandle};
+use policy::Policy;
+
+/// One VM.
+#[derive(Debug)]
+pub struct Vm {
+    system: Arc<System>,
+    memory: Memory,
+    apic_settings: Arc<ApicSettings>,
+    irqchip: OnceLock<Arc<IrqChip>>,
+    /// Made when first used, since it brings a thread with it.
+    irqfds: OnceLock<IrqFds>,
+    ioeventfds: IoEventFds,
+    coalesced: CoalescedIo,
+    msr_filters: MsrFilters,
+    policy: Policy,
+    clock: Mutex<ClockBase>,
+    /// Counts the changes of the clock that vCPUs have to tell their guest.
+    clock_changes: AtomicU32,
+    setup: Mutex<Setup>,
+    /// Offset of every vCPU's TSC from the host's at creation, so that guests start near zero and in step.
+    tsc_offset: u64,
+    /// Frequency of the TSC of vCPUs yet to be created, in kHz.
+    tsc_khz: AtomicU32,
+}
+
+/// What calls that build up the VM agree on.
+#[derive(Debug, Default)]
+pub(crate) struct Setup {
+    /// In the order of their creation.
+    pub(crate) vcpus: Vec<Arc<VcpuHandle>>,
+    /// The vCPU that is the bootstrap processor.
+    boot_id: u32,
+    /// Ids are below this; set once, by the client or by the first vCPU.
+    ids_max: Option<u32>,
+}
+
+impl Vm {
+    pub(crate) fn new(system: Arc<System>) -> Result<Arc<Vm>, Error> {
+        let memory = Memory::new(system.model().features().physical_bits());
+        Ok(Arc::new(Vm {
+            system,
+            memory,
+            apic_settings: Arc::default(),
+            irqchip: OnceLock::new(),
+            irqfds: OnceLock::new(),
+            ioeventfds: IoEventFds::default(),
+            coalesced: CoalescedIo::default(),
+            msr_filters: MsrFilters::default(),
+            policy: Policy::default(),
+            clock: Mutex::default(),
+            clock_changes: AtomicU32::new(0),
+            setup: Mutex::default(),
+            tsc_offset: tsc::rdtsc().wrapping_neg(),
+            tsc_khz: AtomicU32::new(tsc::host_khz()),
+        }))
+    }
+
+    /// The system that the VM belongs to.
+    pub fn system(&self) -> &Arc<System> {
+        &self.system
+    }
+
+    /// Guest-physical memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// What KVM_ENABLE_CAP has set.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// KVM_X86_SET_MSR_FILTER's filter.
+    pub fn msr_filters(&self) -> &MsrFilters {
+        &self.msr_filters
+    }
+
+    /// Zones whose writes are put off (KVM_REGISTER_COALESCED_MMIO).
+    pub fn coalesced(&self) -> &CoalescedIo {
+        &self.coalesced
+    }
+
+    /// What holds for all local APICs.
+    pub fn apic_settings(&self) -> &Arc<ApicSettings> {
+        &self.apic_settings
+    }
+
+    pub(crate) fn setup(&self) -> MutexGuard<'_, Setup> {
+        self.setup.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn initial_tsc_offset(&self) -> u64 {
+        self.tsc_offset
+    }
+
+    /// Handles of the vCPUs created so far, in creation order.
+    pub fn vcpus(&self) -> Vec<Arc<VcpuHandle>> {
+        self.setup().vcpus.clone()
+    }
+
+    /// KVM_SET_TSS_ADDR. Hardware without unrestricted guests needs three pages there; this processor does not, so
+    /// only the check remains.
+    pub fn set_tss_addr(&self, address: u64) -> Result<(), Error> {
+        if address > u64::from(u32::MAX - 3 * 4096 + 1) {
+            return Err(Error::Invalid("the task-state segment lies above 4 GiB"));
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_IDENTITY_MAP_ADDR: likewise for the page table of real mode; comes before the first vCPU.
+    pub fn set_identity_map_addr(&self, _address: u64) -> Result<(), Error> {
+        self.require_no_vcpus()
+    }
+
+    /// KVM_SET_NR_MMU_PAGES: a limit for shadow page tables, of which there are none.
+    pub fn set_nr_mmu_pages(&self, pages: u64) -> Result<(), Error> {
+        /// The kernel's `KVM_MIN_ALLOC_MMU_PAGES`.
+        const LEAST: u64 = 64;
+        if pages < LEAST {
+            return Err(Error::Invalid("too few pages for page tables"));
+        }
+        Ok(())
+    }
+
+    fn require_no_vcpus(&self) -> Result<(), Error> {
+        match self.setup().vcpus.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Invalid("vCPUs exist already")),
+        }
+    }
+
+    /// KVM_SET_BOOT_CPU_ID: EBUSY after the first vCPU.
+    pub fn set_boot_cpu_id(&self, id: u64) -> Result<(), Error> {
+        let mut setup = self.setup();
+        if !setup.vcpus.is_empty() {
+            return Err(Error::Busy("vCPUs exist already"));
+        }
+        match u32::try_from(id) {
+            Ok(id) if id <= setup.ids_max.unwrap_or(VCPU_IDS_MAX) => setup.boot_id = id,
+            _ => return Err(Error::Invalid("vCPU id too large")),
+        }
+        Ok(())
+    }
+
+    /// KVM_CAP_MAX_VCPU_ID: ids of vCPUs are below `limit`. It can be set once.
+    pub fn set_vcpu_ids_max(&self, limit: u64) -> Result<(), Error> {
+        let invalid = Error::Invalid("the limit of vCPU ids");
+        let mut setup = self.setup();
+        match u32::try_from(limit) {
+            Ok(limit) if limit <= VCPU_IDS_MAX && setup.boot_id <= limit => {
+                match setup.ids_max {
+                    Some(old) if old == limit => {}
+                    // Zero means no limit has been set.
+                    None => setup.ids_max = (limit != 0).then_some(limit),
+                    Some(_) => return Err(invalid),
+                }
+                Ok(())
+            }
+            _ => Err(invalid),
+        }
+    }
+
+    /// Whether `id` is the bootstrap processor's.
+    pub(crate) fn is_boot_cpu(setup: &Setup, id: u32) -> bool {
+        setup.boot_id == id
+    }
+
+    /// KVM_CREATE_VCPU. EINVAL for an id beyond the VM's limit or a vCPU too many, EEXIST for an id in use.
+    pub fn create_vcpu(self: &Arc<Vm>, id: u32) -> Result<Vcpu, Error> {
+        if id >= VCPU_IDS_MAX {
+            return Err(Error::Invalid("vCPU id too large"));
+        }
+        let mut setup = self.setup();
+        if setup.vcpus.len() >= VCPUS_MAX as usize {
+            return Err(Error::Invalid("too many vCPUs"));
+        }
+        if id >= *setup.ids_max.get_or_insert(VCPU_IDS_MAX) {
+            return Err(Error::Invalid("vCPU id too large"));
+        }
+        if setup.vcpus.iter().any(|v| v.id() == id) {
+            return Err(Error::Exists("a vCPU with this id"));
+        }
+        let vcpu = Vcpu::new(self.clone(), id, Vm::is_boot_cpu(&setup, id))?;
+        setup.vcpus.push(vcpu.handle());
+        Ok(vcpu)
+    }
+}
+
+#[cfg(test)]
+mod tests;
