@@ -93,6 +93,9 @@ capabilities! {
     VM_TYPES                  KVM_CAP_VM_TYPES                    Value(1 << KVM_X86_DEFAULT_VM);
     PCI_SEGMENT               KVM_CAP_PCI_SEGMENT                 Value(1);
     NOP_IO_DELAY              KVM_CAP_NOP_IO_DELAY                Value(1);
+    BINARY_STATS_FD           KVM_CAP_BINARY_STATS_FD             Value(1);
+    // KVM_CREATE_DEVICE is there, though no device is (the kernel has one type, VFIO, by configuration).
+    DEVICE_CTRL               KVM_CAP_DEVICE_CTRL                 Value(1);
     LAST_CPU                  KVM_CAP_LAST_CPU                    Value(1);
 
     // vCPUs.

@@ -150,6 +150,8 @@ ioctls! {
     KVM_SIGNAL_MSI                 0xa5 In    kvm_msi                      => Vm vm::signal_msi;
     KVM_CLEAR_DIRTY_LOG            0xc0 InOut kvm_clear_dirty_log          => Vm vm::clear_dirty_log;
     KVM_X86_SET_MSR_FILTER         0xc6 In    kvm_msr_filter               => Vm vm::set_msr_filter;
+    KVM_GET_STATS_FD               0xce Value ()                           => Vm vm::get_stats_fd;
+    KVM_CREATE_DEVICE              0xe0 InOut kvm_create_device            => Vm vm::create_device;
 
     KVM_RUN                        0x80 Value ()                          => Run run::run;
     KVM_GET_REGS                   0x81 Out   kvm_regs                    => Vcpu vcpu::get_regs;
@@ -168,6 +170,7 @@ ioctls! {
     KVM_GET_DEBUGREGS              0xa1 Out   kvm_debugregs               => Vcpu vcpu::get_debugregs;
     KVM_SET_DEBUGREGS              0xa2 In    kvm_debugregs               => Vcpu vcpu::set_debugregs;
     KVM_GET_TSC_KHZ                0xa3 Value ()                          => Vcpu vcpu::get_tsc_khz;
+    KVM_GET_STATS_FD               0xce Value ()                          => Vcpu vcpu::get_stats_fd;
 }
 
 /// The row for `number` on `object`.

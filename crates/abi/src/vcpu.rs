@@ -1,5 +1,7 @@
 //! ioctls on a vCPU (kernel: `kvm_vcpu_ioctl`, `kvm_arch_vcpu_ioctl`). KVM_RUN is in [`crate::run`].
 
+use std::os::fd::IntoRawFd;
+
 use hypervisor::Vcpu;
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_fpu, kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs,
@@ -109,4 +111,8 @@ pub(crate) fn set_debugregs(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply
 
 pub(crate) fn get_tsc_khz(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
     Ok(Reply::Value(vcpu.tsc_khz() as i32))
+}
+
+pub(crate) fn get_stats_fd(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
+    Ok(Reply::Value(vcpu.handle().stats_descriptor()?.into_raw_fd()))
 }

@@ -3,11 +3,12 @@
 mod interrupts;
 mod memory;
 
+use std::os::fd::IntoRawFd;
 use std::sync::Arc;
 
 use hypervisor::Vm;
 use hypervisor::msr::filter::{FilterRange, MsrFilter};
-use kvm_bindings::{kvm_clock_data, kvm_enable_cap, kvm_msr_filter};
+use kvm_bindings::{kvm_clock_data, kvm_create_device, kvm_enable_cap, kvm_msr_filter};
 
 use crate::capability;
 use crate::coalesced::SharedRing;
@@ -73,6 +74,15 @@ pub(crate) fn set_tsc_khz(vm: &Arc<Vm>, argument: Argument) -> Result<Reply, Err
 
 pub(crate) fn get_tsc_khz(vm: &Arc<Vm>, _: Argument) -> Result<Reply, Errno> {
     Ok(Reply::Value(vm.tsc_khz() as i32))
+}
+
+pub(crate) fn create_device(vm: &Arc<Vm>, argument: Argument) -> Result<Reply, Errno> {
+    vm.create_device(argument.read::<kvm_create_device>()?.type_)?;
+    DONE
+}
+
+pub(crate) fn get_stats_fd(vm: &Arc<Vm>, _: Argument) -> Result<Reply, Errno> {
+    Ok(Reply::Value(vm.stats_descriptor()?.into_raw_fd()))
 }
 
 pub(crate) fn set_msr_filter(vm: &Arc<Vm>, argument: Argument) -> Result<Reply, Errno> {

@@ -1,4 +1,5 @@
 //! The calls as a client makes them, with its structures in memory.
+#![expect(unsafe_code, reason = "takes over descriptors that calls return")]
 
 use std::sync::Arc;
 
@@ -278,4 +279,31 @@ fn coalesced_zones_are_of_memory_or_ports() {
     client.value("KVM_CREATE_VCPU", 1).unwrap();
     let Object::Vm(vm) = &client.vm else { unreachable!() };
     assert!(Arc::strong_count(vm) >= 1);
+}
+
+#[test]
+fn there_are_no_devices() {
+    let client = Client::new();
+    for type_ in [0, 4, u32::MAX] {
+        let mut device = kvm_create_device { type_, flags: KVM_CREATE_DEVICE_TEST, ..Default::default() };
+        assert_eq!(client.vm("KVM_CREATE_DEVICE", &mut device), Err(Errno(libc::ENODEV)));
+    }
+}
+
+#[test]
+fn statistics_outlive_the_vm() {
+    use std::io::Read;
+    use std::os::fd::FromRawFd;
+    let client = Client::new();
+    client.value("KVM_CREATE_VCPU", 0).unwrap();
+    let fd = client.value("KVM_GET_STATS_FD", 0).unwrap();
+    drop(client);
+    // SAFETY: the call has just made it for us.
+    let mut file = unsafe { std::fs::File::from_raw_fd(fd) };
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).unwrap();
+    let field = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let (count, data) = (field(8), field(20));
+    let vcpus = (0..count).find(|n| bytes[72 + 64 * n + 16..].starts_with(b"vcpus\0")).unwrap();
+    assert_eq!(bytes[data + field(72 + 64 * vcpus + 8)], 1);
 }

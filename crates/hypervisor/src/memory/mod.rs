@@ -85,6 +85,11 @@ impl Memory {
         &self.ept
     }
 
+    /// Slots that there are.
+    pub fn slot_count(&self) -> usize {
+        self.slots().by_number.len()
+    }
+
     fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }

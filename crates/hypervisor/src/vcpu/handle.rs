@@ -1,11 +1,15 @@
 //! The part of a vCPU that other threads may touch: waking it, stopping it, its counters.
 #![expect(unsafe_code, reason = "futex(2), the one way to wake a sleeper that a signal handler may use")]
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
 
 use silicon::cpu::Requests;
 
+use crate::error::Error;
 use crate::irqchip::lapic::Waker;
 use crate::stats::VcpuStats;
 
@@ -23,15 +27,21 @@ pub struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    pub(crate) fn new(id: u32, requests: Arc<Requests>) -> VcpuHandle {
-        VcpuHandle {
+    pub(crate) fn new(id: u32, requests: Arc<Requests>) -> io::Result<VcpuHandle> {
+        Ok(VcpuHandle {
             id,
             requests,
             interrupted: AtomicBool::new(false),
             kicks: AtomicU32::new(0),
             sleeping: AtomicBool::new(false),
-            stats: VcpuStats::default(),
-        }
+            stats: VcpuStats::new()?,
+        })
+    }
+
+    /// KVM_GET_STATS_FD on the vCPU.
+    pub fn stats_descriptor(&self) -> Result<OwnedFd, Error> {
+        let name = format!("kvm-{}/vcpu-{}", std::process::id(), self.id);
+        Ok(self.stats.descriptor(&name)?)
     }
 
     /// The vCPU's id.
@@ -58,6 +68,8 @@ impl VcpuHandle {
     /// Sleeps until `ready` holds or KVM_RUN has to return. `ready` is asked again after every wake-up.
     pub(crate) fn sleep_until(&self, mut ready: impl FnMut() -> bool) {
         self.sleeping.store(true, Ordering::SeqCst);
+        self.stats.blocking.store(1, Ordering::Relaxed);
+        let since = Instant::now();
         loop {
             // A kick posts its request before it counts: what is not seen below changes the count that we wait on.
             let seen = self.kicks.load(Ordering::SeqCst);
@@ -69,6 +81,8 @@ impl VcpuHandle {
             }
         }
         self.sleeping.store(false, Ordering::SeqCst);
+        self.stats.blocking.store(0, Ordering::Relaxed);
+        self.stats.slept(since.elapsed(), !self.interrupted());
     }
 }
 

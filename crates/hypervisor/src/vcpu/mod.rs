@@ -117,7 +117,7 @@ impl Vcpu {
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
         cpu.controls.tsc_offset = vm.initial_tsc_offset();
-        let handle = Arc::new(VcpuHandle::new(id, cpu.requests.clone()));
+        let handle = Arc::new(VcpuHandle::new(id, cpu.requests.clone())?);
         let lapic = vm.irqchip().map(|chip| chip.create_lapic(id, bsp)).transpose()?;
         if let Some(lapic) = &lapic {
             lapic.set_waker(handle.clone());
@@ -273,8 +273,9 @@ impl Vcpu {
         self.complete(0);
         let result = self.run_inner();
         self.handle.stats.instructions.store(self.cpu.instructions(), Ordering::Relaxed);
-        if result.is_ok() {
-            self.handle.stats.user_exits.fetch_add(1, Ordering::Relaxed);
+        match result {
+            Ok(_) => self.handle.stats.user_exits.count(),
+            Err(_) => self.handle.stats.signal_exits.count(),
         }
         result
     }

@@ -7,7 +7,8 @@ mod interrupts;
 mod memory;
 pub mod policy;
 
-use std::sync::atomic::AtomicU32;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::coalesced::CoalescedIo;
@@ -18,6 +19,7 @@ use crate::irqchip::bus::ApicSettings;
 use crate::kvmclock::ClockBase;
 use crate::memory::Memory;
 use crate::msr::filter::MsrFilters;
+use crate::stats::VmStats;
 use crate::system::{System, VCPU_IDS_MAX, VCPUS_MAX};
 use crate::tsc;
 use crate::vcpu::{Vcpu, VcpuHandle};
@@ -36,6 +38,7 @@ pub struct Vm {
     coalesced: CoalescedIo,
     msr_filters: MsrFilters,
     policy: Policy,
+    stats: VmStats,
     clock: Mutex<ClockBase>,
     /// Counts the changes of the clock that vCPUs have to tell their guest.
     clock_changes: AtomicU32,
@@ -70,6 +73,7 @@ impl Vm {
             coalesced: CoalescedIo::default(),
             msr_filters: MsrFilters::default(),
             policy: Policy::default(),
+            stats: VmStats::new()?,
             clock: Mutex::default(),
             clock_changes: AtomicU32::new(0),
             setup: Mutex::default(),
@@ -91,6 +95,21 @@ impl Vm {
     /// What KVM_ENABLE_CAP has set.
     pub fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> &VmStats {
+        &self.stats
+    }
+
+    /// KVM_GET_STATS_FD on the VM.
+    pub fn stats_descriptor(&self) -> Result<OwnedFd, Error> {
+        Ok(self.stats.descriptor(&format!("kvm-{}", std::process::id()))?)
+    }
+
+    /// KVM_CREATE_DEVICE: there are no devices of any type. ENODEV.
+    pub fn create_device(&self, _kind: u32) -> Result<(), Error> {
+        Err(Error::NoDevice("KVM_CREATE_DEVICE"))
     }
 
     /// KVM_X86_SET_MSR_FILTER's filter.
@@ -205,6 +224,7 @@ impl Vm {
         }
         let vcpu = Vcpu::new(self.clone(), id, Vm::is_boot_cpu(&setup, id))?;
         setup.vcpus.push(vcpu.handle());
+        self.stats.vcpus.store(setup.vcpus.len() as u64, Ordering::Relaxed);
         Ok(vcpu)
     }
 }
