@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::{Error, target_dir};
@@ -86,16 +86,16 @@ impl Boot {
         let mut child = started.map_err(|e| Error::Guest(format!("{command:?}: {e}")))?;
         let console = reader(child.stdout.take());
         let stderr = reader(child.stderr.take());
-        let status = wait(&mut child)?;
+        let status = wait(&mut child, HUNG)?;
         let text = |thread: std::thread::JoinHandle<String>| thread.join().unwrap_or_default();
         let (console, stderr) = (text(console).replace('\r', ""), text(stderr));
-        let Ended::Exited(status) = status else {
+        let Some(status) = status else {
             let tail: Vec<&str> = console.lines().rev().take(40).collect();
             let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
             let seconds = HUNG.as_secs();
             return Err(Error::Guest(format!("the guest hung for {seconds} s\n{stderr}\nconsole:\n{tail}")));
         };
-        Ok(Outcome { console, stderr, status })
+        Ok(Outcome { console, stderr, status: status.code() })
     }
 }
 
@@ -118,24 +118,22 @@ fn reader(from: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<S
     })
 }
 
-/// How a guest's process ended.
-enum Ended {
-    /// By itself; `None` if a signal ended it.
-    Exited(Option<i32>),
-    /// It had to be killed.
-    Hung,
+/// Runs a command for at most `limit`: `None` if it had to be killed then.
+pub fn within(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>, Error> {
+    let mut child = command.spawn().map_err(|e| Error::Guest(format!("{command:?}: {e}")))?;
+    wait(&mut child, limit)
 }
 
-fn wait(child: &mut Child) -> Result<Ended, Error> {
+fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>, Error> {
     let started = Instant::now();
     loop {
         match child.try_wait() {
-            Ok(Some(status)) => return Ok(Ended::Exited(status.code())),
-            Ok(None) if started.elapsed() < HUNG => std::thread::sleep(Duration::from_millis(20)),
+            Ok(Some(status)) => return Ok(Some(status)),
+            Ok(None) if started.elapsed() < limit => std::thread::sleep(Duration::from_millis(20)),
             Ok(None) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Ok(Ended::Hung);
+                return Ok(None);
             }
             Err(e) => return Err(Error::Guest(e.to_string())),
         }

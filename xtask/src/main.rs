@@ -1,8 +1,9 @@
-//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`.
+//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`.
 
 mod bench;
 mod demo;
 mod fuzz;
+mod selftests;
 mod test;
 
 use std::process::ExitCode;
@@ -26,6 +27,8 @@ enum Task {
     Bench(bench::Options),
     /// Compare generated instructions with the host's CPU, and run random guest images, for a while.
     Fuzz(fuzz::Options),
+    /// Run the Linux kernel's own KVM tests under `ring3 run`.
+    Selftests(selftests::Options),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Selftests(options) => selftests::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -161,6 +161,36 @@ pub fn busybox() -> Result<PathBuf, Error> {
     fetched(found, fetch, "busybox-static")
 }
 
+/// Parts of the kernel's source that its KVM tests are built from.
+const SOURCE_PARTS: &[&str] =
+    &["Makefile", "scripts", "include", "arch/x86", "tools", "usr/include", "usr/Makefile"];
+
+/// The source of Debian's kernel 6.12, as far as its KVM tests need it, fetched on first use.
+pub fn kernel_source() -> Result<PathBuf, Error> {
+    const PACKAGE: &str = "linux-source-6.12";
+    let dir = guest_dir().join(PACKAGE);
+    let source = dir.join("tree").join(PACKAGE);
+    let found = || Some(source.clone()).filter(|s| s.join("tools/testing/selftests/kvm").is_dir());
+    let fetch = || {
+        if unpack(PACKAGE, &dir).is_err() {
+            if is_root() {
+                update()?;
+            }
+            unpack(PACKAGE, &dir)?;
+        }
+        require(&[("xz", "xz-utils")])?;
+        let part = dir.join("part");
+        at(&part, std::fs::create_dir_all(&part))?;
+        eprintln!("unpacking the kernel's source");
+        let parts = SOURCE_PARTS.iter().map(|part| format!("{PACKAGE}/{part}"));
+        let archive = dir.join("usr/src").join(format!("{PACKAGE}.tar.xz"));
+        run(Command::new("tar").arg("-C").arg(&part).arg("-xJf").arg(&archive).args(parts))?;
+        at(&archive, std::fs::remove_file(&archive))?;
+        at(&part, std::fs::rename(&part, dir.join("tree")))
+    };
+    fetched(found, fetch, PACKAGE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
