@@ -1,10 +1,12 @@
-//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`.
+//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`, `kvm-ioctls`.
 
 mod bench;
+mod crate_tests;
 mod demo;
 mod fuzz;
 mod selftests;
 mod test;
+mod verdicts;
 
 use std::process::ExitCode;
 
@@ -29,6 +31,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// Run the Linux kernel's own KVM tests under `ring3 run`.
     Selftests(selftests::Options),
+    /// Run the kvm-ioctls crate's tests under `ring3 run`.
+    KvmIoctls(crate_tests::Options),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +42,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Selftests(options) => selftests::run(&options),
+        Task::KvmIoctls(options) => crate_tests::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
