@@ -1,11 +1,31 @@
 //! End-to-end tests: unmodified Debian kernels and programs on `ring3 boot`. They need the release build of the
 //! command (`cargo build --release`), which `cargo xtask test` makes first.
 
+pub mod gdb;
+pub mod qemu;
+
 use std::path::PathBuf;
 
 use xtask::guest::{Boot, Outcome};
 use xtask::images::Initramfs;
 use xtask::{Error, guest_dir, packages};
+
+/// A kernel with an initramfs for it.
+#[derive(Debug)]
+pub struct Guest {
+    /// Debian's kernel image.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Debian's kernel of `series`, and an initramfs that runs `script`.
+pub fn guest(name: &str, series: &str, script: &str) -> Result<Guest, Error> {
+    let kernel = packages::kernel(series)?;
+    let initrd = guest_dir().join(format!("{name}-{series}.cpio"));
+    Initramfs { script, ..Initramfs::default() }.build(&kernel, &initrd)?;
+    Ok(Guest { kernel: kernel.image, initrd })
+}
 
 /// Boots Debian's kernel of `series` with `script` in its initramfs.
 pub fn linux(
@@ -14,11 +34,9 @@ pub fn linux(
     script: &str,
     adjust: impl FnOnce(&mut Boot),
 ) -> Result<Outcome, Error> {
-    let kernel = packages::kernel(series)?;
-    let initrd: PathBuf = guest_dir().join(format!("{name}-{series}.cpio"));
-    Initramfs { script, ..Initramfs::default() }.build(&kernel, &initrd)?;
+    let Guest { kernel, initrd } = guest(name, series, script)?;
     let mut boot = Boot {
-        kernel: kernel.image,
+        kernel,
         initrd: Some(initrd),
         // A panic ends the guest instead of leaving it hanging.
         append: "console=ttyS0 panic=-1".into(),

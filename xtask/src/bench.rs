@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use xtask::cpio::Archive;
 use xtask::guest::Boot;
@@ -22,6 +22,9 @@ use xtask::{Error, at, guest_dir, packages};
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
 pub(crate) struct Options {
+    /// What to measure.
+    #[arg(value_enum, default_value_t = Subject::Guests)]
+    subject: Subject,
     /// Interleaved runs of each.
     #[arg(long, default_value_t = 3)]
     runs: u32,
@@ -31,6 +34,15 @@ pub(crate) struct Options {
     /// Write the tables to this file as Markdown as well.
     #[arg(long)]
     output: Option<PathBuf>,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Subject {
+    /// Guests: ring3's interpreter against QEMU's TCG.
+    Guests,
+    /// The way from KVM_RUN to an exit and back, by a client through the KVM API.
+    Exits,
 }
 
 /// Kernel command line of all runs.
@@ -49,6 +61,45 @@ struct Run {
 }
 
 pub(crate) fn run(options: &Options) -> Result<(), Error> {
+    match options.subject {
+        Subject::Guests => guests(options),
+        Subject::Exits => exits(options),
+    }
+}
+
+/// Runs the measuring client of the end-to-end tests under `ring3 run` and prints the medians over the runs.
+fn exits(options: &Options) -> Result<(), Error> {
+    let packages = ["--package", "ring3", "--package", "preload", "--package", "e2e"];
+    xtask::run(Command::new("cargo").args(["build", "--release"]).args(packages).current_dir(xtask::root()))?;
+    let release = xtask::target_dir().join("release");
+    let mut times: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for _ in 0..options.runs {
+        let mut command = Command::new(release.join("ring3"));
+        let text = xtask::run(command.args(["run", "--"]).arg(release.join("exits")))?;
+        for (name, time) in text.lines().filter_map(|line| line.split_once(' ')) {
+            times.entry(name.to_string()).or_default().extend(time.parse::<f64>().ok());
+        }
+    }
+    let title = |name: &str| {
+        match name {
+            "port" => "port write, KVM_RUN to KVM_RUN",
+            "mmio" => "MMIO write, KVM_RUN to KVM_RUN",
+            "cpuid" => "CPUID, inside KVM_RUN",
+            "wake" => "irqfd to the halted guest's handler",
+            other => other,
+        }
+        .to_string()
+    };
+    let mut table = String::from("| exit | median, ns |\n| --- | --- |\n");
+    for (name, mut times) in times {
+        times.sort_by(f64::total_cmp);
+        let _ = writeln!(table, "| {} | {:.0} |", title(&name), times[times.len() / 2]);
+    }
+    println!("{table}");
+    options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &table)))
+}
+
+fn guests(options: &Options) -> Result<(), Error> {
     packages::require(&[
         ("qemu-system-x86_64", "qemu-system-x86"),
         ("cc", "gcc"),

@@ -140,10 +140,15 @@ fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>, Error>
     }
 }
 
+/// Console lines that a healthy guest does not print.
+pub fn alarms(console: &str) -> Vec<&str> {
+    console.lines().filter(|line| ALARMS.iter().any(|alarm| line.contains(alarm))).collect()
+}
+
 impl Outcome {
     /// Console lines that a healthy guest does not print.
     pub fn alarms(&self) -> Vec<&str> {
-        self.console.lines().filter(|line| ALARMS.iter().any(|alarm| line.contains(alarm))).collect()
+        alarms(&self.console)
     }
 
     /// What the guest printed between the lines `BEGIN name` and `END name`.

@@ -9,8 +9,20 @@ use crate::packages::{self, Kernel};
 use crate::{Error, at, run};
 
 /// Modules that the machine's devices need, in loading order; what a kernel has built in is passed over.
-const MODULES: &[&str] =
-    &["virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "virtio-rng", "virtio_console"];
+const MODULES: &[&str] = &[
+    "virtio",
+    "virtio_ring",
+    "virtio_mmio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio-rng",
+    "virtio_console",
+    "failover",
+    "net_failover",
+    "virtio_net",
+];
 
 /// The first program of every initramfs: mounts, modules, then /script.
 const INIT: &str = "#!/bin/sh
