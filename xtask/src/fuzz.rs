@@ -8,13 +8,13 @@ use xtask::Error;
 /// Options of `cargo xtask fuzz`.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// How long to go on; two kinds share it.
+    /// How long to go on; the kinds share it.
     #[arg(long, default_value_t = 10)]
     minutes: u32,
     /// First seed; by default the time of day.
     #[arg(long)]
     seed: Option<u64>,
-    /// What to generate; by default both kinds in turn.
+    /// What to generate; by default all kinds in turn.
     #[arg(long, value_enum)]
     kind: Option<Kind>,
     /// Only instructions whose name contains this.
@@ -29,14 +29,17 @@ enum Kind {
     Instructions,
     /// Whole random guests, which must not harm the host.
     Images,
+    /// Random calls of the KVM API.
+    Ioctls,
 }
 
 impl Kind {
-    /// The package of its generator.
-    fn package(self) -> &'static str {
+    /// The package and the program of its generator.
+    fn program(self) -> (&'static str, &'static str) {
         match self {
-            Kind::Instructions => "conformance",
-            Kind::Images => "robustness",
+            Kind::Instructions => ("conformance", "conformance"),
+            Kind::Images => ("robustness", "robustness"),
+            Kind::Ioctls => ("robustness", "ioctls"),
         }
     }
 }
@@ -46,19 +49,20 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
     let seed = options.seed.unwrap_or(clock.as_secs());
     // A filter names instructions.
     let only = options.kind.or(options.filter.as_ref().map(|_| Kind::Instructions));
-    let kinds = only.map_or(vec![Kind::Instructions, Kind::Images], |kind| vec![kind]);
+    let kinds = only.map_or(vec![Kind::Instructions, Kind::Images, Kind::Ioctls], |kind| vec![kind]);
     let minutes = options.minutes.div_ceil(kinds.len() as u32);
     let mut failed = Vec::new();
     for kind in kinds {
+        let (package, program) = kind.program();
         let mut command = Command::new("cargo");
-        command.args(["run", "--release", "--quiet", "--package", kind.package(), "--"]);
+        command.args(["run", "--release", "--quiet", "--package", package, "--bin", program, "--"]);
         command.args(["--seed", &seed.to_string(), "--minutes", &minutes.to_string()]);
         if let (Kind::Instructions, Some(filter)) = (kind, &options.filter) {
             command.args(["--filter", filter]);
         }
         let status = command.current_dir(xtask::root()).status().map_err(|e| Error::Guest(e.to_string()))?;
         if !status.success() {
-            failed.push(kind.package());
+            failed.push(program);
         }
     }
     if failed.is_empty() {

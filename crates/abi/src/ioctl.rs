@@ -51,7 +51,8 @@ impl Handler {
         }
     }
 
-    pub(crate) fn takes(self, object: &Object) -> bool {
+    /// Whether it is for this kind of object.
+    pub fn takes(self, object: &Object) -> bool {
         matches!(
             (self, object),
             (Handler::System(_), Object::System(_))

@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -26,7 +26,6 @@ use kvm_bindings::{
     kvm_ioeventfd_flag_nr_virtio_ccw_notify, kvm_irqfd,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::irqchip::{IrqChip, IrqSource};
 use crate::routing::LineListener;
@@ -160,6 +159,9 @@ pub struct IrqFds {
     shared: Arc<Shared>,
     resamplers: Mutex<Vec<Assigned>>,
     worker: Option<JoinHandle<()>>,
+    /// Closed to end the worker. Not an eventfd: its number is one of the client's descriptors, too, and a client that
+    /// names it as an irqfd would have the signal taken from us; a hang-up nobody can take.
+    alive: Option<PipeWriter>,
 }
 
 /// A resampler and the resample descriptors by the irqfd that brought them.
@@ -171,11 +173,12 @@ struct Assigned {
 struct Shared {
     epoll: Epoll,
     irqfds: Mutex<HashMap<u64, Arc<IrqFd>>>,
-    stop: EventFd,
+    /// Hangs up when the owner goes.
+    _owner: PipeReader,
     stopping: AtomicBool,
 }
 
-/// The token of the stop descriptor; eventfd identities are 31 bits wide.
+/// The token of the owner's pipe; eventfd identities are 31 bits wide.
 const STOP: u64 = u64::MAX;
 
 impl std::fmt::Debug for IrqFds {
@@ -187,16 +190,20 @@ impl std::fmt::Debug for IrqFds {
 impl IrqFds {
     /// Starts the worker for the irqfds of `chip`.
     pub fn new(chip: &Arc<IrqChip>) -> Result<Self, EventFdError> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let (owner, alive) = io::pipe()?;
         let epoll = Epoll::new()?;
-        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
-        let shared =
-            Arc::new(Shared { epoll, irqfds: Mutex::default(), stop, stopping: AtomicBool::new(false) });
+        epoll.ctl(ControlOperation::Add, owner.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
+        let shared = Arc::new(Shared {
+            epoll,
+            irqfds: Mutex::default(),
+            _owner: owner,
+            stopping: AtomicBool::new(false),
+        });
         let serving = Arc::clone(&shared);
         let chip = Arc::downgrade(chip);
         let target = Weak::clone(&chip);
         let worker = thread::Builder::new().name("irqfd".into()).spawn(move || serving.serve(&target))?;
-        Ok(Self { chip, shared, resamplers: Mutex::default(), worker: Some(worker) })
+        Ok(Self { chip, shared, resamplers: Mutex::default(), worker: Some(worker), alive: Some(alive) })
     }
 
     /// KVM_IRQFD: assigns or deassigns, by the flags.
@@ -307,10 +314,7 @@ impl Drop for IrqFds {
     fn drop(&mut self) {
         let Some(worker) = self.worker.take() else { return };
         self.shared.stopping.store(true, Ordering::SeqCst);
-        if let Err(error) = self.shared.stop.write(1) {
-            tracing::error!(%error, "cannot stop the irqfd worker");
-            return;
-        }
+        drop(self.alive.take());
         // The worker may have held the last reference to the VM, and so to us.
         if worker.thread().id() != thread::current().id() && worker.join().is_err() {
             tracing::error!("the irqfd worker has panicked");

@@ -5,6 +5,7 @@
 //! guest memory.
 
 pub mod batch;
+pub mod calls;
 pub mod image;
 pub mod kinds;
 pub mod machine;

@@ -3,6 +3,8 @@
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::*;
 use crate::irqchip::lapic::Waker;
 use crate::irqchip::{IrqChipKind, lapic::Lapic};
@@ -233,4 +235,16 @@ fn ioeventfd_requests() {
     assert_eq!(errno(off), None);
     assert_eq!(errno(off), Some(libc::ENOENT));
     assert!(!table.signal(IoSpace::Pio, 0x1000, &[7, 0]) && table.signal(IoSpace::Pio, 0x1000, &[8, 0]));
+}
+
+/// The worker used to be stopped through an eventfd, whose signal was lost when a client named it as an irqfd.
+#[test]
+fn the_worker_ends_though_a_client_watches_every_eventfd() {
+    let greedy = Bench::new(IrqChipKind::Full);
+    let others: Vec<Bench> = (0..4).map(|_| Bench::new(IrqChipKind::Full)).collect();
+    for descriptor in 0..256 {
+        // Those that are no eventfds, or none at all, are refused.
+        let _ = greedy.irqfds.assign(descriptor, 5, None);
+    }
+    drop(others);
 }
