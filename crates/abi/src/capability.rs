@@ -105,6 +105,16 @@ capabilities! {
     SET_BOOT_CPU_ID           KVM_CAP_SET_BOOT_CPU_ID             Value(1);
     MP_STATE                  KVM_CAP_MP_STATE                    Value(1);
     HLT                       KVM_CAP_HLT                         Value(1);
+    USER_NMI                  KVM_CAP_USER_NMI                    Value(1);
+    VAPIC                     KVM_CAP_VAPIC                       Value(1);
+    VCPU_EVENTS               KVM_CAP_VCPU_EVENTS                 Value(1);
+    VCPU_ATTRIBUTES           KVM_CAP_VCPU_ATTRIBUTES             Value(1);
+    DEBUGREGS                 KVM_CAP_DEBUGREGS                   Value(1);
+    SREGS2                    KVM_CAP_SREGS2                      Value(1);
+    XSAVE                     KVM_CAP_XSAVE                       Value(1);
+    XSAVE2                    KVM_CAP_XSAVE2                      Of(|system| system.xsave_size() as u32);
+    XCRS                      KVM_CAP_XCRS                        Value(1);
+    IMMEDIATE_EXIT            KVM_CAP_IMMEDIATE_EXIT              Value(1);
     HALT_POLL                 KVM_CAP_HALT_POLL                   Value(1), enable Vm::set_halt_poll;
     X86_DISABLE_EXITS         KVM_CAP_X86_DISABLE_EXITS           Value(DISABLE_EXITS), enable Vm::disable_exits;
     EXCEPTION_PAYLOAD         KVM_CAP_EXCEPTION_PAYLOAD           Value(1), enable Vm::set_exception_payload;
@@ -144,6 +154,10 @@ capabilities! {
     CLOCKSOURCE               KVM_CAP_CLOCKSOURCE                 Value(1);
     ADJUST_CLOCK              KVM_CAP_ADJUST_CLOCK                Value(CLOCK_FLAGS);
     GET_TSC_KHZ               KVM_CAP_GET_TSC_KHZ                 Value(1);
+    TSC_CONTROL               KVM_CAP_TSC_CONTROL                 Value(1);
+    VM_TSC_CONTROL            KVM_CAP_VM_TSC_CONTROL              Value(1);
+    KVMCLOCK_CTRL             KVM_CAP_KVMCLOCK_CTRL               Value(1);
+    ENFORCE_PV_FEATURE_CPUID  KVM_CAP_ENFORCE_PV_FEATURE_CPUID    Value(1);
 }
 
 fn find(number: u64) -> Option<&'static Capability> {

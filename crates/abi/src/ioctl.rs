@@ -164,13 +164,35 @@ ioctls! {
     KVM_SET_MSRS                   0x89 In    kvm_msrs                    => Vcpu vcpu::set_msrs;
     KVM_GET_FPU                    0x8c Out   kvm_fpu                     => Vcpu vcpu::get_fpu;
     KVM_SET_FPU                    0x8d In    kvm_fpu                     => Vcpu vcpu::set_fpu;
+    KVM_GET_LAPIC                  0x8e Out   kvm_lapic_state             => Vcpu vcpu::get_lapic;
+    KVM_SET_LAPIC                  0x8f In    kvm_lapic_state             => Vcpu vcpu::set_lapic;
     KVM_SET_CPUID2                 0x90 In    kvm_cpuid2                  => Vcpu vcpu::set_cpuid2;
+    KVM_GET_CPUID2                 0x91 InOut kvm_cpuid2                  => Vcpu vcpu::get_cpuid2;
+    KVM_TPR_ACCESS_REPORTING       0x92 InOut kvm_tpr_access_ctl          => Vcpu vcpu::tpr_access_reporting;
+    KVM_SET_VAPIC_ADDR             0x93 In    u64                         => Vcpu vcpu::set_vapic_addr;
     KVM_GET_MP_STATE               0x98 Out   kvm_mp_state                => Vcpu vcpu::get_mp_state;
     KVM_SET_MP_STATE               0x99 In    kvm_mp_state                => Vcpu vcpu::set_mp_state;
     KVM_NMI                        0x9a Value ()                          => Vcpu vcpu::nmi;
+    KVM_X86_SETUP_MCE              0x9c In    u64                         => Vcpu vcpu::x86_setup_mce;
+    KVM_X86_SET_MCE                0x9e In    kvm_x86_mce                 => Vcpu vcpu::x86_set_mce;
+    KVM_GET_VCPU_EVENTS            0x9f Out   kvm_vcpu_events             => Vcpu vcpu::get_vcpu_events;
+    KVM_SET_VCPU_EVENTS            0xa0 In    kvm_vcpu_events             => Vcpu vcpu::set_vcpu_events;
     KVM_GET_DEBUGREGS              0xa1 Out   kvm_debugregs               => Vcpu vcpu::get_debugregs;
     KVM_SET_DEBUGREGS              0xa2 In    kvm_debugregs               => Vcpu vcpu::set_debugregs;
+    KVM_SET_TSC_KHZ                0xa2 Value ()                          => Vcpu vcpu::set_tsc_khz;
     KVM_GET_TSC_KHZ                0xa3 Value ()                          => Vcpu vcpu::get_tsc_khz;
+    KVM_ENABLE_CAP                 0xa3 In    kvm_enable_cap              => Vcpu vcpu::enable_cap;
+    KVM_GET_XSAVE                  0xa4 Out   kvm_xsave                   => Vcpu vcpu::get_xsave;
+    KVM_SET_XSAVE                  0xa5 In    kvm_xsave                   => Vcpu vcpu::set_xsave;
+    KVM_GET_XCRS                   0xa6 Out   kvm_xcrs                    => Vcpu vcpu::get_xcrs;
+    KVM_SET_XCRS                   0xa7 In    kvm_xcrs                    => Vcpu vcpu::set_xcrs;
+    KVM_KVMCLOCK_CTRL              0xad Value ()                          => Vcpu vcpu::kvmclock_ctrl;
+    KVM_GET_SREGS2                 0xcc Out   kvm_sregs2                  => Vcpu vcpu::get_sregs2;
+    KVM_SET_SREGS2                 0xcd In    kvm_sregs2                  => Vcpu vcpu::set_sregs2;
+    KVM_GET_XSAVE2                 0xcf Out   kvm_xsave                   => Vcpu vcpu::get_xsave2;
+    KVM_SET_DEVICE_ATTR            0xe1 In    kvm_device_attr             => Vcpu vcpu::set_device_attr;
+    KVM_GET_DEVICE_ATTR            0xe2 In    kvm_device_attr             => Vcpu vcpu::get_device_attr;
+    KVM_HAS_DEVICE_ATTR            0xe3 In    kvm_device_attr             => Vcpu vcpu::has_device_attr;
     KVM_GET_STATS_FD               0xce Value ()                          => Vcpu vcpu::get_stats_fd;
 }
 
@@ -230,6 +252,12 @@ mod tests {
             ("KVM_SET_SREGS", 0x4138_ae84),
             ("KVM_GET_MSRS", 0xc008_ae88),
             ("KVM_SET_CPUID2", 0x4008_ae90),
+            ("KVM_TPR_ACCESS_REPORTING", 0xc028_ae92),
+            ("KVM_SET_VAPIC_ADDR", 0x4008_ae93),
+            ("KVM_GET_VCPU_EVENTS", 0x8040_ae9f),
+            ("KVM_GET_XSAVE2", 0x9000_aecf),
+            ("KVM_SET_XCRS", 0x4188_aea7),
+            ("KVM_GET_SREGS2", 0x8140_aecc),
         ];
         for (name, number) in known {
             let row = IOCTLS.iter().find(|row| row.name == name).unwrap();

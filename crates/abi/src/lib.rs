@@ -12,6 +12,7 @@ pub mod object;
 pub mod run;
 pub mod user;
 
+mod exit;
 mod shared;
 mod system;
 mod vcpu;

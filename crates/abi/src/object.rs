@@ -13,7 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hypervisor::{System, Vcpu, VcpuHandle, Vm};
 
 use crate::error::Errno;
-use crate::run::{Answer, RunArea};
+use crate::exit::Answer;
+use crate::run::RunArea;
 
 /// What an ioctl is made on.
 #[derive(Clone, Debug)]

@@ -3,14 +3,16 @@
 use std::os::fd::IntoRawFd;
 
 use hypervisor::Vcpu;
+use hypervisor::vcpu::XSAVE_SIZE;
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_fpu, kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_device_attr, kvm_enable_cap,
+    kvm_fpu, kvm_interrupt, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2,
+    kvm_tpr_access_ctl, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
 };
 
 use crate::error::Errno;
 use crate::object::Reply;
-use crate::system::CPUID_ENTRIES;
+use crate::system::{CPUID_ENTRIES, give_cpuid};
 use crate::user::Argument;
 
 /// Entries that KVM_GET_MSRS and KVM_SET_MSRS take (kernel: `MAX_IO_MSRS`).
@@ -115,4 +117,132 @@ pub(crate) fn get_tsc_khz(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> 
 
 pub(crate) fn get_stats_fd(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
     Ok(Reply::Value(vcpu.handle().stats_descriptor()?.into_raw_fd()))
+}
+
+pub(crate) fn set_tsc_khz(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.set_tsc_khz(argument.0 as u32)?;
+    DONE
+}
+
+pub(crate) fn get_cpuid2(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    give_cpuid(argument, &vcpu.cpuid2())
+}
+
+pub(crate) fn get_sregs2(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    argument.write(&vcpu.sregs2())?;
+    DONE
+}
+
+pub(crate) fn set_sregs2(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.set_sregs2(&argument.read::<kvm_sregs2>()?)?;
+    DONE
+}
+
+/// The first 4 KiB; EINVAL if that is not all.
+pub(crate) fn get_xsave(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    argument.write_slice(0, &vcpu.xsave()?[..XSAVE_SIZE])?;
+    DONE
+}
+
+pub(crate) fn get_xsave2(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    argument.write_slice(0, &vcpu.xsave2())?;
+    DONE
+}
+
+/// Reads as much as KVM_GET_XSAVE2 gives, whatever the size in the number says.
+pub(crate) fn set_xsave(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.set_xsave(&argument.read_slice(0, vcpu.xsave_size())?)?;
+    DONE
+}
+
+pub(crate) fn get_xcrs(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    argument.write(&vcpu.xcrs())?;
+    DONE
+}
+
+pub(crate) fn set_xcrs(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.set_xcrs(&argument.read::<kvm_xcrs>()?)?;
+    DONE
+}
+
+pub(crate) fn get_lapic(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    argument.write(&vcpu.lapic_state()?)?;
+    DONE
+}
+
+pub(crate) fn set_lapic(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.require_lapic()?;
+    vcpu.set_lapic_state(&argument.read::<kvm_lapic_state>()?)?;
+    DONE
+}
+
+pub(crate) fn tpr_access_reporting(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let control: kvm_tpr_access_ctl = argument.read()?;
+    vcpu.set_tpr_access_reporting(&control)?;
+    argument.write(&control)?;
+    DONE
+}
+
+pub(crate) fn set_vapic_addr(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.require_lapic()?;
+    vcpu.set_vapic_address(argument.read()?)?;
+    DONE
+}
+
+pub(crate) fn get_vcpu_events(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    argument.write(&vcpu.vcpu_events())?;
+    DONE
+}
+
+pub(crate) fn set_vcpu_events(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.set_vcpu_events(&argument.read::<kvm_vcpu_events>()?)?;
+    DONE
+}
+
+pub(crate) fn x86_setup_mce(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.setup_mce(argument.read()?)?;
+    DONE
+}
+
+pub(crate) fn x86_set_mce(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    vcpu.set_mce(&argument.read::<kvm_x86_mce>()?)?;
+    DONE
+}
+
+pub(crate) fn kvmclock_ctrl(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
+    vcpu.kvmclock_ctrl()?;
+    DONE
+}
+
+pub(crate) fn has_device_attr(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let attribute: kvm_device_attr = argument.read()?;
+    vcpu.has_device_attr(attribute.group, attribute.attr)?;
+    DONE
+}
+
+pub(crate) fn get_device_attr(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let attribute: kvm_device_attr = argument.read()?;
+    vcpu.has_device_attr(attribute.group, attribute.attr)?;
+    Argument(attribute.addr).write(&vcpu.tsc_offset())?;
+    DONE
+}
+
+pub(crate) fn set_device_attr(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let attribute: kvm_device_attr = argument.read()?;
+    vcpu.has_device_attr(attribute.group, attribute.attr)?;
+    vcpu.set_tsc_offset(Argument(attribute.addr).read()?);
+    DONE
+}
+
+/// KVM_ENABLE_CAP on a vCPU: none takes flags.
+pub(crate) fn enable_cap(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let request: kvm_enable_cap = argument.read()?;
+    match request.cap {
+        _ if request.flags != 0 => Err(Errno::INVALID),
+        KVM_CAP_ENFORCE_PV_FEATURE_CPUID => {
+            vcpu.enforce_pv_features(request.args[0] != 0);
+            DONE
+        }
+        _ => Err(Errno::INVALID),
+    }
 }

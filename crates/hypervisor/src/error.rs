@@ -46,6 +46,9 @@ pub enum Error {
     /// KVM_RUN was interrupted (signal, kick or immediate exit).
     #[error("interrupted")]
     Interrupted,
+    /// KVM_RUN has done what there was to do before the guest runs: call it again.
+    #[error("try again")]
+    Again,
     /// The interrupt controllers refuse.
     #[error(transparent)]
     IrqChip(#[from] IrqChipError),
@@ -80,6 +83,7 @@ impl Error {
             Error::EventFd(e) => e.errno(),
             Error::Cpuid(_) => libc::EINVAL,
             Error::Interrupted => libc::EINTR,
+            Error::Again => libc::EAGAIN,
             Error::Host(e) => e.raw_os_error().unwrap_or(libc::EIO),
         }
     }

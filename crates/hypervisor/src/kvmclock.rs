@@ -44,6 +44,11 @@ impl ClockBase {
         *self = ClockBase { tsc, nanos };
     }
 
+    /// The host's TSC at the moment that the base is of.
+    pub fn tsc(&self) -> u64 {
+        self.tsc
+    }
+
     /// Wall-clock time at which the clock read zero.
     fn boot_time(&self) -> Duration {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -85,8 +90,8 @@ pub struct ClockPage {
 }
 
 impl ClockPage {
-    /// Writes the vCPU's `pvclock_vcpu_time_info`. `tsc_offset` is what the guest's TSC differs by from the host's.
-    pub fn update(&mut self, memory: &Memory, base: &ClockBase, tsc_offset: u64, guest_khz: u32) {
+    /// Writes the vCPU's `pvclock_vcpu_time_info`. `tsc` is what the guest's TSC reads at the moment of `base`.
+    pub fn update(&mut self, memory: &Memory, base: &ClockBase, tsc: u64, guest_khz: u32) {
         if self.msr & 1 == 0 {
             return;
         }
@@ -99,7 +104,7 @@ impl ClockPage {
         self.version = (self.version | 1).wrapping_add(2);
         let mut info = [0u8; 32];
         info[0..4].copy_from_slice(&self.version.to_le_bytes());
-        info[8..16].copy_from_slice(&base.tsc.wrapping_add(tsc_offset).to_le_bytes());
+        info[8..16].copy_from_slice(&tsc.to_le_bytes());
         info[16..24].copy_from_slice(&base.nanos.to_le_bytes());
         info[24..28].copy_from_slice(&mul.to_le_bytes());
         info[28] = shift as u8;

@@ -50,6 +50,11 @@ impl System {
         self.model.features().xcr0_mask()
     }
 
+    /// Bytes of the XSAVE area of its vCPUs (KVM_CAP_XSAVE2).
+    pub fn xsave_size(&self) -> usize {
+        crate::vcpu::xstate::xsave_size(self.model.features().xcr0_mask())
+    }
+
     /// KVM_CREATE_VM.
     pub fn create_vm(self: &Arc<System>) -> Result<Arc<Vm>, Error> {
         Vm::new(self.clone())

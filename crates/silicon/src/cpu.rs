@@ -245,6 +245,12 @@ impl Cpu {
         !self.replay.done.is_empty()
     }
 
+    /// Forgets the accesses that an instruction has made outside guest mode: RIP has been moved away from it, so it is
+    /// not executed again.
+    pub fn abandon_access(&mut self) {
+        self.replay = Replay::default();
+    }
+
     /// The instruction, or one iteration of a REP instruction, is complete: accesses made for it are forgotten.
     #[inline(always)]
     pub(crate) fn commit_bus(&mut self) {

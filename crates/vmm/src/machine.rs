@@ -341,7 +341,7 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender) {
     while !ender.ending() {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
-            Err(hypervisor::Error::Interrupted) => continue,
+            Err(hypervisor::Error::Interrupted | hypervisor::Error::Again) => continue,
             Err(error) => {
                 let registers = registers::dump(vcpu);
                 return ender.end(Outcome::InternalError { cpu, reason: error.to_string(), registers });
@@ -364,9 +364,7 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender) {
             VcpuExit::InternalError { gpa } => {
                 format!("the guest executes instructions at {gpa:#x}, where there is no memory")
             }
-            VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Budget => {
-                format!("unexpected exit {exit:?}")
-            }
+            _ => format!("unexpected exit {exit:?}"),
         };
         return ender.end(Outcome::InternalError { cpu, reason, registers: registers::dump(vcpu) });
     }

@@ -1,14 +1,16 @@
 //! The processor and local APIC of a vCPU as MSRs act on them.
 
 use silicon::Cpu;
-use silicon::model::Features;
 use silicon::model::msrs::StateMsr;
+use silicon::model::{Feature, Features};
 
 use super::MsrEnv;
 use crate::irqchip::lapic::Lapic;
 
-/// IA32_APIC_BASE of a vCPU without an in-kernel APIC: the default address, enabled.
-const APIC_BASE_DEFAULT: u64 = 0xfee0_0800;
+/// IA32_APIC_BASE: x2APIC mode, enabled, and the bits that are reserved whatever the processor has.
+const APIC_BASE_X2APIC: u64 = 1 << 10;
+const APIC_BASE_ENABLED: u64 = 1 << 11;
+const APIC_BASE_RESERVED: u64 = 0x2ff;
 
 /// A vCPU's parts, borrowed for one access.
 pub struct CpuEnv<'a> {
@@ -16,6 +18,8 @@ pub struct CpuEnv<'a> {
     pub cpu: &'a mut Cpu,
     /// Its local APIC, if the VM has them in the kernel.
     pub lapic: Option<&'a Lapic>,
+    /// IA32_APIC_BASE if it has not.
+    pub apic_base: &'a mut u64,
     /// Paravirtual features that the guest is told of.
     pub pv_features: u32,
     /// The guest's TSC frequency.
@@ -71,13 +75,23 @@ impl MsrEnv for CpuEnv<'_> {
     }
 
     fn apic_base(&self) -> u64 {
-        self.lapic.map_or(APIC_BASE_DEFAULT, Lapic::apic_base)
+        self.lapic.map_or(*self.apic_base, Lapic::apic_base)
     }
 
     fn set_apic_base(&mut self, value: u64, host: bool) -> bool {
         match self.lapic {
             Some(lapic) => lapic.set_apic_base(value, host).is_ok(),
-            None => value == APIC_BASE_DEFAULT,
+            // The client's APIC follows; only what no APIC can be is refused.
+            None => {
+                let x2apic = if self.cpu.features.has(Feature::X2apic) { 0 } else { APIC_BASE_X2APIC };
+                let reserved = APIC_BASE_RESERVED | x2apic | !self.cpu.features.physical_mask();
+                let mode = value & (APIC_BASE_X2APIC | APIC_BASE_ENABLED);
+                let valid = value & reserved == 0 && mode != APIC_BASE_X2APIC;
+                if valid {
+                    *self.apic_base = value;
+                }
+                valid
+            }
         }
     }
 

@@ -1,6 +1,8 @@
 //! Machine-check registers (SDM vol. 3B, 16.3; kernel: `get_msr_mce`, `set_msr_mce` in arch/x86/kvm/x86.c). No
 //! machine check ever happens by itself; a client may inject one.
 
+use kvm_bindings::kvm_x86_mce;
+
 /// Banks at most (KVM_CAP_MCE).
 pub const BANKS: usize = 32;
 const MCG_CAP: u32 = 0x179;
@@ -19,6 +21,33 @@ const LMCE_P: u64 = 1 << 27;
 pub const SUPPORTED: u64 = CTL_P | CMCI_P | SER_P | LMCE_P;
 /// IA32_MCi_CTL2: CMCI enable and threshold.
 const CTL2_VALID: u64 = 1 << 30 | 0x7fff;
+
+/// IA32_MCi_CTL2.CMCI_EN.
+const CTL2_CMCI: u64 = 1 << 30;
+/// IA32_MCi_STATUS bits (SDM vol. 3B, 16.3.2.2).
+mod status {
+    pub(super) const AR: u64 = 1 << 55;
+    pub(super) const S: u64 = 1 << 56;
+    pub(super) const PCC: u64 = 1 << 57;
+    pub(super) const UC: u64 = 1 << 61;
+    pub(super) const OVER: u64 = 1 << 62;
+    pub(super) const VAL: u64 = 1 << 63;
+}
+/// IA32_MCG_STATUS.MCIP.
+const MCIP: u64 = 1 << 2;
+
+/// What an injected machine check leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Injected {
+    /// Nothing more.
+    Recorded,
+    /// A corrected-machine-check interrupt.
+    Cmci,
+    /// #MC.
+    Exception,
+    /// Shutdown: the processor cannot take #MC now.
+    Shutdown,
+}
 
 /// The registers of one vCPU.
 #[derive(Clone, Debug)]
@@ -63,6 +92,53 @@ impl MachineCheck {
             }
         }
         true
+    }
+
+    /// KVM_X86_SET_MCE. `takes_exceptions`: CR4.MCE. `None`: no such bank, or no valid status. (Kernel:
+    /// `kvm_vcpu_ioctl_x86_set_mce`.)
+    pub(super) fn inject(&mut self, mce: &kvm_x86_mce, takes_exceptions: bool) -> Option<Injected> {
+        let bank = usize::from(mce.bank);
+        if bank >= self.count() || mce.status & status::VAL == 0 {
+            return None;
+        }
+        let old = self.banks[4 * bank + 1];
+        let uncorrected = mce.status & status::UC != 0;
+        let needs_no_action = mce.mcg_status == 0 && mce.status & (status::PCC | status::S | status::AR) == 0;
+        if uncorrected && needs_no_action {
+            self.record(mce, 0);
+            self.status = mce.mcg_status;
+            let signalled = self.has(CMCI_P) && self.control2[bank] & CTL2_CMCI != 0;
+            return Some(if signalled { Injected::Cmci } else { Injected::Recorded });
+        }
+        let overflow = if old & status::VAL != 0 { status::OVER } else { 0 };
+        if !uncorrected {
+            if old & (status::VAL | status::UC) == status::VAL | status::UC {
+                self.banks[4 * bank + 1] |= status::OVER;
+            } else {
+                self.record(mce, overflow);
+            }
+            return Some(Injected::Recorded);
+        }
+        // Reporting of uncorrected errors is off.
+        if self.has(CTL_P) && self.control != u64::MAX || self.banks[4 * bank] != u64::MAX {
+            return Some(Injected::Recorded);
+        }
+        if self.status & MCIP != 0 || !takes_exceptions {
+            return Some(Injected::Shutdown);
+        }
+        self.record(mce, overflow);
+        self.status = mce.mcg_status;
+        Some(Injected::Exception)
+    }
+
+    fn record(&mut self, mce: &kvm_x86_mce, overflow: u64) {
+        let at = 4 * usize::from(mce.bank);
+        self.banks[at + 1..at + 4].copy_from_slice(&[mce.status | overflow, mce.addr, mce.misc]);
+    }
+
+    /// MCG_CMCI_P: corrected errors can be signalled.
+    pub(super) fn has_cmci(&self) -> bool {
+        self.has(CMCI_P)
     }
 
     fn has(&self, bit: u64) -> bool {
@@ -147,5 +223,50 @@ impl MachineCheck {
             self.banks[at] = value;
         }
         valid
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VALID: u64 = status::VAL;
+    const FATAL: u64 = status::VAL | status::UC | status::PCC;
+
+    fn mce(bank: u8, status: u64, mcg_status: u64) -> kvm_x86_mce {
+        kvm_x86_mce { status, addr: 0x1000, misc: 7, mcg_status, bank, ..Default::default() }
+    }
+
+    #[test]
+    fn what_errors_lead_to() {
+        let with = |capabilities| {
+            let mut registers = MachineCheck::default();
+            assert!(registers.setup(capabilities));
+            registers
+        };
+        let mut registers = with(CTL_P | CMCI_P | SER_P | 4);
+        assert_eq!(registers.inject(&mce(4, VALID, 0), true), None, "no such bank");
+        assert_eq!(registers.inject(&mce(0, 0, 0), true), None, "no valid status");
+        assert_eq!(registers.inject(&mce(0, FATAL, 5), false), Some(Injected::Shutdown));
+        assert_eq!(registers.inject(&mce(0, FATAL, 5), true), Some(Injected::Exception));
+        assert_eq!(registers.read(0x401, true), Some(FATAL));
+        assert_eq!(registers.inject(&mce(1, FATAL, 5), true), Some(Injected::Shutdown), "one is in progress");
+        assert_eq!(registers.inject(&mce(0, VALID, 0), true), Some(Injected::Recorded));
+        assert_eq!(registers.read(0x401, true), Some(FATAL | status::OVER), "the worse error stays");
+        registers.control = 0;
+        registers.status = 0;
+        assert_eq!(registers.inject(&mce(2, FATAL, 5), true), Some(Injected::Recorded));
+        assert_eq!(registers.read(0x409, true), Some(0), "reporting is off");
+    }
+
+    #[test]
+    fn errors_without_action_are_signalled_where_asked_for() {
+        let mut registers = MachineCheck::default();
+        assert!(registers.setup(CMCI_P | 4));
+        let ucna = mce(3, VALID | status::UC, 0);
+        assert_eq!(registers.inject(&ucna, true), Some(Injected::Recorded));
+        assert!(registers.write(0x283, CTL2_CMCI, false));
+        assert_eq!(registers.inject(&ucna, true), Some(Injected::Cmci));
+        assert_eq!(registers.read(0x40e, true), Some(0x1000));
     }
 }

@@ -14,7 +14,9 @@ use silicon::model::{CpuModel, Feature, Features};
 
 use crate::host::HostParams;
 pub use env::CpuEnv;
+use kvm_bindings::kvm_x86_mce;
 pub use mce::BANKS as MCE_BANKS;
+pub use mce::Injected;
 use mce::MachineCheck;
 pub use mce::SUPPORTED as MCE_CAPABILITIES;
 use mtrr::Mtrrs;
@@ -152,6 +154,16 @@ impl MsrState {
     /// KVM_X86_SETUP_MCE; false: EINVAL.
     pub fn setup_mce(&mut self, mcg_cap: u64) -> bool {
         self.mce.setup(mcg_cap)
+    }
+
+    /// KVM_X86_SET_MCE; `None`: EINVAL. `takes_exceptions`: CR4.MCE.
+    pub fn inject_mce(&mut self, mce: &kvm_x86_mce, takes_exceptions: bool) -> Option<Injected> {
+        self.mce.inject(mce, takes_exceptions)
+    }
+
+    /// MCG_CAP.MCG_CMCI_P.
+    pub fn has_cmci(&self) -> bool {
+        self.mce.has_cmci()
     }
 
     /// RDMSR, or KVM_GET_MSRS if `host`.

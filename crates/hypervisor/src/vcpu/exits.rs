@@ -3,12 +3,12 @@
 use kvm_bindings::KVM_MP_STATE_HALTED;
 use silicon::exception::Exception;
 use silicon::state::reg;
-use silicon::vmx::{BusAccess, Exit, Injection};
+use silicon::vmx::{BusAccess, Exit};
 
+use super::tsc::IA32_TSC;
 use super::{Vcpu, VcpuExit};
 use crate::eventfd::IoSpace;
 use crate::msr::{CpuEnv, MsrError, MsrState};
-use crate::tsc;
 
 /// Errors of hypercalls (include/uapi/linux/kvm_para.h).
 const KVM_ENOSYS: i64 = -1000;
@@ -36,7 +36,7 @@ impl Vcpu {
                 None
             }
             Exit::Rdtsc => {
-                let tsc = tsc::rdtsc().wrapping_add(self.cpu.controls.tsc_offset);
+                let tsc = self.cpu.tsc();
                 self.set_pair(tsc);
                 self.cpu.skip_instruction();
                 None
@@ -46,11 +46,11 @@ impl Vcpu {
                 None
             }
             Exit::VmxInstruction(_) | Exit::MovDr { .. } => {
-                self.cpu.injection = Some(Injection::Exception(Exception::UD));
+                self.events.raise(Exception::UD);
                 None
             }
             Exit::Exception(exception) => {
-                self.cpu.injection = Some(Injection::Exception(exception));
+                self.events.raise(exception);
                 None
             }
             Exit::TripleFault => Some(VcpuExit::Shutdown),
@@ -160,8 +160,10 @@ impl Vcpu {
 
     fn cr8_access(&mut self, register: u8, read: bool) -> Option<VcpuExit> {
         let slot = usize::from(register & 15);
+        let before = self.cr8();
+        let mut lowered = false;
         if read {
-            self.cpu.state.regs[slot] = self.cr8();
+            self.cpu.state.regs[slot] = before;
         } else {
             let value = self.cpu.state.regs[slot];
             if value > 15 {
@@ -169,9 +171,11 @@ impl Vcpu {
                 return None;
             }
             self.set_cr8(value);
+            lowered = value < before;
         }
         self.cpu.skip_instruction();
-        None
+        // A client that has the local APIC may have an interrupt for this priority.
+        (lowered && self.lapic.is_none()).then_some(VcpuExit::SetTpr)
     }
 
     fn xsetbv(&mut self, index: u32, value: u64) -> Option<VcpuExit> {
@@ -201,12 +205,13 @@ impl Vcpu {
     }
 
     /// The registers that KVM keeps, with what they act on.
-    fn msrs(&mut self) -> (&mut MsrState, CpuEnv<'_>) {
+    pub(super) fn msrs(&mut self) -> (&mut MsrState, CpuEnv<'_>) {
         let env = CpuEnv {
-            tsc_khz: tsc::host_khz(),
+            tsc_khz: self.tsc_khz,
+            apic_base: &mut self.apic_base,
             cpu: &mut self.cpu,
             lapic: self.lapic.as_deref(),
-            pv_features: self.pv_features,
+            pv_features: if self.pv_enforced { self.pv_features } else { u32::MAX },
         };
         (&mut self.msrs, env)
     }
@@ -219,6 +224,10 @@ impl Vcpu {
 
     /// Writes an MSR as WRMSR (or KVM_SET_MSRS, `host`) does.
     pub(super) fn write_msr(&mut self, index: u32, value: u64, host: bool) -> Result<(), MsrError> {
+        if host && index == IA32_TSC {
+            self.write_tsc(value);
+            return Ok(());
+        }
         let (msrs, mut env) = self.msrs();
         msrs.write(index, value, host, &mut env)?;
         if std::mem::take(&mut self.msrs.wall_clock_changed) {

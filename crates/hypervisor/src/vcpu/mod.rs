@@ -1,35 +1,43 @@
 //! A vCPU: KVM_RUN and the state that belongs to it.
 
+mod apic;
+mod cpuid;
+mod events;
 mod exits;
 mod handle;
+mod mce;
 mod registers;
+mod run;
+#[cfg(test)]
+mod testing;
+mod tsc;
+pub(crate) mod xstate;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
-    kvm_cpuid_entry2, kvm_mp_state, kvm_msr_entry,
+    KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_mp_state, kvm_msr_entry,
 };
 use silicon::Cpu;
-use silicon::exception::Exception;
-use silicon::flags::Rflags;
-use silicon::model::feature::Feature;
-use silicon::state::{Activity, CpuState, interruptibility};
-use silicon::vmx::{Exit, Injection};
+use silicon::state::CpuState;
 
 use crate::cpuid::Cpuid;
 use crate::error::Error;
-use crate::irqchip::lapic::{ApicFeatures, Lapic};
+use crate::irqchip::lapic::Lapic;
 use crate::kvmclock::ClockPage;
-use crate::msr::MsrState;
-use crate::tsc;
+use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
+use events::Events;
 
 pub use handle::VcpuHandle;
+pub use run::{RunRequest, RunState};
+pub use tsc::TscSync;
+pub use xstate::XSAVE_SIZE;
 
-/// IA32_APIC_BASE.BSP.
+/// IA32_APIC_BASE after reset, and its bits: enabled, bootstrap processor.
+const APIC_BASE_DEFAULT: u64 = 0xfee0_0000 | 1 << 11;
 const APIC_BASE_BSP: u64 = 1 << 8;
 
 /// Why KVM_RUN returned (kernel: the KVM_EXIT_* reasons of `struct kvm_run`).
@@ -57,6 +65,13 @@ pub enum VcpuExit {
     Hlt,
     /// KVM_EXIT_SHUTDOWN: triple fault.
     Shutdown,
+    /// KVM_EXIT_SET_TPR: the guest has lowered CR8, and the local APIC is the client's.
+    SetTpr,
+    /// KVM_EXIT_IOAPIC_EOI: split irqchip, the client's IOAPIC waits for the EOI of this vector.
+    IoapicEoi {
+        /// Vector.
+        vector: u8,
+    },
     /// KVM_EXIT_IRQ_WINDOW_OPEN: the client asked to be told when it can inject.
     IrqWindowOpen,
     /// KVM_EXIT_INTERNAL_ERROR, emulation: the instruction at RIP cannot be executed where it is.
@@ -68,19 +83,6 @@ pub enum VcpuExit {
     Budget,
 }
 
-/// State that `kvm_run` carries after every KVM_RUN.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RunState {
-    /// RFLAGS.IF.
-    pub interrupt_flag: bool,
-    /// KVM_INTERRUPT would be taken at once.
-    pub ready_for_interrupt: bool,
-    /// CR8.
-    pub cr8: u64,
-    /// IA32_APIC_BASE.
-    pub apic_base: u64,
-}
-
 /// A virtual CPU, owned by the thread that runs it.
 pub struct Vcpu {
     /// The processor underneath.
@@ -90,15 +92,30 @@ pub struct Vcpu {
     lapic: Option<Arc<Lapic>>,
     cpuid: Cpuid,
     pv_features: u32,
+    /// The guest may use no paravirtual feature that its CPUID does not enumerate.
+    pv_enforced: bool,
     msrs: MsrState,
     clock_page: ClockPage,
     /// Changes of the VM's clock that the clock page has.
     clock_changes: u32,
+    /// IA32_APIC_BASE where the local APIC is the client's.
+    apic_base: u64,
+    vapic_address: u64,
     mp_state: u32,
-    /// NMIs that wait for their window; hardware holds one, KVM two.
-    nmis: u32,
+    /// Where the next start-up IPI that a client restores begins.
+    sipi_vector: u8,
+    events: Events,
+    /// Length of the INT3 or INTO that exited last, for injecting it again.
+    software_length: u8,
+    /// The EOI of this vector is to be told to the client.
+    ioapic_eoi: Option<u8>,
+    /// The client wants to know when it can inject an interrupt.
+    window_requested: bool,
     /// An access to user space was reported and awaits its result.
     user_access: bool,
+    /// The guest has been entered.
+    has_run: bool,
+    tsc_khz: u32,
     reset_state: Box<CpuState>,
 }
 
@@ -116,7 +133,9 @@ impl Vcpu {
         let model = vm.system().model();
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
+        let tsc_khz = vm.tsc_khz();
         cpu.controls.tsc_offset = vm.initial_tsc_offset();
+        cpu.controls.tsc_multiplier = tsc::ratio(tsc_khz).ok_or(Error::Invalid("frequency of the TSC"))?;
         let handle = Arc::new(VcpuHandle::new(id, cpu.requests.clone())?);
         let lapic = vm.irqchip().map(|chip| chip.create_lapic(id, bsp)).transpose()?;
         if let Some(lapic) = &lapic {
@@ -124,6 +143,7 @@ impl Vcpu {
         }
         let mp_state =
             if !bsp && lapic.is_some() { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE };
+        let apic_base = APIC_BASE_DEFAULT | if bsp { APIC_BASE_BSP } else { 0 };
         let reset_state = Box::new(cpu.state.clone());
         let msrs = MsrState::new(model, vm.system().host());
         Ok(Vcpu {
@@ -133,12 +153,21 @@ impl Vcpu {
             lapic,
             cpuid,
             pv_features: 0,
+            pv_enforced: false,
             msrs,
             clock_page: ClockPage::default(),
             clock_changes: 0,
+            apic_base,
+            vapic_address: 0,
             mp_state,
-            nmis: 0,
+            sipi_vector: 0,
+            events: Events::default(),
+            software_length: 1,
+            ioapic_eoi: None,
+            window_requested: false,
             user_access: false,
+            has_run: false,
+            tsc_khz,
             reset_state,
         })
     }
@@ -158,60 +187,47 @@ impl Vcpu {
         &mut self.cpu
     }
 
-    /// KVM_SET_CPUID2: what the guest sees, and what the processor offers it from now on.
-    pub fn set_cpuid2(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
-        self.cpuid = Cpuid::from_entries(entries)?;
-        self.pv_features = self.cpuid.pv_features();
-        self.cpu.set_features(self.cpuid.features());
-        if let Some(lapic) = &self.lapic {
-            let has = |feature| self.cpu.features.has(feature);
-            lapic.set_features(ApicFeatures {
-                x2apic: has(Feature::X2apic),
-                tsc_deadline: has(Feature::TscDeadline),
-                cmci: false,
-                physical_address_bits: self.cpu.features.physical_bits(),
-            });
-        }
-        Ok(())
-    }
-
-    /// KVM_GET_MP_STATE.
-    pub fn mp_state(&self) -> kvm_mp_state {
+    /// KVM_GET_MP_STATE. Takes INIT and start-up IPIs that wait, so it comes before the registers.
+    pub fn mp_state(&mut self) -> kvm_mp_state {
+        self.take_apic_events();
         kvm_mp_state { mp_state: self.mp_state }
     }
 
     /// KVM_SET_MP_STATE. EINVAL for states that this VM cannot be in.
     pub fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), Error> {
-        match state.mp_state {
-            KVM_MP_STATE_RUNNABLE => {}
-            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_HALTED | KVM_MP_STATE_INIT_RECEIVED
-                if self.lapic.is_some() => {}
+        match (state.mp_state, &self.lapic) {
+            (KVM_MP_STATE_RUNNABLE, _) => {}
+            (KVM_MP_STATE_SIPI_RECEIVED, Some(lapic)) => {
+                self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
+                lapic.post_sipi(self.sipi_vector);
+                return Ok(());
+            }
+            (
+                KVM_MP_STATE_UNINITIALIZED
+                | KVM_MP_STATE_HALTED
+                | KVM_MP_STATE_AP_RESET_HOLD
+                | KVM_MP_STATE_INIT_RECEIVED,
+                Some(_),
+            ) => {}
             _ => return Err(Error::Invalid("mp_state")),
         }
         self.mp_state = state.mp_state;
         Ok(())
     }
 
-    /// KVM_NMI.
-    pub fn nmi(&mut self) {
-        self.nmis = (self.nmis + 1).min(self.nmi_limit());
+    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID: whether the guest may use only the paravirtual features that its CPUID
+    /// enumerates. Without it, it may use all that there are.
+    pub fn enforce_pv_features(&mut self, enforce: bool) {
+        self.pv_enforced = enforce;
     }
 
-    /// One NMI may wait behind the one in progress; two if none is (kernel: process_nmi in arch/x86/kvm/x86.c).
-    fn nmi_limit(&self) -> u32 {
-        let blocked = self.cpu.state.interruptibility & interruptibility::NMI != 0;
-        if blocked || self.cpu.injection == Some(Injection::Nmi) { 1 } else { 2 }
-    }
-
-    /// KVM_INTERRUPT, for VMs without in-kernel interrupt controllers.
-    pub fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
-        if self.lapic.is_some() {
-            return Err(Error::Missing("a user-space interrupt controller"));
+    /// KVM_KVMCLOCK_CTRL: tells the guest that it was stopped. EINVAL if it does not use the clock.
+    pub fn kvmclock_ctrl(&mut self) -> Result<(), Error> {
+        if self.msrs.system_time() & 1 == 0 {
+            return Err(Error::Invalid("the guest has no clock page"));
         }
-        if self.cpu.injection.is_some() {
-            return Err(Error::Exists("an event to inject"));
-        }
-        self.cpu.injection = Some(Injection::Interrupt(vector));
+        self.clock_page.guest_stopped = true;
+        self.msrs.clock_changed = true;
         Ok(())
     }
 
@@ -239,21 +255,15 @@ impl Vcpu {
         entries.len()
     }
 
-    /// The guest's TSC frequency in kHz (KVM_GET_TSC_KHZ).
-    pub fn tsc_khz(&self) -> u32 {
-        tsc::host_khz()
-    }
-
     pub(crate) fn apic_base(&self) -> u64 {
-        self.lapic.as_ref().map_or(0xfee0_0000 | 1 << 11, |lapic| lapic.apic_base())
+        self.lapic.as_ref().map_or(self.apic_base, |lapic| lapic.apic_base())
     }
 
     pub(crate) fn set_apic_base(&mut self, value: u64) -> Result<(), Error> {
-        match &self.lapic {
-            Some(lapic) if lapic.apic_base() != value => {
-                lapic.set_apic_base(value, true).map_err(|_| Error::Invalid("IA32_APIC_BASE"))
-            }
-            _ => Ok(()),
+        if value == self.apic_base() || self.msrs().1.set_apic_base(value, true) {
+            Ok(())
+        } else {
+            Err(Error::Invalid("IA32_APIC_BASE"))
         }
     }
 
@@ -268,170 +278,15 @@ impl Vcpu {
         }
     }
 
-    /// KVM_RUN: runs the guest until something concerns the caller.
-    pub fn run(&mut self) -> Result<VcpuExit, Error> {
-        self.complete(0);
-        let result = self.run_inner();
-        self.handle.stats.instructions.store(self.cpu.instructions(), Ordering::Relaxed);
-        match result {
-            Ok(_) => self.handle.stats.user_exits.count(),
-            Err(_) => self.handle.stats.signal_exits.count(),
-        }
-        result
-    }
-
-    fn run_inner(&mut self) -> Result<VcpuExit, Error> {
-        // The VMM may have written memory since the last call; between exits that stay here it has no turn.
-        let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
-        loop {
-            if self.handle.interrupted() {
-                // KVM finishes a pending access even then, so that the registers can be saved.
-                self.finish_access();
-                return Err(Error::Interrupted);
-            }
-            self.take_apic_events();
-            if self.mp_state != KVM_MP_STATE_RUNNABLE {
-                self.sleep();
-                continue;
-            }
-            self.update_clock();
-            self.prepare_events();
-            let exit = enter(&mut self.cpu);
-            enter = Cpu::resume;
-            self.handle.stats.exit(&exit);
-            if let Some(user) = self.handle_exit(exit) {
-                return Ok(user);
-            }
-        }
-    }
-
-    /// Executes the one instruction whose access has just been answered.
-    fn finish_access(&mut self) {
-        if self.cpu.access_pending() {
-            let limit = std::mem::replace(&mut self.cpu.controls.instruction_limit, 0);
-            let _ = self.cpu.run();
-            self.cpu.controls.instruction_limit = limit;
-        }
-    }
-
-    /// INIT, SIPI and NMIs that the LAPIC has received.
-    fn take_apic_events(&mut self) {
-        let Some(lapic) = self.lapic.clone() else { return };
-        let events = lapic.take_events();
-        self.nmis = (self.nmis + events.nmi).min(self.nmi_limit());
-        if events.init {
-            self.cpu.init_reset();
-            lapic.reset(true);
-            self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
-            if lapic.apic_base() & APIC_BASE_BSP != 0 {
-                // The bootstrap processor does not wait for a start-up IPI.
-                self.cpu.state.activity = Activity::Active;
-                self.mp_state = KVM_MP_STATE_RUNNABLE;
-            }
-        }
-        if let Some(vector) = events.sipi
-            && self.mp_state == KVM_MP_STATE_INIT_RECEIVED
-        {
-            self.cpu.startup(vector);
-            self.mp_state = KVM_MP_STATE_RUNNABLE;
-        }
-    }
-
-    /// HLT, wait-for-SIPI: sleeps until there is something to do.
-    fn sleep(&mut self) {
-        let halted = self.mp_state == KVM_MP_STATE_HALTED;
-        if halted {
-            self.handle.stats.halts.fetch_add(1, Ordering::Relaxed);
-        }
-        let interrupts = halted && self.cpu.interrupt_allowed();
-        let nmi = halted && (self.nmis != 0 && self.cpu.nmi_allowed() || self.cpu.pending_debug != 0);
-        let (lapic, chip) = (self.lapic.as_deref(), self.vm.irqchip());
-        let runnable = || match (lapic, chip) {
-            (Some(lapic), Some(chip)) => nmi || interrupts && chip.has_interrupt(lapic),
-            _ => true,
-        };
-        self.handle.sleep_until(|| runnable() || lapic.is_some_and(Lapic::has_events));
-        // An NMI that has just come is taken from the events first; the next round finds it here.
-        if halted && runnable() {
-            self.mp_state = KVM_MP_STATE_RUNNABLE;
-        }
-    }
-
-    /// Decides what to inject at the next entry, or which window to wait for.
-    fn prepare_events(&mut self) {
-        self.cpu.controls.nmi_window_exiting = false;
-        self.cpu.controls.interrupt_window_exiting = false;
-        if self.cpu.injection.is_none() && self.nmis != 0 {
-            if self.cpu.nmi_allowed() {
-                self.nmis -= 1;
-                self.cpu.injection = Some(Injection::Nmi);
-                self.handle.stats.nmis.fetch_add(1, Ordering::Relaxed);
-            }
-            // One may be left, or have to wait.
-            self.cpu.controls.nmi_window_exiting = self.nmis != 0;
-        }
-        if !self.interrupt_pending() {
-            return;
-        }
-        if self.cpu.injection.is_some() || !self.cpu.interrupt_allowed() {
-            self.cpu.controls.interrupt_window_exiting = true;
-            return;
-        }
-        if let Some(vector) = self.acknowledge_interrupt() {
-            self.cpu.injection = Some(Injection::Interrupt(vector));
-            self.handle.stats.interrupts.fetch_add(1, Ordering::Relaxed);
-        }
-        // One more may wait behind it.
-        self.cpu.controls.interrupt_window_exiting = self.interrupt_pending();
-    }
-
-    fn interrupt_pending(&self) -> bool {
-        let (Some(lapic), Some(chip)) = (&self.lapic, self.vm.irqchip()) else { return false };
-        chip.has_interrupt(lapic)
-    }
-
-    fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        self.vm.irqchip()?.acknowledge(self.lapic.as_ref()?)
-    }
-
-    fn update_clock(&mut self) {
-        let changes = self.vm.clock_changes();
-        if std::mem::take(&mut self.msrs.clock_changed) || self.clock_changes != changes {
-            self.clock_changes = changes;
-            self.clock_page.msr = self.msrs.system_time();
-            let base = *self.vm.clock();
-            let (offset, khz) = (self.cpu.controls.tsc_offset, self.tsc_khz());
-            self.clock_page.update(self.vm.memory(), &base, offset, khz);
-        }
-    }
-
-    /// What `kvm_run` says of the vCPU after each KVM_RUN.
-    pub fn run_state(&self) -> RunState {
-        let interrupt_flag = self.cpu.state.flag(Rflags::IF);
-        RunState {
-            interrupt_flag,
-            // The kernel says so whenever its interrupt controllers do the injecting.
-            ready_for_interrupt: self.lapic.is_some()
-                || self.cpu.injection.is_none() && self.cpu.interrupt_allowed(),
-            cr8: self.cr8(),
-            apic_base: self.apic_base(),
-        }
-    }
-
     /// Back to the state after power-up (not an ioctl: our VMM's reset).
     pub fn reset(&mut self) {
         // Drops what an unfinished instruction left behind.
         self.cpu.init_reset();
         self.cpu.state = (*self.reset_state).clone();
         self.cpu.injection = None;
+        self.events = Events::default();
         self.msrs.reset();
         self.cpu.refresh_mode();
         self.cpu.paging_changed();
-    }
-
-    /// #GP(0) for the instruction that exited. Injection leaves RF to us, as VM entry does.
-    fn inject_gp(&mut self) {
-        self.cpu.state.rflags_system |= Rflags::RF.bits();
-        self.cpu.injection = Some(Injection::Exception(Exception::gp(0)));
     }
 }

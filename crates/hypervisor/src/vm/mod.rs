@@ -22,7 +22,7 @@ use crate::msr::filter::MsrFilters;
 use crate::stats::VmStats;
 use crate::system::{System, VCPU_IDS_MAX, VCPUS_MAX};
 use crate::tsc;
-use crate::vcpu::{Vcpu, VcpuHandle};
+use crate::vcpu::{TscSync, Vcpu, VcpuHandle};
 use policy::Policy;
 
 /// One VM.
@@ -43,6 +43,7 @@ pub struct Vm {
     /// Counts the changes of the clock that vCPUs have to tell their guest.
     clock_changes: AtomicU32,
     setup: Mutex<Setup>,
+    tsc_sync: Mutex<TscSync>,
     /// Offset of every vCPU's TSC from the host's at creation, so that guests start near zero and in step.
     tsc_offset: u64,
     /// Frequency of the TSC of vCPUs yet to be created, in kHz.
@@ -63,6 +64,7 @@ pub(crate) struct Setup {
 impl Vm {
     pub(crate) fn new(system: Arc<System>) -> Result<Arc<Vm>, Error> {
         let memory = Memory::new(system.model().features().physical_bits());
+        let tsc_offset = tsc::rdtsc().wrapping_neg();
         Ok(Arc::new(Vm {
             system,
             memory,
@@ -77,7 +79,8 @@ impl Vm {
             clock: Mutex::default(),
             clock_changes: AtomicU32::new(0),
             setup: Mutex::default(),
-            tsc_offset: tsc::rdtsc().wrapping_neg(),
+            tsc_sync: Mutex::new(TscSync::new(tsc_offset, tsc::host_khz())),
+            tsc_offset,
             tsc_khz: AtomicU32::new(tsc::host_khz()),
         }))
     }
@@ -129,6 +132,11 @@ impl Vm {
 
     pub(crate) fn setup(&self) -> MutexGuard<'_, Setup> {
         self.setup.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What clients last wrote to a vCPU's TSC.
+    pub(crate) fn tsc_sync(&self) -> MutexGuard<'_, TscSync> {
+        self.tsc_sync.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn initial_tsc_offset(&self) -> u64 {

@@ -47,6 +47,7 @@ mod vector_moves;
 mod vector_tests;
 mod xsave;
 mod xsave_area;
+pub mod xstate_image;
 
 /// A family's `lower`: the operation for an instruction of its own, `None` for any other.
 type Lower = fn(&Instruction, &LowerCtx) -> Option<Op>;

@@ -21,6 +21,9 @@ mod component {
     pub(super) const PKRU: u8 = 9;
 }
 
+/// Component number of PKRU.
+pub(super) const PKRU: u8 = component::PKRU;
+
 /// What to write of the legacy region.
 pub(super) struct Legacy {
     pub(super) x87: bool,
@@ -192,4 +195,10 @@ pub(super) fn load(state: &mut CpuState, bit: u8, count: usize, from: &[u8]) {
         (None, component::PKRU) => state.pkru = word(from, 0) as u32,
         _ => {}
     }
+}
+
+/// Gives a component its initial configuration.
+pub(super) fn load_initial(state: &mut CpuState, bit: u8, count: usize) {
+    const ZEROES: [u8; 1024] = [0; 1024];
+    load(state, bit, count, &ZEROES);
 }

@@ -151,6 +151,25 @@ impl Cpu {
         Ok(())
     }
 
+    /// Loads the PDPTEs after somebody outside guest mode has set CR0, CR3, CR4 and EFER; nothing happens if PAE paging
+    /// is off. False, with nothing changed, if the table is not in memory or has reserved bits set.
+    pub fn reload_pdptrs(&mut self) -> bool {
+        if self.state.cr0 & cr0::PG == 0 || self.paging_format() != Format::Pae {
+            return true;
+        }
+        let table = self.state.cr3 & 0xffff_ffe0;
+        let reserved = 0x1e6 | !self.features.physical_mask() & !PAGE_MASK;
+        let mut loaded = [0; 4];
+        for (i, pdpte) in loaded.iter_mut().enumerate() {
+            match self.peek_entry(table + i as u64 * 8, true) {
+                Some(value) if value & entry::PRESENT == 0 || value & reserved == 0 => *pdpte = value,
+                _ => return false,
+            }
+        }
+        self.state.pdptr = loaded;
+        true
+    }
+
     /// Whether `leaf` allows `access`; if not, the error-code bits that say why (besides P).
     pub(crate) fn permits(&self, leaf: Leaf, access: Access) -> Result<(), u32> {
         let state = &self.state;

@@ -234,6 +234,29 @@ impl Lapic {
         ApicEvents::from_bits(self.events.swap(0, Ordering::SeqCst))
     }
 
+    /// Takes the NMIs alone.
+    pub fn take_nmis(&self) -> u32 {
+        if !self.has_events() {
+            return 0;
+        }
+        (self.events.fetch_and(!EVENT_NMI_COUNT, Ordering::SeqCst) & EVENT_NMI_COUNT) >> 16
+    }
+
+    /// Userspace restores, or clears, an INIT that waits (`kvm_vcpu_events`, smi.latched_init).
+    pub fn latch_init(&self, waits: bool) {
+        if waits {
+            self.post(|events| events | EVENT_INIT);
+        } else {
+            self.events.fetch_and(!EVENT_INIT, Ordering::SeqCst);
+        }
+    }
+
+    /// What KVM keeps at the address of KVM_SET_VAPIC_ADDR: the task priority in bits 7:0, the class of the interrupt in
+    /// service in bits 15:8, the highest vector requested in bits 31:24.
+    pub fn vapic_word(&self) -> u32 {
+        self.lock().vapic_word()
+    }
+
     /// Whether interrupts of the 8259 reach this vCPU: LINT0 is an unmasked ExtINT, or the APIC is disabled.
     pub fn accepts_pic(&self) -> bool {
         self.address().takes_pic()

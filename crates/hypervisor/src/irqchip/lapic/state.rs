@@ -194,6 +194,12 @@ impl State {
         self.regs.highest(ISR)
     }
 
+    /// See [`Lapic::vapic_word`](super::Lapic::vapic_word).
+    pub(super) fn vapic_word(&self) -> u32 {
+        let highest = |base| u32::from(self.regs.highest(base).unwrap_or(0));
+        self.regs.get(TPR) & 0xff | (highest(ISR) & 0xf0) << 8 | highest(IRR) << 24
+    }
+
     /// Whether `vector` still waits for its EOI here.
     pub(super) fn awaits_eoi(&self, vector: u8) -> bool {
         self.regs.test(ISR, vector) || self.regs.test(IRR, vector)

@@ -1,0 +1,110 @@
+//! Why KVM_RUN returned, as `kvm_run` says it, and where the client's answer is.
+#![expect(unsafe_code, reason = "addresses of fields of memory that is shared with the client")]
+
+use hypervisor::VcpuExit;
+use kvm_bindings::*;
+
+use crate::run::{PIO_DATA, RunArea, field};
+
+/// Says why KVM_RUN returned.
+pub(crate) fn report(area: &RunArea, exit: &VcpuExit) {
+    let reason = match *exit {
+        VcpuExit::Io { port, size, write } => {
+            let io = field!(area, __bindgen_anon_1.io);
+            let direction = if write.is_some() { KVM_EXIT_IO_OUT } else { KVM_EXIT_IO_IN } as u8;
+            let access = kvm_run__bindgen_ty_1__bindgen_ty_4 {
+                direction,
+                size,
+                port,
+                count: 1,
+                data_offset: PIO_DATA as u64,
+            };
+            area.set(io, access);
+            area.set(area.pio_data(), write.unwrap_or(0).into());
+            KVM_EXIT_IO
+        }
+        VcpuExit::Mmio { gpa, size, write } => {
+            let mmio = kvm_run__bindgen_ty_1__bindgen_ty_6 {
+                phys_addr: gpa,
+                data: write.unwrap_or(0).to_le_bytes(),
+                len: size.into(),
+                is_write: write.is_some().into(),
+            };
+            area.set(field!(area, __bindgen_anon_1.mmio), mmio);
+            KVM_EXIT_MMIO
+        }
+        VcpuExit::Hlt => KVM_EXIT_HLT,
+        VcpuExit::Shutdown => KVM_EXIT_SHUTDOWN,
+        VcpuExit::IrqWindowOpen => KVM_EXIT_IRQ_WINDOW_OPEN,
+        VcpuExit::SetTpr => KVM_EXIT_SET_TPR,
+        VcpuExit::IoapicEoi { vector } => {
+            area.set(field!(area, __bindgen_anon_1.eoi.vector), vector);
+            KVM_EXIT_IOAPIC_EOI
+        }
+        VcpuExit::InternalError { .. } => {
+            let failure = kvm_run__bindgen_ty_1__bindgen_ty_13 {
+                suberror: KVM_INTERNAL_ERROR_EMULATION,
+                ndata: 0,
+                ..Default::default()
+            };
+            area.set(field!(area, __bindgen_anon_1.internal), failure);
+            KVM_EXIT_INTERNAL_ERROR
+        }
+        // Only tools set a limit.
+        VcpuExit::Budget => KVM_EXIT_UNKNOWN,
+    };
+    area.set(field!(area, exit_reason), reason);
+}
+
+/// Where the client puts the answer to the last exit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// No answer is awaited.
+    #[default]
+    None,
+    /// IN: this many bytes of the port data.
+    Port(u8),
+    /// A read: this many bytes of `kvm_run.mmio.data`.
+    Mmio(u8),
+}
+
+impl Answer {
+    /// What the client has to answer to `exit`.
+    pub(crate) fn to(exit: &VcpuExit) -> Answer {
+        match *exit {
+            VcpuExit::Io { size, write: None, .. } => Answer::Port(size),
+            VcpuExit::Mmio { size, write: None, .. } => Answer::Mmio(size),
+            _ => Answer::None,
+        }
+    }
+
+    /// What the client has put there.
+    pub(crate) fn value(self, area: &RunArea) -> u64 {
+        let (data, size) = match self {
+            Answer::None => return 0,
+            Answer::Port(size) => (area.get(area.pio_data()), size),
+            Answer::Mmio(size) => {
+                (u64::from_le_bytes(area.get(field!(area, __bindgen_anon_1.mmio.data))), size)
+            }
+        };
+        if size < 8 { data & ((1 << (size * 8)) - 1) } else { data }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_have_the_width_of_the_access() {
+        let fd = crate::object::memfd(c"test", RunArea::SIZE as u64).unwrap();
+        let area = RunArea::map(&fd).unwrap();
+        area.set(area.pio_data(), 0x1122_3344_5566_7788);
+        area.set(field!(area, __bindgen_anon_1.mmio.data), [0xff; 8]);
+        assert_eq!(Answer::Port(1).value(&area), 0x88);
+        assert_eq!(Answer::Port(4).value(&area), 0x5566_7788);
+        assert_eq!(Answer::Mmio(8).value(&area), u64::MAX);
+        assert_eq!(Answer::Mmio(2).value(&area), 0xffff);
+        assert_eq!(Answer::None.value(&area), 0);
+    }
+}

@@ -1,0 +1,71 @@
+//! KVM_SET_CPUID2 and KVM_GET_CPUID2.
+
+use kvm_bindings::kvm_cpuid_entry2;
+use silicon::model::Feature;
+
+use super::Vcpu;
+use crate::cpuid::Cpuid;
+use crate::error::Error;
+use crate::irqchip::lapic::ApicFeatures;
+
+impl Vcpu {
+    /// KVM_SET_CPUID2: what the guest sees, and what the processor offers it from now on. Once the vCPU has run, only
+    /// what it has already can be set: EINVAL for anything else.
+    pub fn set_cpuid2(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
+        let cpuid = Cpuid::from_entries(entries)?;
+        if self.has_run {
+            let (state, apic_base) = (&self.cpu.state, self.apic_base());
+            let same = cpuid.entries(state, apic_base) == self.cpuid.entries(state, apic_base);
+            return if same {
+                Ok(())
+            } else {
+                Err(Error::Invalid("the vCPU has run with another CPUID table"))
+            };
+        }
+        self.cpuid = cpuid;
+        self.pv_features = self.cpuid.pv_features();
+        self.cpu.set_features(self.cpuid.features());
+        self.update_apic_features();
+        Ok(())
+    }
+
+    /// KVM_GET_CPUID2: the table with the bits that follow the vCPU's state.
+    pub fn cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
+        self.cpuid.entries(&self.cpu.state, self.apic_base())
+    }
+
+    /// What CPUID and MCG_CAP say of the local APIC.
+    pub(super) fn update_apic_features(&mut self) {
+        if let Some(lapic) = &self.lapic {
+            let has = |feature| self.cpu.features.has(feature);
+            lapic.set_features(ApicFeatures {
+                x2apic: has(Feature::X2apic),
+                tsc_deadline: has(Feature::TscDeadline),
+                cmci: self.msrs.has_cmci(),
+                physical_address_bits: self.cpu.features.physical_bits(),
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::vcpu;
+
+    #[test]
+    fn after_the_first_run_only_the_same_table() {
+        let mut vcpu = vcpu();
+        let table = vcpu.vm.system().supported_cpuid();
+        vcpu.set_cpuid2(&table).unwrap();
+        vcpu.set_cpuid2(&table[1..]).unwrap();
+        vcpu.set_cpuid2(&table).unwrap();
+        vcpu.has_run = true;
+        vcpu.set_cpuid2(&vcpu.cpuid2().clone()).unwrap();
+        let mut other = table.clone();
+        other[1].ebx ^= 1;
+        for wrong in [&other[..], &table[1..]] {
+            assert_eq!(vcpu.set_cpuid2(wrong).unwrap_err().errno(), libc::EINVAL);
+        }
+        assert_eq!(vcpu.cpuid2().len(), table.len());
+    }
+}
