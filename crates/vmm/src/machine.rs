@@ -330,7 +330,7 @@ fn start_vcpu(vcpu: Vcpu, buses: Arc<Buses>, ender: Arc<Ender>) -> io::Result<Jo
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
             let reason = format!("the virtual CPU's thread panicked: {text}");
-            ender.end(Outcome::InternalError { cpu: id, reason, registers: registers::dump(&vcpu) });
+            ender.end(Outcome::InternalError { cpu: id, reason, registers: registers::dump(&mut vcpu) });
         }
     })
 }

@@ -6,7 +6,7 @@ use hypervisor::Vcpu;
 use kvm_bindings::kvm_segment;
 
 /// The registers of a virtual CPU as text, without a line end at the end.
-pub(crate) fn dump(vcpu: &Vcpu) -> String {
+pub(crate) fn dump(vcpu: &mut Vcpu) -> String {
     let (regs, sregs) = (vcpu.regs(), vcpu.sregs());
     let mut text = String::new();
     let general = [
