@@ -1,11 +1,13 @@
 //! The command line: options, what their values mean, and the help that explains them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
 use hypervisor::HostParams;
-use silicon::model::CpuModel;
+use hypervisor::host::HostParamError;
+use silicon::model::{CpuModel, ModelError};
 use vmm::config::{Config, ConsoleTarget, DiskConfig, MAX_CPUS};
 use vmm::memory;
 
@@ -47,6 +49,19 @@ Exit status:
   6    internal error
   128+ a signal ended the machine (130 SIGINT, 143 SIGTERM)";
 
+const RUN_LONG_ABOUT: &str = "\
+Runs a program that uses KVM. Its opens of /dev/kvm and its ioctls go to ring3; everything else that it does is its own \
+affair. It has to be dynamically linked with the GNU C library, which any distribution's QEMU is.
+
+The program's process is this one: its exit status and its signals are as without ring3.";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  ring3 run -- qemu-system-x86_64 -accel kvm -nographic -kernel vmlinuz -append console=ttyS0
+  ring3 run --cpu skylake --host split_lock_detect=fatal -- ./my-vmm --config vm.json
+
+Exit status: the program's; 2 if it cannot be run, with the reason on stderr.";
+
 /// `ring3 …`
 #[derive(Debug, Parser)]
 #[command(name = "ring3", version, about = ABOUT, long_about = LONG_ABOUT)]
@@ -62,6 +77,39 @@ pub(crate) enum Command {
     /// Boot a guest: a Linux kernel or a bare-metal program
     #[command(long_about = BOOT_LONG_ABOUT, after_long_help = EXAMPLES)]
     Boot(Box<BootArguments>),
+    /// Run a KVM client, such as QEMU, with ring3 in place of /dev/kvm
+    #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_EXAMPLES)]
+    Run(RunArguments),
+}
+
+/// `ring3 run …`
+#[derive(Debug, Args)]
+pub(crate) struct RunArguments {
+    #[arg(long, value_name = "MODEL[,+feat,-feat…]", value_parser = checked_cpu, help = cpu_help(),
+          allow_hyphen_values = true)]
+    pub(crate) cpu: Option<String>,
+
+    /// Parameters of the host kernel that ring3 stands in for, as on its command line
+    #[arg(long, value_name = "PARAMS", value_parser = checked_host)]
+    pub(crate) host: Option<String>,
+
+    /// What ring3 says on stderr: warn, info, debug or a tracing filter such as abi=trace
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+
+    /// The program and its arguments
+    #[arg(value_name = "CMD", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+/// A model that can be had, as it was written: the client's process reads it again.
+fn checked_cpu(text: &str) -> Result<String, ModelError> {
+    CpuModel::parse(text).map(|_| text.into())
+}
+
+/// Host parameters that exist, as they were written.
+fn checked_host(text: &str) -> Result<String, HostParamError> {
+    HostParams::parse(text).map(|_| text.into())
 }
 
 /// `ring3 boot …`

@@ -1,6 +1,8 @@
 //! The `ring3` command.
 
 mod cli;
+mod client;
+mod run;
 mod status;
 
 use std::io::{self, IsTerminal, Write};
@@ -20,9 +22,16 @@ const DEFAULT_LOG: &str = "warn,virtio_queue=off";
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let Arguments { command: Command::Boot(arguments) } = Arguments::parse();
+    let Arguments { command } = Arguments::parse();
     start_logging();
-    ExitCode::from(boot(*arguments, started))
+    ExitCode::from(match command {
+        Command::Boot(arguments) => boot(*arguments, started),
+        Command::Run(arguments) => {
+            // Comes back only if it cannot be done.
+            say(&format!("ring3: {}", run::run(&arguments)));
+            status::BAD_INPUT
+        }
+    })
 }
 
 /// Logs go to stderr, filtered by [`LOG_VARIABLE`].

@@ -1,0 +1,135 @@
+//! ioctl: KVM's to [`abi::ioctl()`], all others on their way.
+#![expect(unsafe_code, reason = "functions of the C library's")]
+
+use std::ffi::CStr;
+use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use abi::ioctl::KVMIO;
+use abi::{Argument, Created, Errno, Object, Reply, VcpuObject};
+use libc::{c_char, c_int, c_ulong, c_void};
+
+use crate::table::Entry;
+use crate::thread::{Inside, Running};
+use crate::{cancel, interpose, next, process, raw, table};
+
+/// KVM_RUN.
+const RUN: u32 = (KVMIO as u32) << 8 | 0x80;
+
+interpose! {
+    fn ioctl(fd: c_int, number: c_ulong, argument: *mut c_void) -> c_int {
+        if (number >> 8) as u8 == KVMIO
+            && let Some(result) = kvm(fd, number as u32, Argument(argument as u64))
+        {
+            return result;
+        }
+        // SAFETY: the client's arguments, as it gave them.
+        unsafe { next::ioctl(fd, number, argument) }
+    }
+}
+
+/// What became of an ioctl.
+enum Outcome {
+    /// It is made.
+    Done(Result<c_int, Errno>),
+    /// The descriptor is none of ours.
+    NotOurs,
+    /// It is not made yet; the thread is to come outside once before.
+    Again,
+}
+
+/// An ioctl of KVM's type; `None` if the descriptor is none of ours.
+fn kvm(fd: RawFd, number: u32, argument: Argument) -> Option<c_int> {
+    loop {
+        let inside = Inside::enter();
+        // Whatever the engine does wrong, it must not unwind into the client.
+        let call = || call(&inside, fd, number, argument);
+        let outcome = catch_unwind(AssertUnwindSafe(call)).unwrap_or(Outcome::Done(Err(Errno::IO)));
+        inside.leave();
+        match outcome {
+            Outcome::Done(Ok(value)) => return Some(value),
+            Outcome::Done(Err(errno)) => {
+                raw::set_errno(errno.0);
+                return Some(-1);
+            }
+            Outcome::NotOurs => return None,
+            Outcome::Again => {}
+        }
+    }
+}
+
+fn call(inside: &Inside, fd: RawFd, number: u32, argument: Argument) -> Outcome {
+    if number == RUN
+        && let Some(entry) = table::find(fd).as_ref()
+        && let Object::Vcpu(vcpu) = &entry.object
+        && entry.is_usable()
+    {
+        return run(inside, &entry.object, vcpu, argument);
+    }
+    let entry = match table::verify(fd).map_or_else(|| inherited(fd), |entry| Some(Ok(entry))) {
+        Some(Ok(entry)) => entry,
+        Some(Err(errno)) => return Outcome::Done(Err(errno)),
+        None => return Outcome::NotOurs,
+    };
+    if !entry.is_usable() {
+        return Outcome::Done(Err(Errno::IO));
+    }
+    match (number, &entry.object) {
+        (RUN, Object::Vcpu(vcpu)) => run(inside, &entry.object, vcpu, argument),
+        _ => finish(abi::ioctl(&entry.object, number, argument)),
+    }
+}
+
+/// A reply as the client gets it.
+fn finish(reply: Result<Reply, Errno>) -> Outcome {
+    Outcome::Done(match reply {
+        Ok(Reply::Value(value)) => Ok(value),
+        Ok(Reply::Created(created)) => table::adopt(created),
+        Err(errno) => Err(errno),
+    })
+}
+
+/// KVM_RUN, and its way out when a signal comes. `object` is the vCPU.
+fn run(inside: &Inside, object: &Object, vcpu: &VcpuObject, argument: Argument) -> Outcome {
+    if cancel::note_vcpu(&vcpu.handle) {
+        return Outcome::Again;
+    }
+    let running = Running::begin(vcpu);
+    if inside.deferred() {
+        // It came after we had entered and before there was anything to interrupt.
+        vcpu.interrupt();
+    }
+    let reply = abi::ioctl(object, RUN, argument);
+    drop(running);
+    if matches!(reply, Err(Errno::INTERRUPTED)) || inside.deferred() {
+        vcpu.settle();
+    }
+    finish(reply)
+}
+
+/// A descriptor of ours that this process has no object for: it has come from another process, by exec(2) or SCM_RIGHTS.
+/// `/dev/kvm` is open to all; VMs and vCPUs belong to the process that made them. `None`: not ours.
+fn inherited(fd: RawFd) -> Option<Result<Arc<Entry>, Errno>> {
+    let mut target = [0; 32];
+    let path = format!("/proc/self/fd/{fd}\0");
+    let path = CStr::from_bytes_with_nul(path.as_bytes()).ok()?;
+    // SAFETY: the path ends with a zero byte, and the buffer has the length that is said.
+    let length = unsafe {
+        let target: *mut c_char = target.as_mut_ptr();
+        libc::readlink(path.as_ptr(), target, 32)
+    };
+    let name = target.get(..usize::try_from(length).ok()?)?;
+    let name: Vec<u8> = name.iter().map(|&c| c as u8).collect();
+    match name.strip_prefix(b"/memfd:kvm")? {
+        b" (deleted)" => {
+            let system = || {
+                let Created { object, .. } = Created::system(process::system()?)?;
+                table::enter(fd, object)
+            };
+            Some(system())
+        }
+        rest if rest.starts_with(b"-") => Some(Err(Errno::IO)),
+        _ => None,
+    }
+}

@@ -1,0 +1,178 @@
+//! What there is once in a process: the processor that we model, the log, and what fork(2) does to us.
+#![expect(unsafe_code, reason = "pthread_atfork, and values that live as long as the process")]
+
+use std::env::VarError;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use abi::Errno;
+use hypervisor::{HostParams, System};
+use silicon::model::CpuModel;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::raw::{self, Identity};
+use crate::{cancel, open, signal, table};
+
+/// Environment variables that configure us; `ring3 run` sets them.
+mod variable {
+    /// The CPU model, as `ring3 boot --cpu` takes it.
+    pub(super) const CPU: &str = "RING3_CPU";
+    /// Host parameters, as `ring3 boot --host` takes them.
+    pub(super) const HOST: &str = "RING3_HOST";
+    /// Log filter.
+    pub(super) const LOG: &str = "RING3_LOG";
+    /// Where the log goes instead of stderr.
+    pub(super) const LOG_FILE: &str = "RING3_LOG_FILE";
+}
+
+/// Warnings of ours; the client's stderr is the client's.
+const DEFAULT_LOG: &str = "warn";
+
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+/// How many forks lie between the process that loaded us and this one.
+#[inline]
+pub(crate) fn generation() -> u32 {
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// A value that is made when it is first asked for and then stays for ever.
+pub(crate) fn leaked<T: Default>(place: &AtomicPtr<T>) -> &'static T {
+    let mut value = place.load(Ordering::Acquire);
+    if value.is_null() {
+        let new = Box::into_raw(Box::<T>::default());
+        match place.compare_exchange(ptr::null_mut(), new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => value = new,
+            Err(other) => {
+                // SAFETY: nobody else has seen it.
+                drop(unsafe { Box::from_raw(new) });
+                value = other;
+            }
+        }
+    }
+    // SAFETY: made by `Box::into_raw` here or by another thread, and never freed.
+    unsafe { &*value }
+}
+
+/// The machine that VMs of this process run on. ENODEV, and a message, if it is misconfigured.
+pub(crate) fn system() -> Result<Arc<System>, Errno> {
+    static SYSTEM: OnceLock<Option<Arc<System>>> = OnceLock::new();
+    SYSTEM.get_or_init(start).clone().ok_or(Errno(libc::ENODEV))
+}
+
+fn start() -> Option<Arc<System>> {
+    start_logging();
+    // SAFETY: the handler lives as long as the process, which is as long as this library is loaded.
+    unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    match configured() {
+        Ok(system) => Some(system),
+        Err(message) => {
+            tracing::error!("/dev/kvm cannot be opened: {message}");
+            None
+        }
+    }
+}
+
+fn configured() -> Result<Arc<System>, String> {
+    let get = |name| match std::env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(VarError::NotPresent) => Ok(None),
+        Err(VarError::NotUnicode(_)) => Err(format!("{name} is not text")),
+    };
+    let model = get(variable::CPU)?.unwrap_or_else(|| "sapphire-rapids".into());
+    let model = CpuModel::parse(&model).map_err(|error| format!("{}: {error}", variable::CPU))?;
+    let host = get(variable::HOST)?.unwrap_or_default();
+    let host = HostParams::parse(&host).map_err(|error| format!("{}: {error}", variable::HOST))?;
+    Ok(System::new(model, host))
+}
+
+/// In a forked child, before anything of the client's runs there.
+extern "C" fn forked() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+    table::forget_registry();
+    cancel::forget_runners();
+    signal::unlock();
+}
+
+/// Where log lines go.
+enum Log {
+    /// Descriptor 2, for as long as it is the file that it was at first. (We take no copy: clients close it to tell
+    /// others that they are up.)
+    Stderr(Option<Identity>),
+    File(Mutex<File>),
+}
+
+fn start_logging() {
+    let wanted = std::env::var(variable::LOG).unwrap_or_else(|_| DEFAULT_LOG.into());
+    let (filter, refused) = match EnvFilter::try_new(&wanted) {
+        Ok(filter) => (filter, None),
+        Err(error) => (EnvFilter::new(DEFAULT_LOG), Some(error)),
+    };
+    let stderr = Log::Stderr(raw::identity(libc::STDERR_FILENO));
+    let (log, lost) = match std::env::var_os(variable::LOG_FILE) {
+        None => (stderr, None),
+        Some(path) => {
+            let file = File::options().append(true).create(true).custom_flags(libc::O_CLOEXEC).open(&path);
+            match file {
+                Ok(file) => (Log::File(Mutex::new(file)), None),
+                Err(error) => (stderr, Some(error)),
+            }
+        }
+    };
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    // Nobody else sets a subscriber: what we are linked with is ours alone.
+    let _ = builder.with_writer(log).try_init();
+    if let Some(error) = refused {
+        tracing::error!("{}={wanted} is no log filter ({error}); using {DEFAULT_LOG}", variable::LOG);
+    }
+    if let Some(error) = lost {
+        tracing::error!("{}: {error}; logging to stderr", variable::LOG_FILE);
+    }
+    std::panic::set_hook(Box::new(|panic| tracing::error!("internal error: {panic}")));
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(self)
+    }
+}
+
+/// Writes what the formatter gives it, which is a line at a time.
+struct Line<'a>(&'a Log);
+
+impl Write for Line<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0 {
+            Log::Stderr(then) => {
+                if then.is_some() && raw::identity(libc::STDERR_FILENO) == *then {
+                    raw::write(libc::STDERR_FILENO, bytes);
+                }
+                Ok(bytes.len())
+            }
+            Log::File(file) => match file.lock() {
+                Ok(mut file) => file.write(bytes),
+                Err(_) => Ok(bytes.len()),
+            },
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Opens `/dev/kvm`.
+pub(crate) fn open_system(flags: libc::c_int) -> Result<libc::c_int, Errno> {
+    table::sweep();
+    let created = abi::Created::system(system()?)?;
+    let fd = table::adopt(created)?;
+    open::apply_flags(fd, flags);
+    Ok(fd)
+}

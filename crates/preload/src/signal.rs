@@ -1,0 +1,285 @@
+//! Signals: the client's handlers run as always, but never on top of the engine.
+//!
+//! A handler of the client's is entered in [`ACTIONS`] and [`trampoline`] is installed in its place. On a thread that is
+//! outside, the trampoline calls the handler. On a thread that is inside, it puts the signal back, blocked, and
+//! makes KVM_RUN return; when the thread leaves, the mask is as it was and the kernel delivers the signal where the
+//! client may do anything in its handler. So KVM_RUN returns EINTR after the handler has run, as from the kernel.
+//! Faults of the thread's own cannot wait: those go to the handler at once.
+//!
+//! The engine has a handler too: a guest's unmasked floating-point exception traps in an instruction that the host
+//! runs for it (SIGFPE). What is installed by a thread that is inside is the engine's, and gets its faults.
+#![expect(unsafe_code, reason = "sigaction, and calls of handlers")]
+
+use std::cell::UnsafeCell;
+use std::mem;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use libc::{SIG_DFL, SIG_IGN, c_int, c_void, sigaction as SigAction, sighandler_t, siginfo_t, ucontext_t};
+
+use crate::raw::{self, SignalSet};
+use crate::{interpose, next, thread};
+
+/// One more than the highest signal number.
+const SIGNALS: usize = 65;
+
+/// SIGBUS for memory that has failed but is not being used (`BUS_MCEERR_AO`).
+const MEMORY_FAILED_ELSEWHERE: c_int = 5;
+
+/// What is to happen at a signal.
+struct Action {
+    /// The client's handler; the last one, if it has none any more: its signal may be on the way.
+    handler: AtomicUsize,
+    /// The handler is to be called once (`SA_RESETHAND`).
+    once: AtomicBool,
+    /// The engine's handler for its own faults, or 0.
+    engine: AtomicUsize,
+    /// What the client thinks that is installed; `None` while it has not asked for anything.
+    client: UnsafeCell<Option<SigAction>>,
+}
+
+// SAFETY: `client` is only used by the holder of the lock (`Locked`).
+unsafe impl Sync for Action {}
+
+static ACTIONS: [Action; SIGNALS] = [const {
+    Action {
+        handler: AtomicUsize::new(SIG_DFL),
+        once: AtomicBool::new(false),
+        engine: AtomicUsize::new(0),
+        client: UnsafeCell::new(None),
+    }
+}; SIGNALS];
+
+/// Permission to use what the client thinks. Signals are blocked meanwhile, for handlers may call sigaction too.
+struct Locked(SignalSet);
+
+static LOCK: AtomicBool = AtomicBool::new(false);
+
+impl Locked {
+    fn acquire() -> Locked {
+        let mask = raw::change_mask(libc::SIG_BLOCK, SignalSet::MAX);
+        while LOCK.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            std::hint::spin_loop();
+        }
+        Locked(mask)
+    }
+
+    fn client(&mut self, action: &'static Action) -> &mut Option<SigAction> {
+        // SAFETY: whoever holds the lock is alone.
+        unsafe { &mut *action.client.get() }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        LOCK.store(false, Ordering::Release);
+        raw::change_mask(libc::SIG_SETMASK, self.0);
+    }
+}
+
+/// In a forked child: another thread may have had the lock.
+pub(crate) fn unlock() {
+    LOCK.store(false, Ordering::Release);
+}
+
+/// An action with all bytes zero: the default one.
+fn no_action() -> SigAction {
+    // SAFETY: a valid value.
+    unsafe { mem::zeroed() }
+}
+
+fn is_function(handler: sighandler_t) -> bool {
+    handler != SIG_DFL && handler != SIG_IGN
+}
+
+/// The action that is really installed: the client's, with the trampoline for its handler.
+fn in_front_of(client: &SigAction) -> SigAction {
+    let mut action = *client;
+    action.sa_sigaction = trampoline as *const () as sighandler_t;
+    // Whether it counts once is known to the trampoline: a signal that is put back must find it again.
+    action.sa_flags = client.sa_flags & !libc::SA_RESETHAND | libc::SA_SIGINFO;
+    action
+}
+
+/// Installs and shows the client's actions, as sigaction(2).
+pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut SigAction>) -> c_int {
+    let action = usize::try_from(signal).ok().and_then(|number| ACTIONS.get(number)).filter(|_| signal > 0);
+    let Some(action) = action else {
+        raw::set_errno(libc::EINVAL);
+        return -1;
+    };
+    if thread::is_inside() {
+        return new.map_or(0, |new| change_engine(signal, action, &new));
+    }
+    let mut locked = Locked::acquire();
+    let client = locked.client(action);
+    let mut before = no_action();
+    let result = match new {
+        None => install(signal, None, &mut before),
+        Some(new) if is_function(new.sa_sigaction) => {
+            action.once.store(new.sa_flags & libc::SA_RESETHAND != 0, Ordering::Relaxed);
+            action.handler.store(new.sa_sigaction, Ordering::Release);
+            install(signal, Some(&in_front_of(&new)), &mut before)
+        }
+        // The engine's handler stays in place, and does for the client what no handler would.
+        Some(new) if action.engine.load(Ordering::Relaxed) != 0 => {
+            action.handler.store(new.sa_sigaction, Ordering::Release);
+            0
+        }
+        Some(new) => install(signal, Some(&new), &mut before),
+    };
+    if result == 0 {
+        if let Some(old) = old {
+            *old = client.unwrap_or(before);
+        }
+        if new.is_some() {
+            *client = new;
+        }
+    }
+    result
+}
+
+/// The C library's sigaction.
+fn install(signal: c_int, new: Option<&SigAction>, old: &mut SigAction) -> c_int {
+    // SAFETY: both are structures of ours.
+    unsafe { next::sigaction(signal, new.map_or(ptr::null(), ptr::from_ref), old) }
+}
+
+/// The engine wants its own faults, or does not any more.
+fn change_engine(signal: c_int, action: &'static Action, new: &SigAction) -> c_int {
+    let mut locked = Locked::acquire();
+    let client = locked.client(action);
+    let mut before = no_action();
+    if client.is_none() {
+        // Inherited from whoever started us: nothing, or to be ignored.
+        if install(signal, None, &mut before) != 0 {
+            return -1;
+        }
+        action.handler.store(before.sa_sigaction, Ordering::Release);
+        *client = Some(before);
+    }
+    let theirs = client.unwrap_or(before);
+    if is_function(new.sa_sigaction) {
+        action.engine.store(new.sa_sigaction, Ordering::Release);
+        let mut front = in_front_of(&theirs);
+        front.sa_flags |= new.sa_flags & libc::SA_ONSTACK;
+        return install(signal, Some(&front), &mut before);
+    }
+    action.engine.store(0, Ordering::Release);
+    let theirs = if is_function(theirs.sa_sigaction) { in_front_of(&theirs) } else { theirs };
+    install(signal, Some(&theirs), &mut before)
+}
+
+/// Whether the signal is the thread's own doing, at the very instruction that it is at.
+fn is_fault(signal: c_int, code: c_int) -> bool {
+    let kind = matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGFPE | libc::SIGILL | libc::SIGTRAP | libc::SIGSYS
+    );
+    kind && code > 0 && !(signal == libc::SIGBUS && code == MEMORY_FAILED_ELSEWHERE)
+}
+
+type Handler = unsafe extern "C-unwind" fn(c_int, *mut siginfo_t, *mut c_void);
+
+/// What the kernel calls in place of the client's handlers.
+unsafe extern "C-unwind" fn trampoline(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    let Some(action) = ACTIONS.get(signal as usize) else { return };
+    // SAFETY: the kernel passes a siginfo.
+    let fault = is_fault(signal, unsafe { (*info).si_code });
+    let mut handler = action.handler.load(Ordering::Acquire);
+    if thread::is_inside() {
+        let engine = action.engine.load(Ordering::Acquire);
+        if !fault {
+            // SAFETY: the kernel's own structures.
+            unsafe { put_back(signal, info, context.cast()) };
+            return;
+        }
+        if engine != 0 {
+            handler = engine;
+        }
+    } else if action.once.load(Ordering::Relaxed) && action.once.swap(false, Ordering::Relaxed) {
+        let default = no_action();
+        change(signal, Some(default), None);
+    }
+    match handler {
+        SIG_IGN if !fault => {}
+        SIG_DFL | SIG_IGN => {
+            let mut before = no_action();
+            install(signal, Some(&no_action()), &mut before);
+            if !fault {
+                // SAFETY: the kernel's own structure.
+                unsafe { raw::queue_to_self(signal, info) };
+            }
+        }
+        // SAFETY: the client's handler, or the engine's. One that takes a single argument does not see the others.
+        handler => unsafe { mem::transmute::<usize, Handler>(handler)(signal, info, context) },
+    }
+}
+
+/// Makes the signal pending again and keeps it blocked until the thread has left the engine.
+///
+/// # Safety
+///
+/// What the kernel passes to handlers.
+unsafe fn put_back(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) {
+    raw::change_mask(libc::SIG_BLOCK, raw::only(signal));
+    // SAFETY: the mask that is in force after the handler: its first word is the kernel's set.
+    unsafe {
+        let mask = (&raw mut (*context).uc_sigmask).cast::<SignalSet>();
+        *mask |= raw::only(signal);
+        raw::queue_to_self(signal, info);
+    }
+    thread::defer(signal);
+}
+
+/// As signal(2): `flags` are those of the flavour.
+fn simple(signal: c_int, handler: sighandler_t, flags: c_int, block_itself: bool) -> sighandler_t {
+    let mut new = no_action();
+    new.sa_sigaction = handler;
+    new.sa_flags = flags;
+    if block_itself {
+        // SAFETY: a set of ours; a number that is none is refused below.
+        unsafe { libc::sigaddset(&raw mut new.sa_mask, signal) };
+    }
+    let mut old = no_action();
+    if change(signal, Some(new), Some(&mut old)) == 0 { old.sa_sigaction } else { libc::SIG_ERR }
+}
+
+/// # Safety
+///
+/// The arguments of sigaction(2).
+unsafe fn client_sigaction(signal: c_int, new: *const SigAction, old: *mut SigAction) -> c_int {
+    // SAFETY: each is null or the client's structure, as for the C library.
+    unsafe {
+        let new = new.as_ref().copied();
+        change(signal, new, old.as_mut())
+    }
+}
+
+interpose! {
+    fn sigaction(signal: c_int, new: *const SigAction, old: *mut SigAction) -> c_int {
+        // SAFETY: the client's arguments.
+        unsafe { client_sigaction(signal, new, old) }
+    }
+
+    fn __sigaction(signal: c_int, new: *const SigAction, old: *mut SigAction) -> c_int {
+        // SAFETY: the client's arguments.
+        unsafe { client_sigaction(signal, new, old) }
+    }
+
+    fn signal(signal: c_int, handler: sighandler_t) -> sighandler_t {
+        simple(signal, handler, libc::SA_RESTART, true)
+    }
+
+    fn bsd_signal(signal: c_int, handler: sighandler_t) -> sighandler_t {
+        simple(signal, handler, libc::SA_RESTART, true)
+    }
+
+    fn sysv_signal(signal: c_int, handler: sighandler_t) -> sighandler_t {
+        simple(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER, false)
+    }
+
+    fn __sysv_signal(signal: c_int, handler: sighandler_t) -> sighandler_t {
+        simple(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER, false)
+    }
+}
