@@ -43,6 +43,8 @@ pub enum Reply {
     Value(i32),
     /// A new object; the return value is its descriptor.
     Created(Created),
+    /// A file that nobody needs to serve; the return value is its descriptor.
+    File(OwnedFd),
 }
 
 /// A vCPU with the memory that it shares with its client.

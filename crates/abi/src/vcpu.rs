@@ -1,7 +1,5 @@
 //! ioctls on a vCPU (kernel: `kvm_vcpu_ioctl`, `kvm_arch_vcpu_ioctl`). KVM_RUN is in [`crate::run`].
 
-use std::os::fd::IntoRawFd;
-
 use hypervisor::Vcpu;
 use hypervisor::vcpu::XSAVE_SIZE;
 use kvm_bindings::{
@@ -116,7 +114,7 @@ pub(crate) fn get_tsc_khz(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> 
 }
 
 pub(crate) fn get_stats_fd(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
-    Ok(Reply::Value(vcpu.handle().stats_descriptor()?.into_raw_fd()))
+    Ok(Reply::File(vcpu.handle().stats_descriptor()?))
 }
 
 pub(crate) fn set_tsc_khz(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "functions of the C library's")]
 
 use std::ffi::CStr;
-use std::os::fd::RawFd;
+use std::os::fd::{IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -86,6 +86,7 @@ fn finish(reply: Result<Reply, Errno>) -> Outcome {
     Outcome::Done(match reply {
         Ok(Reply::Value(value)) => Ok(value),
         Ok(Reply::Created(created)) => table::adopt(created),
+        Ok(Reply::File(fd)) => Ok(fd.into_raw_fd()),
         Err(errno) => Err(errno),
     })
 }

@@ -3,7 +3,6 @@
 mod interrupts;
 mod memory;
 
-use std::os::fd::IntoRawFd;
 use std::sync::Arc;
 
 use hypervisor::Vm;
@@ -82,7 +81,7 @@ pub(crate) fn create_device(vm: &Arc<Vm>, argument: Argument) -> Result<Reply, E
 }
 
 pub(crate) fn get_stats_fd(vm: &Arc<Vm>, _: Argument) -> Result<Reply, Errno> {
-    Ok(Reply::Value(vm.stats_descriptor()?.into_raw_fd()))
+    Ok(Reply::File(vm.stats_descriptor()?))
 }
 
 pub(crate) fn set_msr_filter(vm: &Arc<Vm>, argument: Argument) -> Result<Reply, Errno> {

@@ -1,6 +1,8 @@
 //! The calls as a client makes them, with its structures in memory.
 #![expect(unsafe_code, reason = "takes over descriptors that calls return")]
 
+use std::os::fd::IntoRawFd;
+
 use std::sync::Arc;
 
 use hypervisor::{HostParams, System};
@@ -26,6 +28,7 @@ impl Client {
         match ioctl(object, row.number(), Argument(argument))? {
             Reply::Value(value) => Ok(value),
             Reply::Created(_) => Ok(0),
+            Reply::File(fd) => Ok(fd.into_raw_fd()),
         }
     }
 
