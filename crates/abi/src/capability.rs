@@ -6,6 +6,7 @@
 use hypervisor::msr::MCE_BANKS;
 use hypervisor::routing::MAX_ROUTES;
 use hypervisor::system::{VCPU_IDS_MAX, VCPUS_MAX};
+use hypervisor::vcpu::GUEST_DEBUG_FLAGS;
 use hypervisor::vm::clock::CLOCK_FLAGS;
 use hypervisor::vm::policy::{DISABLE_EXITS, EXIT_HYPERCALLS, MANUAL_DIRTY_LOG, QUIRKS, X2APIC_API};
 use hypervisor::{Error, System, Vm};
@@ -13,6 +14,7 @@ use kvm_bindings::*;
 
 use crate::coalesced::RING_PAGE;
 use crate::error::Errno;
+use crate::run::SYNC_REGS;
 
 /// What KVM_CHECK_EXTENSION answers.
 #[derive(Clone, Copy)]
@@ -109,6 +111,11 @@ capabilities! {
     VAPIC                     KVM_CAP_VAPIC                       Value(1);
     VCPU_EVENTS               KVM_CAP_VCPU_EVENTS                 Value(1);
     VCPU_ATTRIBUTES           KVM_CAP_VCPU_ATTRIBUTES             Value(1);
+    SYNC_REGS                 KVM_CAP_SYNC_REGS                   Value(SYNC_REGS);
+    SET_GUEST_DEBUG           KVM_CAP_SET_GUEST_DEBUG             Value(1);
+    SET_GUEST_DEBUG2          KVM_CAP_SET_GUEST_DEBUG2            Value(GUEST_DEBUG_FLAGS);
+    X86_ROBUST_SINGLESTEP     KVM_CAP_X86_ROBUST_SINGLESTEP       Value(1);
+    INTERNAL_ERROR_DATA       KVM_CAP_INTERNAL_ERROR_DATA         Value(1);
     DEBUGREGS                 KVM_CAP_DEBUGREGS                   Value(1);
     SREGS2                    KVM_CAP_SREGS2                      Value(1);
     XSAVE                     KVM_CAP_XSAVE                       Value(1);

@@ -1,10 +1,14 @@
 //! Why KVM_RUN returned, as `kvm_run` says it, and where the client's answer is.
 #![expect(unsafe_code, reason = "addresses of fields of memory that is shared with the client")]
 
-use hypervisor::VcpuExit;
+use hypervisor::vcpu::{DebugExit, HypercallExit, InternalError, MsrExit};
+use hypervisor::{Vcpu, VcpuExit};
 use kvm_bindings::*;
 
 use crate::run::{PIO_DATA, RunArea, field};
+
+/// `kvm_run.hypercall.flags`: the guest is in 64-bit mode.
+const KVM_EXIT_HYPERCALL_LONG_MODE: u64 = 1 << 0;
 
 /// Says why KVM_RUN returned.
 pub(crate) fn report(area: &RunArea, exit: &VcpuExit) {
@@ -41,14 +45,29 @@ pub(crate) fn report(area: &RunArea, exit: &VcpuExit) {
             area.set(field!(area, __bindgen_anon_1.eoi.vector), vector);
             KVM_EXIT_IOAPIC_EOI
         }
-        VcpuExit::InternalError { .. } => {
-            let failure = kvm_run__bindgen_ty_1__bindgen_ty_13 {
-                suberror: KVM_INTERNAL_ERROR_EMULATION,
-                ndata: 0,
-                ..Default::default()
-            };
+        VcpuExit::InternalError(InternalError { suberror, ndata, data, .. }) => {
+            let mut failure = kvm_run__bindgen_ty_1__bindgen_ty_13 { suberror, ndata, ..Default::default() };
+            failure.data[..data.len()].copy_from_slice(&data);
             area.set(field!(area, __bindgen_anon_1.internal), failure);
             KVM_EXIT_INTERNAL_ERROR
+        }
+        VcpuExit::Msr(MsrExit { index, reason, write }) => {
+            let data = write.unwrap_or(0);
+            let msr = kvm_run__bindgen_ty_1__bindgen_ty_23 { reason, index, data, ..Default::default() };
+            area.set(field!(area, __bindgen_anon_1.msr), msr);
+            if write.is_some() { KVM_EXIT_X86_WRMSR } else { KVM_EXIT_X86_RDMSR }
+        }
+        VcpuExit::Hypercall(HypercallExit { nr, args, long_mode }) => {
+            let mut call = kvm_run__bindgen_ty_1__bindgen_ty_8 { nr, ..Default::default() };
+            call.args[..4].copy_from_slice(&args);
+            call.__bindgen_anon_1.flags = if long_mode { KVM_EXIT_HYPERCALL_LONG_MODE } else { 0 };
+            area.set(field!(area, __bindgen_anon_1.hypercall), call);
+            KVM_EXIT_HYPERCALL
+        }
+        VcpuExit::Debug(DebugExit { exception, pc, dr6, dr7 }) => {
+            let arch = kvm_debug_exit_arch { exception, pad: 0, pc, dr6, dr7 };
+            area.set(field!(area, __bindgen_anon_1.debug.arch), arch);
+            KVM_EXIT_DEBUG
         }
         // Only tools set a limit.
         VcpuExit::Budget => KVM_EXIT_UNKNOWN,
@@ -66,6 +85,10 @@ pub(crate) enum Answer {
     Port(u8),
     /// A read: this many bytes of `kvm_run.mmio.data`.
     Mmio(u8),
+    /// `kvm_run.msr`: data and error.
+    Msr,
+    /// `kvm_run.hypercall.ret`.
+    Hypercall,
 }
 
 impl Answer {
@@ -74,14 +97,30 @@ impl Answer {
         match *exit {
             VcpuExit::Io { size, write: None, .. } => Answer::Port(size),
             VcpuExit::Mmio { size, write: None, .. } => Answer::Mmio(size),
+            VcpuExit::Msr(_) => Answer::Msr,
+            VcpuExit::Hypercall(_) => Answer::Hypercall,
             _ => Answer::None,
         }
     }
 
-    /// What the client has put there.
-    pub(crate) fn value(self, area: &RunArea) -> u64 {
+    /// Completes with what the client has put there.
+    pub(crate) fn give(self, vcpu: &mut Vcpu, area: &RunArea) {
+        match self {
+            Answer::None | Answer::Port(_) | Answer::Mmio(_) => vcpu.complete(self.value(area)),
+            Answer::Msr => {
+                let error = area.get(field!(area, __bindgen_anon_1.msr.error)) != 0;
+                vcpu.complete_msr(error, area.get(field!(area, __bindgen_anon_1.msr.data)));
+            }
+            Answer::Hypercall => {
+                vcpu.complete_hypercall(area.get(field!(area, __bindgen_anon_1.hypercall.ret)));
+            }
+        }
+    }
+
+    /// The data of a read.
+    fn value(self, area: &RunArea) -> u64 {
         let (data, size) = match self {
-            Answer::None => return 0,
+            Answer::None | Answer::Msr | Answer::Hypercall => return 0,
             Answer::Port(size) => (area.get(area.pio_data()), size),
             Answer::Mmio(size) => {
                 (u64::from_le_bytes(area.get(field!(area, __bindgen_anon_1.mmio.data))), size)

@@ -159,6 +159,7 @@ ioctls! {
     KVM_SET_REGS                   0x82 In    kvm_regs                    => Vcpu vcpu::set_regs;
     KVM_GET_SREGS                  0x83 Out   kvm_sregs                   => Vcpu vcpu::get_sregs;
     KVM_SET_SREGS                  0x84 In    kvm_sregs                   => Vcpu vcpu::set_sregs;
+    KVM_TRANSLATE                  0x85 InOut kvm_translation             => Vcpu vcpu::translate;
     KVM_INTERRUPT                  0x86 In    kvm_interrupt               => Vcpu vcpu::interrupt;
     KVM_GET_MSRS                   0x88 InOut kvm_msrs                    => Vcpu vcpu::get_msrs;
     KVM_SET_MSRS                   0x89 In    kvm_msrs                    => Vcpu vcpu::set_msrs;
@@ -173,6 +174,7 @@ ioctls! {
     KVM_GET_MP_STATE               0x98 Out   kvm_mp_state                => Vcpu vcpu::get_mp_state;
     KVM_SET_MP_STATE               0x99 In    kvm_mp_state                => Vcpu vcpu::set_mp_state;
     KVM_NMI                        0x9a Value ()                          => Vcpu vcpu::nmi;
+    KVM_SET_GUEST_DEBUG            0x9b In    kvm_guest_debug             => Vcpu vcpu::set_guest_debug;
     KVM_X86_SETUP_MCE              0x9c In    u64                         => Vcpu vcpu::x86_setup_mce;
     KVM_X86_SET_MCE                0x9e In    kvm_x86_mce                 => Vcpu vcpu::x86_set_mce;
     KVM_GET_VCPU_EVENTS            0x9f Out   kvm_vcpu_events             => Vcpu vcpu::get_vcpu_events;

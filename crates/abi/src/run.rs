@@ -5,8 +5,12 @@ use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 
+use hypervisor::Vcpu;
 use hypervisor::vcpu::RunRequest;
-use kvm_bindings::{KVM_EXIT_INTR, kvm_run};
+use kvm_bindings::{
+    KVM_EXIT_INTR, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
+    kvm_run,
+};
 
 use crate::error::Errno;
 use crate::exit::{self, Answer};
@@ -100,6 +104,50 @@ impl RunArea {
     }
 }
 
+/// Registers that `kvm_run` can carry to and fro (KVM_CAP_SYNC_REGS).
+pub(crate) const SYNC_REGS: u32 = KVM_SYNC_X86_VALID_FIELDS;
+
+/// Takes over the registers that the client has changed in `kvm_run` (kernel: `sync_regs`). EINVAL for fields that do not
+/// exist.
+fn sync_in(vcpu: &mut Vcpu, area: &RunArea, valid: u64) -> Result<(), Errno> {
+    let dirty = area.get(field!(area, kvm_dirty_regs));
+    if (valid | dirty) & !u64::from(SYNC_REGS) != 0 {
+        return Err(Errno::INVALID);
+    }
+    // Each is marked clean once it has been taken.
+    let mut left = dirty;
+    let mut taken = |field: u32| {
+        left &= !u64::from(field);
+        area.set(field!(area, kvm_dirty_regs), left);
+    };
+    if dirty & u64::from(KVM_SYNC_X86_REGS) != 0 {
+        vcpu.set_regs(&area.get(field!(area, s.regs.regs)));
+        taken(KVM_SYNC_X86_REGS);
+    }
+    if dirty & u64::from(KVM_SYNC_X86_SREGS) != 0 {
+        vcpu.set_sregs(&area.get(field!(area, s.regs.sregs)))?;
+        taken(KVM_SYNC_X86_SREGS);
+    }
+    if dirty & u64::from(KVM_SYNC_X86_EVENTS) != 0 {
+        vcpu.set_vcpu_events(&area.get(field!(area, s.regs.events)))?;
+        taken(KVM_SYNC_X86_EVENTS);
+    }
+    Ok(())
+}
+
+/// Shows the registers that the client wants to see in `kvm_run` (kernel: `store_regs`).
+fn sync_out(vcpu: &mut Vcpu, area: &RunArea, valid: u64) {
+    if valid & u64::from(KVM_SYNC_X86_REGS) != 0 {
+        area.set(field!(area, s.regs.regs), vcpu.regs());
+    }
+    if valid & u64::from(KVM_SYNC_X86_SREGS) != 0 {
+        area.set(field!(area, s.regs.sregs), vcpu.sregs());
+    }
+    if valid & u64::from(KVM_SYNC_X86_EVENTS) != 0 {
+        area.set(field!(area, s.regs.events), vcpu.vcpu_events());
+    }
+}
+
 /// KVM_RUN.
 pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errno> {
     if argument.0 != 0 {
@@ -107,8 +155,13 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
     }
     let (mut vcpu, area) = (object.lock(), &object.run);
     area.set(field!(area, flags), 0);
-    let answer = std::mem::take(&mut vcpu.answer);
-    vcpu.complete(answer.value(area));
+    let valid = area.get(field!(area, kvm_valid_regs));
+    // A vCPU that waits for INIT does nothing else.
+    if !vcpu.awaits_init() {
+        sync_in(&mut vcpu, area, valid)?;
+        let answer = std::mem::take(&mut vcpu.answer);
+        answer.give(&mut vcpu, area);
+    }
     // Sampled once, at entry; whoever wants a vCPU out later sends a signal.
     let request = RunRequest {
         immediate_exit: area.immediate_exit(),
@@ -116,6 +169,7 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
         cr8: area.get(field!(area, cr8)),
     };
     let result = vcpu.run_request(request);
+    sync_out(&mut vcpu, area, valid);
     let state = vcpu.run_state();
     area.set(field!(area, if_flag), state.interrupt_flag.into());
     area.set(field!(area, ready_for_interrupt_injection), state.ready_for_interrupt.into());

@@ -24,13 +24,25 @@ pub mod pv {
     pub const NOP_IO_DELAY: u8 = 1;
     /// kvmclock.
     pub const CLOCKSOURCE2: u8 = 3;
+    /// A paravirtual halt that KVM_HC_KICK_CPU ends.
+    pub const UNHALT: u8 = 7;
+    /// KVM_HC_SEND_IPI.
+    pub const SEND_IPI: u8 = 11;
     /// MSR_KVM_POLL_CONTROL.
     pub const POLL_CONTROL: u8 = 12;
+    /// KVM_HC_SCHED_YIELD.
+    pub const SCHED_YIELD: u8 = 13;
     /// Readings of kvmclock on different vCPUs can be compared.
     pub const CLOCKSOURCE_STABLE: u8 = 24;
     /// What we have.
-    pub const SUPPORTED: u32 =
-        1 << CLOCKSOURCE | 1 << NOP_IO_DELAY | 1 << CLOCKSOURCE2 | 1 << CLOCKSOURCE_STABLE;
+    pub const SUPPORTED: u32 = 1 << CLOCKSOURCE
+        | 1 << NOP_IO_DELAY
+        | 1 << CLOCKSOURCE2
+        | 1 << CLOCKSOURCE_STABLE
+        | 1 << UNHALT
+        | 1 << SEND_IPI
+        | 1 << POLL_CONTROL
+        | 1 << SCHED_YIELD;
 }
 
 /// Features that KVM emulates whether the processor has them or not.
@@ -133,6 +145,21 @@ pub fn for_machine(model: &CpuModel, identity: &Identity) -> Vec<kvm_cpuid_entry
     table.iter().map(entry).collect()
 }
 
+/// What of a vCPU shows in CPUID besides the processor's state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuidState {
+    /// IA32_APIC_BASE.
+    pub apic_base: u64,
+    /// IA32_MISC_ENABLE's MONITOR enable, where CPUID follows it.
+    pub mwait: Option<bool>,
+}
+
+impl CpuidState {
+    fn dynamic(&self, state: &CpuState) -> Dynamic {
+        Dynamic::of(state, self.apic_base & APIC_BASE_ENABLE != 0, self.mwait)
+    }
+}
+
 /// A vCPU's CPUID table.
 #[derive(Clone, Debug, Default)]
 pub struct Cpuid {
@@ -160,8 +187,8 @@ impl Cpuid {
     }
 
     /// KVM_GET_CPUID2: the table with the bits that follow the vCPU's state.
-    pub fn entries(&self, state: &CpuState, apic_base: u64) -> Vec<kvm_cpuid_entry2> {
-        let dynamic = dynamic(state, apic_base);
+    pub fn entries(&self, state: &CpuState, runtime: &CpuidState) -> Vec<kvm_cpuid_entry2> {
+        let dynamic = runtime.dynamic(state);
         let current = |e: &CpuidEntry| {
             let values = read(std::slice::from_ref(e), e.leaf, e.subleaf, &dynamic).unwrap_or(e.values);
             entry(&CpuidEntry { values, ..*e })
@@ -170,8 +197,8 @@ impl Cpuid {
     }
 
     /// What the guest's CPUID returns: EAX, EBX, ECX, EDX (kernel: `kvm_cpuid`).
-    pub fn lookup(&self, leaf: u32, subleaf: u32, state: &CpuState, apic_base: u64) -> [u32; 4] {
-        let dynamic = dynamic(state, apic_base);
+    pub fn lookup(&self, leaf: u32, subleaf: u32, state: &CpuState, runtime: &CpuidState) -> [u32; 4] {
+        let dynamic = runtime.dynamic(state);
         let leaf = self.effective_leaf(leaf, subleaf);
         let values = read(&self.entries, leaf, subleaf, &dynamic).unwrap_or_default();
         [values.eax, values.ebx, values.ecx, values.edx]
@@ -224,10 +251,6 @@ fn silicon_entry(from: &kvm_cpuid_entry2) -> CpuidEntry {
     }
 }
 
-fn dynamic(state: &CpuState, apic_base: u64) -> Dynamic {
-    Dynamic::of(state, apic_base & APIC_BASE_ENABLE != 0, None)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,7 +261,8 @@ mod tests {
     }
 
     fn look(cpuid: &Cpuid, leaf: u32, subleaf: u32) -> [u32; 4] {
-        cpuid.lookup(leaf, subleaf, &CpuState::reset(0), APIC_BASE_ENABLE)
+        let runtime = CpuidState { apic_base: APIC_BASE_ENABLE, mwait: None };
+        cpuid.lookup(leaf, subleaf, &CpuState::reset(0), &runtime)
     }
 
     #[test]
@@ -294,10 +318,10 @@ mod tests {
         let mut state = CpuState::reset(0);
         state.cr4 = cr4::OSXSAVE | cr4::PKE;
         state.xcr0 = 7;
-        assert_eq!(spr.lookup(1, 0, &state, 0)[2] >> 27 & 1, 1);
-        assert_eq!(spr.lookup(1, 0, &state, 0)[3] >> 9 & 1, 0, "APIC off");
-        assert_eq!(spr.lookup(7, 0, &state, 0)[2] >> 4 & 1, 1);
-        let entries = spr.entries(&state, 0);
+        assert_eq!(spr.lookup(1, 0, &state, &CpuidState::default())[2] >> 27 & 1, 1);
+        assert_eq!(spr.lookup(1, 0, &state, &CpuidState::default())[3] >> 9 & 1, 0, "APIC off");
+        assert_eq!(spr.lookup(7, 0, &state, &CpuidState::default())[2] >> 4 & 1, 1);
+        let entries = spr.entries(&state, &CpuidState::default());
         let leaf_d = entries.iter().find(|e| (e.function, e.index) == (0xd, 0)).unwrap();
         assert_eq!(leaf_d.ebx, 832);
     }

@@ -256,7 +256,7 @@ fn run_one(vm: &Vm, vcpu: &mut Vcpu, mut rng: Rng) -> Totals {
                     vcpu.reset();
                 }
             }
-            Ok(VcpuExit::InternalError { .. }) if rng.percent(20) => {}
+            Ok(VcpuExit::InternalError(_)) if rng.percent(20) => {}
             _ => break,
         }
         totals.exits += 1;

@@ -129,8 +129,11 @@ pub enum Exit {
     Rdpmc,
     /// RDTSC or RDTSCP with RDTSC exiting (reason 16).
     Rdtsc,
-    /// VMCALL, or VMMCALL (reason 18).
+    /// VMCALL (reason 18).
     Vmcall,
+    /// VMMCALL, which AMD's processors have in the place of VMCALL. On Intel's it is #UD, which hypervisors look into;
+    /// the reason is that of VMCALL.
+    Vmmcall,
     /// Another VMX instruction; the value is the SDM's exit reason (19 to 27).
     VmxInstruction(u16),
     /// MOV CR8 (reason 28): register number, and whether the guest reads it.
@@ -207,7 +210,7 @@ impl Exit {
             Exit::Invd => 13,
             Exit::Rdpmc => 15,
             Exit::Rdtsc => 16,
-            Exit::Vmcall => 18,
+            Exit::Vmcall | Exit::Vmmcall => 18,
             Exit::VmxInstruction(reason) => *reason,
             Exit::Cr8 { .. } => 28,
             Exit::MovDr { .. } => 29,
@@ -239,7 +242,7 @@ impl Exit {
             Exit::Invd => "invd",
             Exit::Rdpmc => "rdpmc",
             Exit::Rdtsc => "rdtsc",
-            Exit::Vmcall => "vmcall",
+            Exit::Vmcall | Exit::Vmmcall => "vmcall",
             Exit::VmxInstruction(_) => "vmx_instruction",
             Exit::Cr8 { .. } => "cr8_access",
             Exit::MovDr { .. } => "dr_access",

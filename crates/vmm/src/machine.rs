@@ -361,8 +361,8 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender) {
             VcpuExit::Shutdown => {
                 return ender.end(Outcome::TripleFault { cpu, registers: registers::dump(vcpu) });
             }
-            VcpuExit::InternalError { gpa } => {
-                format!("the guest executes instructions at {gpa:#x}, where there is no memory")
+            VcpuExit::InternalError(error) => {
+                format!("the guest executes instructions at {:#x}, where there is no memory", error.gpa)
             }
             _ => format!("unexpected exit {exit:?}"),
         };

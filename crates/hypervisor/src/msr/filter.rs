@@ -109,6 +109,8 @@ impl MsrFilter {
 #[derive(Debug, Default)]
 pub struct MsrFilters {
     present: AtomicBool,
+    /// Some register that the processor keeps is denied.
+    restricts_processor: AtomicBool,
     filter: RwLock<Arc<MsrFilter>>,
 }
 
@@ -116,8 +118,17 @@ impl MsrFilters {
     /// KVM_X86_SET_MSR_FILTER: accesses that begin after this go by `filter`.
     pub fn set(&self, filter: MsrFilter) {
         let trivial = filter == MsrFilter::default();
+        let denied =
+            |index| !filter.allows(index, MsrAccess::Read) || !filter.allows(index, MsrAccess::Write);
+        let restricts = silicon::model::msrs::MSRS.iter().any(|row| denied(row.index));
+        self.restricts_processor.store(restricts, Ordering::Release);
         *self.filter.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(filter);
         self.present.store(!trivial, Ordering::Release);
+    }
+
+    /// Whether accesses to registers that the processor keeps have to be looked at.
+    pub fn restricts_processor(&self) -> bool {
+        self.restricts_processor.load(Ordering::Acquire)
     }
 
     /// Whether the guest may do this.

@@ -148,7 +148,8 @@ fn write_rules() {
         (0x198, 0, GUEST, false),
         (0xc001_0015, 1 << 18 | 8, GUEST, true),
         (0xc001_0015, 1, GUEST, false),
-        (0x4b56_4d05, 1, GUEST, false),
+        (0x4b56_4d05, 1, GUEST, true),
+        (0x4b56_4d05, 2, GUEST, false),
         (0x33, 0, GUEST, false),
         (0xdead, 0, GUEST, false),
     ];

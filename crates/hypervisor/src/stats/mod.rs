@@ -150,7 +150,7 @@ impl VcpuStats {
             Exit::InterruptWindow => self.irq_window_exits.count(),
             Exit::NmiWindow => self.nmi_window_exits.count(),
             Exit::ExternalInterrupt => self.kicks.count(),
-            Exit::Vmcall => self.hypercalls.count(),
+            Exit::Vmcall | Exit::Vmmcall => self.hypercalls.count(),
             _ => {}
         }
     }

@@ -1,12 +1,13 @@
 //! KVM_SET_CPUID2 and KVM_GET_CPUID2.
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, kvm_cpuid_entry2};
 use silicon::model::Feature;
 
 use super::Vcpu;
-use crate::cpuid::Cpuid;
+use crate::cpuid::{Cpuid, CpuidState};
 use crate::error::Error;
 use crate::irqchip::lapic::ApicFeatures;
+use crate::msr::MISC_ENABLE_MWAIT;
 
 impl Vcpu {
     /// KVM_SET_CPUID2: what the guest sees, and what the processor offers it from now on. Once the vCPU has run, only
@@ -14,8 +15,8 @@ impl Vcpu {
     pub fn set_cpuid2(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
         let cpuid = Cpuid::from_entries(entries)?;
         if self.has_run {
-            let (state, apic_base) = (&self.cpu.state, self.apic_base());
-            let same = cpuid.entries(state, apic_base) == self.cpuid.entries(state, apic_base);
+            let (state, runtime) = (&self.cpu.state, self.cpuid_state());
+            let same = cpuid.entries(state, &runtime) == self.cpuid.entries(state, &runtime);
             return if same {
                 Ok(())
             } else {
@@ -31,7 +32,20 @@ impl Vcpu {
 
     /// KVM_GET_CPUID2: the table with the bits that follow the vCPU's state.
     pub fn cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
-        self.cpuid.entries(&self.cpu.state, self.apic_base())
+        self.cpuid.entries(&self.cpu.state, &self.cpuid_state())
+    }
+
+    /// EAX, EBX, ECX, EDX of a leaf as the guest sees them.
+    pub(super) fn cpuid_values(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.cpuid.lookup(leaf, subleaf, &self.cpu.state, &self.cpuid_state())
+    }
+
+    fn cpuid_state(&self) -> CpuidState {
+        let shows_mwait = !self.vm.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT);
+        CpuidState {
+            apic_base: self.apic_base(),
+            mwait: shows_mwait.then(|| self.msrs.misc_enable() & MISC_ENABLE_MWAIT != 0),
+        }
     }
 
     /// What CPUID and MCG_CAP say of the local APIC.

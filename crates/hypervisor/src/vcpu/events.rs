@@ -79,6 +79,14 @@ impl Events {
         self.raised.is_some() || self.injected.is_some()
     }
 
+    /// Raises an exception whose CR2 or DR6 has been set.
+    pub(super) fn raise_without_payload(&mut self, exception: Exception) {
+        self.raise(exception);
+        if let Some(raised) = &mut self.raised {
+            raised.payload = None;
+        }
+    }
+
     /// Raises an exception; on top of another one it may become a double or a triple fault (SDM vol. 3A, table 6-5).
     pub(super) fn raise(&mut self, exception: Exception) {
         let payload = matches!(exception.vector, vector::PF | vector::DB).then_some(exception.payload);
@@ -308,6 +316,9 @@ impl Vcpu {
         self.cpu.controls.nmi_window_exiting = false;
         self.cpu.controls.interrupt_window_exiting = false;
         self.cpu.injection = self.next_injection();
+        if self.debug.blocks_interrupts() {
+            return;
+        }
         let free = self.cpu.injection.is_none() && !self.events.reinjects();
         if free && self.events.nmis != 0 && self.cpu.nmi_allowed() {
             self.events.nmis -= 1;

@@ -1,25 +1,20 @@
 //! What is done on each exit from guest mode (kernel: the exit handlers of arch/x86/kvm/vmx/vmx.c).
 
-use kvm_bindings::KVM_MP_STATE_HALTED;
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS};
 use silicon::exception::Exception;
+use silicon::model::Feature;
 use silicon::state::reg;
 use silicon::vmx::{BusAccess, Exit};
 
-use super::tsc::IA32_TSC;
 use super::{Vcpu, VcpuExit};
 use crate::eventfd::IoSpace;
-use crate::msr::{CpuEnv, MsrError, MsrState};
-
-/// Errors of hypercalls (include/uapi/linux/kvm_para.h).
-const KVM_ENOSYS: i64 = -1000;
-/// Hypercall that does nothing (KVM_HC_VAPIC_POLL_IRQ).
-const HC_VAPIC_POLL_IRQ: u64 = 1;
 
 impl Vcpu {
     /// Acts on an exit: `Some` if it concerns user space.
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
         match exit {
-            Exit::ExternalInterrupt | Exit::InterruptWindow | Exit::NmiWindow | Exit::MonitorTrap => None,
+            Exit::ExternalInterrupt | Exit::InterruptWindow | Exit::NmiWindow => None,
+            Exit::MonitorTrap => Some(self.step_exit()),
             Exit::Io(access) => self.port_access(access),
             Exit::EptViolation(access) => self.memory_access(access),
             Exit::Cpuid => self.cpuid_exit(),
@@ -28,33 +23,33 @@ impl Vcpu {
             Exit::Hlt => self.hlt(),
             Exit::Cr8 { register, read } => self.cr8_access(register, read),
             Exit::Xsetbv { index, value } => self.xsetbv(index, value),
-            Exit::Vmcall => self.hypercall(),
+            Exit::Vmcall => self.hypercall_instruction(false),
+            Exit::Vmmcall => self.hypercall_instruction(true),
             // No instruction of these changes anything that this machine has: caches are coherent, MWAIT may
             // always return at once, PAUSE is a hint (KVM treats them the same way).
-            Exit::Wbinvd | Exit::Invd | Exit::Monitor | Exit::Mwait | Exit::Pause => {
-                self.cpu.skip_instruction();
+            Exit::Wbinvd | Exit::Invd | Exit::Pause => {
+                self.skip_instruction();
                 None
             }
+            Exit::Monitor | Exit::Mwait => self.monitor(),
             Exit::Rdtsc => {
                 let tsc = self.cpu.tsc();
                 self.set_pair(tsc);
-                self.cpu.skip_instruction();
+                self.skip_instruction();
                 None
             }
             Exit::Rdpmc => {
                 self.inject_gp();
                 None
             }
-            Exit::VmxInstruction(_) | Exit::MovDr { .. } => {
+            Exit::VmxInstruction(_) => {
                 self.events.raise(Exception::UD);
                 None
             }
-            Exit::Exception(exception) => {
-                self.events.raise(exception);
-                None
-            }
+            Exit::MovDr { dr, register, read } => self.debug_register_access(dr, register, read),
+            Exit::Exception(exception) => self.exception_exit(exception),
             Exit::TripleFault => Some(VcpuExit::Shutdown),
-            Exit::FetchFailed { gpa } => Some(VcpuExit::InternalError { gpa }),
+            Exit::FetchFailed { gpa } => self.fetch_failed(gpa),
             Exit::Budget => Some(VcpuExit::Budget),
         }
     }
@@ -115,46 +110,35 @@ impl Vcpu {
         }
         let regs = &self.cpu.state.regs;
         let (leaf, subleaf) = (regs[usize::from(reg::RAX)] as u32, regs[usize::from(reg::RCX)] as u32);
-        let [eax, ebx, ecx, edx] = self.cpuid.lookup(leaf, subleaf, &self.cpu.state, self.apic_base());
+        let [eax, ebx, ecx, edx] = self.cpuid_values(leaf, subleaf);
         let regs = &mut self.cpu.state.regs;
         regs[usize::from(reg::RAX)] = u64::from(eax);
         regs[usize::from(reg::RBX)] = u64::from(ebx);
         regs[usize::from(reg::RCX)] = u64::from(ecx);
         regs[usize::from(reg::RDX)] = u64::from(edx);
-        self.cpu.skip_instruction();
-        None
-    }
-
-    fn set_pair(&mut self, value: u64) {
-        self.cpu.state.regs[usize::from(reg::RAX)] = value & 0xffff_ffff;
-        self.cpu.state.regs[usize::from(reg::RDX)] = value >> 32;
-    }
-
-    fn rdmsr(&mut self, index: u32) -> Option<VcpuExit> {
-        match self.read_msr(index, false) {
-            Ok(value) => {
-                self.set_pair(value);
-                self.cpu.skip_instruction();
-            }
-            Err(_) => self.inject_gp(),
-        }
-        None
-    }
-
-    fn wrmsr(&mut self, index: u32, value: u64) -> Option<VcpuExit> {
-        match self.write_msr(index, value, false) {
-            Ok(()) => self.cpu.skip_instruction(),
-            Err(_) => self.inject_gp(),
-        }
+        self.skip_instruction();
         None
     }
 
     fn hlt(&mut self) -> Option<VcpuExit> {
-        self.cpu.skip_instruction();
+        self.skip_instruction();
         if self.lapic.is_none() {
             return Some(VcpuExit::Hlt);
         }
         self.mp_state = KVM_MP_STATE_HALTED;
+        None
+    }
+
+    /// MONITOR and MWAIT, which do nothing here. A processor without them has no such instructions, but KVM never said
+    /// so (kernel: `kvm_emulate_monitor_mwait`).
+    fn monitor(&mut self) -> Option<VcpuExit> {
+        let lenient = self.vm.has_quirk(KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS);
+        let there = self.cpuid_values(1, 0)[2] & 1 << Feature::Monitor.row().bit != 0;
+        if lenient || there {
+            self.skip_instruction();
+        } else {
+            self.events.raise(Exception::UD);
+        }
         None
     }
 
@@ -173,7 +157,7 @@ impl Vcpu {
             self.set_cr8(value);
             lowered = value < before;
         }
-        self.cpu.skip_instruction();
+        self.skip_instruction();
         // A client that has the local APIC may have an interrupt for this priority.
         (lowered && self.lapic.is_none()).then_some(VcpuExit::SetTpr)
     }
@@ -185,54 +169,7 @@ impl Vcpu {
         }
         self.cpu.state.xcr0 = value;
         self.cpu.refresh_mode();
-        self.cpu.skip_instruction();
+        self.skip_instruction();
         None
-    }
-
-    /// VMCALL and VMMCALL (Documentation/virt/kvm/x86/hypercalls.rst). Outside 64-bit mode the registers are
-    /// 32 bits wide.
-    fn hypercall(&mut self) -> Option<VcpuExit> {
-        if self.cpu.state.cpl != 0 {
-            self.cpu.state.regs[usize::from(reg::RAX)] = -1i64 as u64; // -KVM_EPERM
-            self.cpu.skip_instruction();
-            return None;
-        }
-        let number = self.cpu.state.regs[usize::from(reg::RAX)];
-        let result = if number == HC_VAPIC_POLL_IRQ { 0 } else { KVM_ENOSYS };
-        self.cpu.state.regs[usize::from(reg::RAX)] = result as u64;
-        self.cpu.skip_instruction();
-        None
-    }
-
-    /// The registers that KVM keeps, with what they act on.
-    pub(super) fn msrs(&mut self) -> (&mut MsrState, CpuEnv<'_>) {
-        let env = CpuEnv {
-            tsc_khz: self.tsc_khz,
-            apic_base: &mut self.apic_base,
-            cpu: &mut self.cpu,
-            lapic: self.lapic.as_deref(),
-            pv_features: if self.pv_enforced { self.pv_features } else { u32::MAX },
-        };
-        (&mut self.msrs, env)
-    }
-
-    /// Reads an MSR as RDMSR (or KVM_GET_MSRS, `host`) does.
-    pub(super) fn read_msr(&mut self, index: u32, host: bool) -> Result<u64, MsrError> {
-        let (msrs, mut env) = self.msrs();
-        msrs.read(index, host, &mut env)
-    }
-
-    /// Writes an MSR as WRMSR (or KVM_SET_MSRS, `host`) does.
-    pub(super) fn write_msr(&mut self, index: u32, value: u64, host: bool) -> Result<(), MsrError> {
-        if host && index == IA32_TSC {
-            self.write_tsc(value);
-            return Ok(());
-        }
-        let (msrs, mut env) = self.msrs();
-        msrs.write(index, value, host, &mut env)?;
-        if std::mem::take(&mut self.msrs.wall_clock_changed) {
-            self.vm.clock().write_wall_clock(self.vm.memory(), self.msrs.wall_clock());
-        }
-        Ok(())
     }
 }

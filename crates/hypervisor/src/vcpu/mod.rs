@@ -2,10 +2,14 @@
 
 mod apic;
 mod cpuid;
+mod debug;
 mod events;
 mod exits;
+mod failure;
 mod handle;
+mod hypercall;
 mod mce;
+mod msr;
 mod registers;
 mod run;
 #[cfg(test)]
@@ -18,7 +22,8 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_mp_state, kvm_msr_entry,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_X86_DISABLE_EXITS_HLT,
+    KVM_X86_DISABLE_EXITS_MWAIT, kvm_mp_state,
 };
 use silicon::Cpu;
 use silicon::state::CpuState;
@@ -29,9 +34,14 @@ use crate::irqchip::lapic::Lapic;
 use crate::kvmclock::ClockPage;
 use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
+use debug::GuestDebug;
 use events::Events;
 
+pub use debug::{DebugExit, GUEST_DEBUG_FLAGS};
+pub use failure::InternalError;
 pub use handle::VcpuHandle;
+pub use hypercall::HypercallExit;
+pub use msr::MsrExit;
 pub use run::{RunRequest, RunState};
 pub use tsc::TscSync;
 pub use xstate::XSAVE_SIZE;
@@ -74,11 +84,14 @@ pub enum VcpuExit {
     },
     /// KVM_EXIT_IRQ_WINDOW_OPEN: the client asked to be told when it can inject.
     IrqWindowOpen,
-    /// KVM_EXIT_INTERNAL_ERROR, emulation: the instruction at RIP cannot be executed where it is.
-    InternalError {
-        /// Guest-physical address that could not be fetched from.
-        gpa: u64,
-    },
+    /// KVM_EXIT_INTERNAL_ERROR: the instruction at RIP cannot be executed where it is, or an event cannot be delivered.
+    InternalError(InternalError),
+    /// KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR. Answered with [`Vcpu::complete_msr`].
+    Msr(MsrExit),
+    /// KVM_EXIT_HYPERCALL. Answered with [`Vcpu::complete_hypercall`].
+    Hypercall(HypercallExit),
+    /// KVM_EXIT_DEBUG: a breakpoint or single step of the client's debugger.
+    Debug(DebugExit),
     /// The instruction limit of [`silicon::vmx::Controls`] was reached (tests and tools only).
     Budget,
 }
@@ -113,6 +126,12 @@ pub struct Vcpu {
     window_requested: bool,
     /// An access to user space was reported and awaits its result.
     user_access: bool,
+    /// Likewise for an access to an MSR, and for a hypercall.
+    msr_pending: Option<MsrExit>,
+    hypercall_pending: bool,
+    /// A paravirtual halt has been ended by another vCPU.
+    unhalted: bool,
+    debug: GuestDebug,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -136,6 +155,9 @@ impl Vcpu {
         let tsc_khz = vm.tsc_khz();
         cpu.controls.tsc_offset = vm.initial_tsc_offset();
         cpu.controls.tsc_multiplier = tsc::ratio(tsc_khz).ok_or(Error::Invalid("frequency of the TSC"))?;
+        let exits = |disabled: u32| vm.policy().disabled_exits() & disabled == 0;
+        cpu.controls.hlt_exiting = exits(KVM_X86_DISABLE_EXITS_HLT);
+        cpu.controls.mwait_exiting = exits(KVM_X86_DISABLE_EXITS_MWAIT);
         let handle = Arc::new(VcpuHandle::new(id, cpu.requests.clone())?);
         let lapic = vm.irqchip().map(|chip| chip.create_lapic(id, bsp)).transpose()?;
         if let Some(lapic) = &lapic {
@@ -166,6 +188,10 @@ impl Vcpu {
             ioapic_eoi: None,
             window_requested: false,
             user_access: false,
+            msr_pending: None,
+            hypercall_pending: false,
+            unhalted: false,
+            debug: GuestDebug::default(),
             has_run: false,
             tsc_khz,
             reset_state,
@@ -191,6 +217,11 @@ impl Vcpu {
     pub fn mp_state(&mut self) -> kvm_mp_state {
         self.take_apic_events();
         kvm_mp_state { mp_state: self.mp_state }
+    }
+
+    /// Whether the vCPU has never got INIT: KVM_RUN only waits for it then.
+    pub fn awaits_init(&self) -> bool {
+        self.mp_state == KVM_MP_STATE_UNINITIALIZED
     }
 
     /// KVM_SET_MP_STATE. EINVAL for states that this VM cannot be in.
@@ -236,23 +267,6 @@ impl Vcpu {
         if std::mem::take(&mut self.user_access) {
             self.cpu.complete_read(value);
         }
-    }
-
-    /// KVM_SET_MSRS: how many were set before the first that was refused.
-    pub fn set_msrs(&mut self, entries: &[kvm_msr_entry]) -> usize {
-        let refused = entries.iter().position(|e| self.write_msr(e.index, e.data, true).is_err());
-        refused.unwrap_or(entries.len())
-    }
-
-    /// KVM_GET_MSRS: fills in the values; how many were read before the first that was refused.
-    pub fn get_msrs(&mut self, entries: &mut [kvm_msr_entry]) -> usize {
-        for (done, entry) in entries.iter_mut().enumerate() {
-            match self.read_msr(entry.index, true) {
-                Ok(value) => entry.data = value,
-                Err(_) => return done,
-            }
-        }
-        entries.len()
     }
 
     pub(crate) fn apic_base(&self) -> u64 {

@@ -59,6 +59,8 @@ impl Vcpu {
     /// [`Error::Again`] once a vCPU that waited for INIT has got it, [`Error::Invalid`] for a CR8 that there is not.
     pub fn run_request(&mut self, request: RunRequest) -> Result<VcpuExit, Error> {
         self.complete(0);
+        self.complete_msr(false, 0);
+        self.complete_hypercall(0);
         let result = self.run_inner(request);
         self.handle.stats.instructions.store(self.cpu.instructions(), Ordering::Relaxed);
         match result {
@@ -88,6 +90,10 @@ impl Vcpu {
         if request.immediate_exit {
             return Err(Error::Interrupted);
         }
+        if std::mem::take(&mut self.debug.stepped) && self.debug.single_step() {
+            // The client's answer has completed the instruction.
+            return Ok(self.step_exit());
+        }
         self.has_run = true;
         // The VMM may have written memory since the last call; between exits that stay here it has no turn.
         let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
@@ -111,10 +117,15 @@ impl Vcpu {
             }
             self.update_clock();
             self.prepare_events();
+            self.update_msr_exiting();
             let exit = self.enter(enter);
             enter = Cpu::resume;
             if let Some(user) = self.handle_exit(exit) {
+                self.debug.stepped = false;
                 return Ok(user);
+            }
+            if std::mem::take(&mut self.debug.stepped) && self.debug.single_step() {
+                return Ok(self.step_exit());
             }
             if self.window_requested && self.ready_for_interrupt() {
                 return Ok(VcpuExit::IrqWindowOpen);
@@ -125,7 +136,10 @@ impl Vcpu {
     /// Enters guest mode; events that it leaves undelivered are taken back.
     fn enter(&mut self, enter: fn(&mut Cpu) -> Exit) -> Exit {
         self.sync_to_vapic();
+        self.debug.stepped = false;
+        self.debug.exchange(&mut self.cpu.state);
         let exit = enter(&mut self.cpu);
+        self.debug.exchange(&mut self.cpu.state);
         self.sync_from_vapic();
         self.take_back_events();
         self.handle.stats.exit(&exit);
@@ -165,11 +179,15 @@ impl Vcpu {
         }
         let events = lapic.take_events();
         self.queue_nmis(events.nmi);
+        self.unhalted |= events.unhalt;
         self.ioapic_eoi = events.ioapic_eoi.or(self.ioapic_eoi);
         if events.init {
             self.cpu.init_reset();
             self.events = Events { external: self.events.external, ..Events::default() };
             self.user_access = false;
+            self.msr_pending = None;
+            self.hypercall_pending = false;
+            self.unhalted = false;
             lapic.reset(true);
             self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
             if lapic.apic_base() & APIC_BASE_BSP != 0 {
@@ -194,7 +212,8 @@ impl Vcpu {
         }
         let interrupts = halted && self.cpu.interrupt_allowed();
         let events = &self.events;
-        let waiting = events.has_exception() || events.triple_fault || self.cpu.pending_debug != 0;
+        let waiting =
+            events.has_exception() || events.triple_fault || self.unhalted || self.cpu.pending_debug != 0;
         let now = halted && (events.nmis != 0 && self.cpu.nmi_allowed() || waiting);
         let external = events.external.is_some();
         let (lapic, chip) = (self.lapic.as_deref(), self.vm.irqchip());
@@ -208,6 +227,7 @@ impl Vcpu {
         // An NMI that has just come is taken from the events first; the next round finds it here.
         if halted && runnable() {
             self.mp_state = KVM_MP_STATE_RUNNABLE;
+            self.unhalted = false;
         }
     }
 

@@ -20,7 +20,8 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         Code::Rdtscp => rdtscp,
         Code::Rdpid_r32 | Code::Rdpid_r64 => rdpid,
         Code::Rdpmc => rdpmc,
-        Code::Vmcall | Code::Vmmcall => vmcall,
+        Code::Vmcall => vmcall,
+        Code::Vmmcall => vmmcall,
         Code::Monitorw | Code::Monitord | Code::Monitorq => monitor,
         Code::Mwait => mwait,
         Code::Umonitor_r16 | Code::Umonitor_r32 | Code::Umonitor_r64 => umonitor,
@@ -56,6 +57,10 @@ fn cpuid(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
 
 fn vmcall(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
     Err(cpu.exit(Exit::Vmcall))
+}
+
+fn vmmcall(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+    Err(cpu.exit(Exit::Vmmcall))
 }
 
 impl Cpu {

@@ -376,7 +376,7 @@ fn instructions_that_exit() {
     let cases: &[(&[u8], Exit)] = &[
         (&[0x0f, 0xa2], Exit::Cpuid),
         (&[0x0f, 0x01, 0xc1], Exit::Vmcall),
-        (&[0x0f, 0x01, 0xd9], Exit::Vmcall),
+        (&[0x0f, 0x01, 0xd9], Exit::Vmmcall),
         (&[0x0f, 0x01, 0xc8], Exit::Monitor),
         (&[0x0f, 0x01, 0xc9], Exit::Mwait),
         (&[0x0f, 0x08], Exit::Invd),

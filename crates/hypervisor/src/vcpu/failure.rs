@@ -1,0 +1,141 @@
+//! KVM_EXIT_INTERNAL_ERROR: what cannot be executed (kernel: `prepare_emulation_failure_exit` in arch/x86/kvm/x86.c,
+//! `__vmx_handle_exit` in arch/x86/kvm/vmx/vmx.c).
+
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+};
+use silicon::exception::{Exception, vector};
+use silicon::system::deliver::Event;
+
+use super::{Vcpu, VcpuExit};
+
+/// Bytes of the longest instruction.
+const INSTRUCTION_LONGEST: usize = 15;
+/// What pads the bytes of the instruction.
+const NOP: u8 = 0x90;
+/// VMX's exit reasons: EPT violation, EPT misconfiguration (which is how KVM has MMIO exit).
+const REASON_EPT_VIOLATION: u64 = 48;
+const REASON_EPT_MISCONFIGURATION: u64 = 49;
+/// Exit qualification of an instruction fetch at a valid linear address (SDM vol. 3C, table 28-7).
+const QUALIFICATION_FETCH: u64 = 1 << 2 | 1 << 7 | 1 << 8;
+
+/// The contents of `kvm_run.internal`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InternalError {
+    /// KVM_INTERNAL_ERROR_*.
+    pub suberror: u32,
+    /// How many words of `data` count.
+    pub ndata: u32,
+    /// What they mean depends on the suberror.
+    pub data: [u64; 8],
+    /// Guest-physical address that could not be accessed.
+    pub gpa: u64,
+}
+
+/// IDT-vectoring information (SDM vol. 3C, 25.9.3).
+fn vectoring(event: Event) -> u64 {
+    const VALID: u64 = 1 << 31;
+    let (number, kind, error_code) = match event {
+        Event::Interrupt(vector) => (vector, 0, false),
+        Event::Nmi => (vector::NMI, 2, false),
+        Event::Exception(e) | Event::Injected(e) => (e.vector, 3, e.error_code.is_some()),
+        Event::Software { vector, .. } => (vector, if vector <= vector::OF { 6 } else { 4 }, false),
+        Event::Int1 { .. } => (vector::DB, 5, false),
+    };
+    u64::from(number) | kind << 8 | u64::from(error_code) << 11 | VALID
+}
+
+impl Vcpu {
+    /// The processor could not execute the instruction at RIP, or deliver an event, because there is no memory at `gpa`.
+    pub(super) fn fetch_failed(&mut self, gpa: u64) -> Option<VcpuExit> {
+        if let Some(event) = self.cpu.idt_vectoring.take() {
+            self.events.requeue(event, self.cpu.exit_instruction_length);
+            let words = [vectoring(event), REASON_EPT_MISCONFIGURATION, 0, gpa, 0];
+            return Some(internal_error(KVM_INTERNAL_ERROR_DELIVERY_EV, &words, gpa));
+        }
+        let wanted = self.vm.policy().exits_on_emulation_failure();
+        if !wanted {
+            self.events.raise(Exception::UD);
+            if self.cpu.state.cpl != 0 {
+                return None;
+            }
+        }
+        let (length, bytes) = self.instruction_bytes();
+        let info = [REASON_EPT_VIOLATION, QUALIFICATION_FETCH, 0, 0, 0];
+        let mut words = Vec::with_capacity(8);
+        if length == 0 {
+            words.push(0);
+        } else {
+            let mut packed = [0; 16];
+            packed[0] = length;
+            packed[1..].copy_from_slice(&bytes);
+            words.push(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES.into());
+            words.extend(packed.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)));
+        }
+        words.extend(info);
+        Some(internal_error(KVM_INTERNAL_ERROR_EMULATION, &words, gpa))
+    }
+
+    /// What can be read of the instruction at RIP, and how many bytes that are.
+    fn instruction_bytes(&mut self) -> (u8, [u8; INSTRUCTION_LONGEST]) {
+        let mut bytes = [NOP; INSTRUCTION_LONGEST];
+        let mut length = 0;
+        let start = self.linear_rip();
+        for (byte, at) in bytes.iter_mut().zip(start..) {
+            let Some((gpa, ..)) = self.cpu.translate(at) else { break };
+            if !self.vm.memory().read(gpa, std::slice::from_mut(byte)) {
+                break;
+            }
+            length += 1;
+        }
+        (length, bytes)
+    }
+}
+
+fn internal_error(suberror: u32, words: &[u64], gpa: u64) -> VcpuExit {
+    let mut data = [0; 8];
+    data.iter_mut().zip(words).for_each(|(place, word)| *place = *word);
+    VcpuExit::InternalError(InternalError { suberror, ndata: words.len().min(8) as u32, data, gpa })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Program;
+    use super::*;
+
+    fn run(program: &mut Program) -> InternalError {
+        match program.vcpu.run().unwrap() {
+            VcpuExit::InternalError(error) => error,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn code_where_no_memory_is() {
+        // jmp 0x5000:0
+        let mut program = Program::new(&[0xea, 0, 0, 0, 0x50]);
+        let error = run(&mut program);
+        assert_eq!((error.suberror, error.ndata, error.gpa), (KVM_INTERNAL_ERROR_EMULATION, 6, 0x5_0000));
+        assert_eq!(error.data[..3], [0, REASON_EPT_VIOLATION, QUALIFICATION_FETCH]);
+    }
+
+    #[test]
+    fn an_event_that_cannot_be_delivered() {
+        // mov ax, 0x5000; mov ss, ax; int 0x30
+        let mut program = Program::new(&[0xb8, 0, 0x50, 0x8e, 0xd0, 0xcd, 0x30]);
+        program.vcpu.events.interrupt = None;
+        let mut regs = program.vcpu.regs();
+        regs.rflags |= 1 << 9;
+        program.vcpu.set_regs(&regs);
+        program.vcpu.interrupt(0x31).unwrap();
+        let mut sregs = program.vcpu.sregs();
+        sregs.ss.base = 0x5_0000;
+        program.vcpu.set_sregs(&sregs).unwrap();
+        program.vcpu.interrupt(0x31).unwrap();
+        let error = run(&mut program);
+        assert_eq!(error.suberror, KVM_INTERNAL_ERROR_DELIVERY_EV);
+        assert_eq!(error.data[..2], [0x8000_0031, REASON_EPT_MISCONFIGURATION]);
+        assert_eq!(program.vcpu.vcpu_events().interrupt.injected, 1, "it waits for another attempt");
+    }
+}
