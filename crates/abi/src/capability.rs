@@ -3,6 +3,7 @@
 //!
 //! A capability is listed when all of it works; what is not listed answers 0 and cannot be enabled.
 
+use hypervisor::dirty_ring::BYTES_MAX;
 use hypervisor::msr::MCE_BANKS;
 use hypervisor::routing::MAX_ROUTES;
 use hypervisor::system::{VCPU_IDS_MAX, VCPUS_MAX};
@@ -81,6 +82,8 @@ capabilities! {
     JOIN_MEMORY_REGIONS_WORKS KVM_CAP_JOIN_MEMORY_REGIONS_WORKS   Value(1);
     MMU_SHADOW_CACHE_CONTROL  KVM_CAP_MMU_SHADOW_CACHE_CONTROL    Value(1);
     MANUAL_DIRTY_LOG_PROTECT2 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   Value(MANUAL_DIRTY_LOG), enable Vm::set_manual_dirty_log;
+    DIRTY_LOG_RING            KVM_CAP_DIRTY_LOG_RING              Value(BYTES_MAX), enable Vm::set_dirty_ring;
+    DIRTY_LOG_RING_ACQ_REL    KVM_CAP_DIRTY_LOG_RING_ACQ_REL      Value(BYTES_MAX), enable Vm::set_dirty_ring;
     SET_TSS_ADDR              KVM_CAP_SET_TSS_ADDR                Value(1);
     SET_IDENTITY_MAP_ADDR     KVM_CAP_SET_IDENTITY_MAP_ADDR       Value(1);
     COALESCED_MMIO            KVM_CAP_COALESCED_MMIO              Value(RING_PAGE);

@@ -39,6 +39,7 @@ pub(crate) fn report(area: &RunArea, exit: &VcpuExit) {
         }
         VcpuExit::Hlt => KVM_EXIT_HLT,
         VcpuExit::Shutdown => KVM_EXIT_SHUTDOWN,
+        VcpuExit::DirtyRingFull => KVM_EXIT_DIRTY_RING_FULL,
         VcpuExit::IrqWindowOpen => KVM_EXIT_IRQ_WINDOW_OPEN,
         VcpuExit::SetTpr => KVM_EXIT_SET_TPR,
         VcpuExit::IoapicEoi { vector } => {

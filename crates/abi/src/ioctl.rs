@@ -151,6 +151,7 @@ ioctls! {
     KVM_SIGNAL_MSI                 0xa5 In    kvm_msi                      => Vm vm::signal_msi;
     KVM_CLEAR_DIRTY_LOG            0xc0 InOut kvm_clear_dirty_log          => Vm vm::clear_dirty_log;
     KVM_X86_SET_MSR_FILTER         0xc6 In    kvm_msr_filter               => Vm vm::set_msr_filter;
+    KVM_RESET_DIRTY_RINGS          0xc7 Value ()                           => Vm vm::reset_dirty_rings;
     KVM_GET_STATS_FD               0xce Value ()                           => Vm vm::get_stats_fd;
     KVM_CREATE_DEVICE              0xe0 InOut kvm_create_device            => Vm vm::create_device;
 

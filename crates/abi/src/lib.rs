@@ -6,6 +6,7 @@
 
 pub mod capability;
 mod coalesced;
+mod dirty_ring;
 pub mod error;
 pub mod ioctl;
 pub mod object;

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hypervisor::{System, Vcpu, VcpuHandle, Vm};
 
+use crate::dirty_ring::{RING_OFFSET, SharedEntries};
 use crate::error::Errno;
 use crate::exit::Answer;
 use crate::run::RunArea;
@@ -125,9 +126,14 @@ impl Created {
     }
 
     /// A vCPU.
-    pub fn vcpu(vcpu: Vcpu) -> Result<Created, Errno> {
-        let fd = memfd(c"kvm-vcpu", RunArea::SIZE as u64)?;
+    pub fn vcpu(mut vcpu: Vcpu) -> Result<Created, Errno> {
+        let dirty_ring = vcpu.vm().dirty_ring_bytes();
+        let size = dirty_ring.map_or(RunArea::SIZE, |bytes| RING_OFFSET + bytes as usize);
+        let fd = memfd(c"kvm-vcpu", size as u64)?;
         let run = RunArea::map(&fd)?;
+        if let Some(bytes) = dirty_ring {
+            vcpu.attach_dirty_ring(Box::new(SharedEntries::map(&fd, bytes)?));
+        }
         let handle = vcpu.handle();
         let vcpu = Mutex::new(LockedVcpu { vcpu, answer: Answer::None });
         let object = VcpuObject { vcpu, handle, run };

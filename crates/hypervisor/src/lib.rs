@@ -6,6 +6,7 @@
 
 pub mod coalesced;
 pub mod cpuid;
+pub mod dirty_ring;
 pub mod error;
 pub mod eventfd;
 pub mod host;

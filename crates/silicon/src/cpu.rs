@@ -111,6 +111,9 @@ pub struct Cpu {
     pub requests: Arc<Requests>,
     /// Counters.
     pub counters: Counters,
+    /// The page-modification log ([`Controls::page_modification_logging`]): guest-physical pages that this CPU was the
+    /// first to write since their marks in the dirty log were cleared. The hypervisor empties it.
+    pub modified_pages: Vec<u64>,
     /// Why the last instruction did not complete.
     pub pending: Pending,
     /// Length in bytes of the instruction that the last exit interrupted.
@@ -150,6 +153,7 @@ impl Cpu {
             ept,
             requests,
             counters: Counters::default(),
+            modified_pages: Vec::new(),
             pending: Pending::None,
             exit_instruction_length: 0,
             pending_debug: 0,

@@ -224,7 +224,8 @@ impl Cpu {
             self.mmu_requests(requests);
             if requests & Requests::KICK != 0 {
                 self.exit_instruction_length = 0;
-                return Err(Exit::ExternalInterrupt);
+                let full = self.page_log_full();
+                return Err(if full { Exit::PageLogFull } else { Exit::ExternalInterrupt });
             }
         }
         if self.counters.instructions >= self.controls.instruction_limit {

@@ -32,6 +32,8 @@ pub struct Controls {
     pub cr8_exiting: bool,
     /// MSR bitmap: the MSRs of [`crate::model`]'s pass-through set that exit all the same.
     pub msr_exiting: bool,
+    /// Enable PML: pages newly marked in the dirty log are listed in [`Cpu::modified_pages`](crate::Cpu).
+    pub page_modification_logging: bool,
     /// Added to the scaled TSC.
     pub tsc_offset: u64,
     /// TSC scaling: 16.48 fixed-point multiplier (1 << 48 = one).
@@ -57,6 +59,7 @@ impl Default for Controls {
             mov_dr_exiting: false,
             cr8_exiting: true,
             msr_exiting: false,
+            page_modification_logging: false,
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
             monitor_trap_flag: false,
@@ -191,6 +194,8 @@ pub enum Exit {
         /// Guest-physical address of the fetch.
         gpa: u64,
     },
+    /// The page-modification log is full (reason 62).
+    PageLogFull,
     /// [`Controls::instruction_limit`] was reached (the SDM's VMX-preemption timer, reason 52, counted in
     /// instructions).
     Budget,
@@ -226,6 +231,7 @@ impl Exit {
             Exit::Budget => 52,
             Exit::Wbinvd => 54,
             Exit::Xsetbv { .. } => 55,
+            Exit::PageLogFull => 62,
         }
     }
 
@@ -258,6 +264,7 @@ impl Exit {
             Exit::Budget => "budget",
             Exit::Wbinvd => "wbinvd",
             Exit::Xsetbv { .. } => "xsetbv",
+            Exit::PageLogFull => "page_log_full",
         }
     }
 }

@@ -61,3 +61,7 @@ pub(crate) fn unregister_coalesced_mmio(vm: &Arc<Vm>, argument: Argument) -> Res
     vm.coalesced().unregister(&zone, port)?;
     DONE
 }
+
+pub(crate) fn reset_dirty_rings(vm: &Arc<Vm>, _: Argument) -> Result<Reply, Errno> {
+    Ok(Reply::Value(vm.reset_dirty_rings()? as i32))
+}

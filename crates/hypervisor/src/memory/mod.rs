@@ -2,11 +2,13 @@
 #![expect(unsafe_code, reason = "slots are host memory of the VMM, reached by address")]
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use silicon::mmu::ept::{Ept, Logging, Region};
 
+use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
 
 /// Slots that a VM can have: 32767 less the three that the kernel keeps for itself (`KVM_USER_MEM_SLOTS`).
@@ -22,6 +24,9 @@ const HOST_END: u64 = (1 << 47) - PAGE;
 pub struct Memory {
     ept: Arc<Ept>,
     slots: Mutex<Slots>,
+    /// With dirty rings: pages that were newly written by others than a processor, and belong into a vCPU's ring.
+    modified: Mutex<Vec<u64>>,
+    lists_pages: AtomicBool,
     /// Where guest-physical addresses end.
     gpa_end: u64,
 }
@@ -48,6 +53,12 @@ impl Slots {
         below.map(|(_, number)| number).filter(|number| **number != slot).take(1).any(|number| {
             self.by_number.get(number).is_some_and(|s| s.guest_phys_addr + s.memory_size > from)
         })
+    }
+
+    /// The slot that has `gpa`.
+    fn at(&self, gpa: u64) -> Option<&kvm_userspace_memory_region> {
+        let (_, number) = self.by_address.range(..=gpa).next_back()?;
+        self.by_number.get(number).filter(|slot| gpa - slot.guest_phys_addr < slot.memory_size)
     }
 
     fn remove(&mut self, slot: u32) {
@@ -77,7 +88,13 @@ pub struct DirtyRange {
 impl Memory {
     /// Guest-physical addresses of `physical_bits` bits.
     pub fn new(physical_bits: u8) -> Memory {
-        Memory { ept: Arc::default(), slots: Mutex::default(), gpa_end: 1 << physical_bits.min(52) }
+        Memory {
+            ept: Arc::default(),
+            slots: Mutex::default(),
+            modified: Mutex::default(),
+            lists_pages: AtomicBool::new(false),
+            gpa_end: 1 << physical_bits.min(52),
+        }
     }
 
     /// What the CPUs translate through.
@@ -236,8 +253,49 @@ impl Memory {
             // SAFETY: as in `read`.
             unsafe { std::ptr::copy_nonoverlapping(data[from..from + len].as_ptr(), host as *mut u8, len) };
         });
-        self.ept.mark_dirty(gpa, data.len() as u64);
+        let fresh = self.ept.mark_dirty(gpa, data.len() as u64);
+        if !fresh.is_empty() && self.lists_pages.load(Ordering::Relaxed) {
+            self.modified().extend(fresh);
+        }
         done
+    }
+
+    /// From now on vCPUs list pages in rings.
+    pub(crate) fn list_pages(&self) {
+        self.lists_pages.store(true, Ordering::Relaxed);
+    }
+
+    fn modified(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.modified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lists the pages at the addresses `pages`, and those that were written by others, in a vCPU's ring. What there is
+    /// no room for stays in `pages`.
+    pub(crate) fn list_modified(&self, pages: &mut Vec<u64>, ring: &DirtyRing) {
+        pages.append(&mut self.modified());
+        if pages.is_empty() {
+            return;
+        }
+        let slots = self.slots();
+        let listed = pages.iter().position(|&gpa| match slots.at(gpa) {
+            Some(slot) => !ring.push(slot.slot, (gpa - slot.guest_phys_addr) / PAGE),
+            // The slot has gone meanwhile, and its pages with it.
+            None => false,
+        });
+        pages.drain(..listed.unwrap_or(pages.len()));
+    }
+
+    /// Lets writes to pages, given by slot and page, be listed again. Those that do not exist do not matter.
+    pub(crate) fn reset_pages(&self, pages: &[(u32, u64)]) {
+        let slots = self.slots();
+        let address = |&(slot, page): &(u32, u64)| {
+            let slot = slots.by_number.get(&slot)?;
+            (page < slot.memory_size / PAGE).then(|| slot.guest_phys_addr + page * PAGE)
+        };
+        let addresses: Vec<u64> = pages.iter().filter_map(address).collect();
+        if !addresses.is_empty() {
+            self.ept.clear_pages(&addresses);
+        }
     }
 
     fn pieces(&self, gpa: u64, len: u64, write: bool, mut each: impl FnMut(u64, usize, usize)) -> bool {

@@ -13,7 +13,7 @@ impl Vcpu {
     /// Acts on an exit: `Some` if it concerns user space.
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
         match exit {
-            Exit::ExternalInterrupt | Exit::InterruptWindow | Exit::NmiWindow => None,
+            Exit::ExternalInterrupt | Exit::InterruptWindow | Exit::NmiWindow | Exit::PageLogFull => None,
             Exit::MonitorTrap => Some(self.step_exit()),
             Exit::Io(access) => self.port_access(access),
             Exit::EptViolation(access) => self.memory_access(access),

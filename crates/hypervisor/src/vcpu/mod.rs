@@ -3,6 +3,7 @@
 mod apic;
 mod cpuid;
 mod debug;
+mod dirty_ring;
 mod events;
 mod exits;
 mod failure;
@@ -29,6 +30,7 @@ use silicon::Cpu;
 use silicon::state::CpuState;
 
 use crate::cpuid::Cpuid;
+use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
 use crate::irqchip::lapic::Lapic;
 use crate::kvmclock::ClockPage;
@@ -73,6 +75,8 @@ pub enum VcpuExit {
     },
     /// KVM_EXIT_HLT: only without in-kernel interrupt controllers.
     Hlt,
+    /// KVM_EXIT_DIRTY_RING_FULL: the client has to read the vCPU's dirty ring first.
+    DirtyRingFull,
     /// KVM_EXIT_SHUTDOWN: triple fault.
     Shutdown,
     /// KVM_EXIT_SET_TPR: the guest has lowered CR8, and the local APIC is the client's.
@@ -109,6 +113,7 @@ pub struct Vcpu {
     pv_enforced: bool,
     msrs: MsrState,
     clock_page: ClockPage,
+    dirty_ring: Option<Arc<DirtyRing>>,
     /// Changes of the VM's clock that the clock page has.
     clock_changes: u32,
     /// IA32_APIC_BASE where the local APIC is the client's.
@@ -178,6 +183,7 @@ impl Vcpu {
             pv_enforced: false,
             msrs,
             clock_page: ClockPage::default(),
+            dirty_ring: None,
             clock_changes: 0,
             apic_base,
             vapic_address: 0,
@@ -196,6 +202,11 @@ impl Vcpu {
             tsc_khz,
             reset_state,
         })
+    }
+
+    /// The VM that the vCPU belongs to.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
     }
 
     /// What other threads use to stop and watch this vCPU.

@@ -116,6 +116,9 @@ impl Vcpu {
                 return Ok(VcpuExit::Shutdown);
             }
             self.update_clock();
+            if self.list_modified_pages() {
+                return Ok(VcpuExit::DirtyRingFull);
+            }
             self.prepare_events();
             self.update_msr_exiting();
             let exit = self.enter(enter);
@@ -140,6 +143,7 @@ impl Vcpu {
         self.debug.exchange(&mut self.cpu.state);
         let exit = enter(&mut self.cpu);
         self.debug.exchange(&mut self.cpu.state);
+        self.list_modified_pages();
         self.sync_from_vapic();
         self.take_back_events();
         self.handle.stats.exit(&exit);

@@ -1,17 +1,21 @@
 //! Calls on the memory of a VM.
 
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use kvm_bindings::{kvm_userspace_memory_region, kvm_userspace_memory_region2};
 
 use super::Vm;
+use crate::dirty_ring::{DirtyRing, check_size};
 use crate::error::Error;
 use crate::memory::DirtyRange;
 
 impl Vm {
     /// KVM_SET_USER_MEMORY_REGION.
     pub fn set_user_memory_region(&self, region: kvm_userspace_memory_region) -> Result<(), Error> {
-        self.memory().set_region(region, self.policy().dirty_log_initially_set())?;
+        // Rings have each page listed, however the log starts.
+        let all_dirty = self.policy().dirty_log_initially_set() && self.dirty_ring_bytes().is_none();
+        self.memory().set_region(region, all_dirty)?;
         self.stats().slots.store(self.memory().slot_count() as u64, Ordering::Relaxed);
         self.count_flush();
         Ok(())
@@ -37,6 +41,7 @@ impl Vm {
     /// KVM_GET_DIRTY_LOG: the bitmap of a slot, 64 pages to a word. It is cleared, unless the client does that by hand
     /// (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
     pub fn dirty_log(&self, slot: u32) -> Result<Vec<u64>, Error> {
+        self.require_dirty_bitmap()?;
         let clear = !self.policy().manual_dirty_log();
         let log = self.memory().dirty_log(slot, clear)?;
         if clear {
@@ -51,8 +56,54 @@ impl Vm {
         range: DirtyRange,
         mask: impl FnOnce(usize) -> Result<Vec<u64>, E>,
     ) -> Result<(), E> {
+        self.require_dirty_bitmap()?;
         self.memory().clear_dirty_log(range, mask)?;
         self.count_flush();
         Ok(())
+    }
+
+    /// With dirty rings there are no bitmaps: ENXIO.
+    fn require_dirty_bitmap(&self) -> Result<(), Error> {
+        match self.dirty_ring_bytes() {
+            None => Ok(()),
+            Some(_) => Err(Error::Missing("a dirty bitmap: the VM has dirty rings")),
+        }
+    }
+
+    /// Bytes of each vCPU's dirty ring, if they were asked for.
+    pub fn dirty_ring_bytes(&self) -> Option<u32> {
+        self.dirty_ring_bytes.get().copied()
+    }
+
+    /// KVM_CAP_DIRTY_LOG_RING: every vCPU gets a ring of so many bytes. Comes before the first vCPU, and once.
+    pub fn set_dirty_ring(&self, bytes: u64) -> Result<(), Error> {
+        let bytes = check_size(bytes)?;
+        let setup = self.setup();
+        if !setup.vcpus.is_empty() || self.dirty_ring_bytes.set(bytes).is_err() {
+            return Err(Error::Invalid("vCPUs exist already, or the size of dirty rings is set"));
+        }
+        self.memory().list_pages();
+        Ok(())
+    }
+
+    pub(crate) fn add_dirty_ring(&self, ring: Arc<DirtyRing>) {
+        self.dirty_rings().push(ring);
+    }
+
+    fn dirty_rings(&self) -> MutexGuard<'_, Vec<Arc<DirtyRing>>> {
+        self.dirty_rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// KVM_RESET_DIRTY_RINGS: takes back the entries that the client has read, of all rings; how many. EINVAL without
+    /// dirty rings.
+    pub fn reset_dirty_rings(&self) -> Result<u32, Error> {
+        if self.dirty_ring_bytes().is_none() {
+            return Err(Error::Invalid("the VM has no dirty rings"));
+        }
+        let rings = self.dirty_rings();
+        let pages: Vec<_> = rings.iter().flat_map(|ring| ring.take_read()).collect();
+        self.memory().reset_pages(&pages);
+        self.count_flush();
+        Ok(pages.len() as u32)
     }
 }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::coalesced::CoalescedIo;
+use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
 use crate::eventfd::{IoEventFds, IrqFds};
 use crate::irqchip::IrqChip;
@@ -38,6 +39,8 @@ pub struct Vm {
     coalesced: CoalescedIo,
     msr_filters: MsrFilters,
     policy: Policy,
+    dirty_ring_bytes: OnceLock<u32>,
+    dirty_rings: Mutex<Vec<Arc<DirtyRing>>>,
     stats: VmStats,
     clock: Mutex<ClockBase>,
     /// Counts the changes of the clock that vCPUs have to tell their guest.
@@ -75,6 +78,8 @@ impl Vm {
             coalesced: CoalescedIo::default(),
             msr_filters: MsrFilters::default(),
             policy: Policy::default(),
+            dirty_ring_bytes: OnceLock::new(),
+            dirty_rings: Mutex::default(),
             stats: VmStats::new()?,
             clock: Mutex::default(),
             clock_changes: AtomicU32::new(0),

@@ -20,6 +20,10 @@ use crate::mmu::world::{Mail, Member};
 /// The bit that all CPUs from number 63 on share. It is never cleared, because others may need it.
 const SHARED: u32 = 63;
 
+/// Entries of the page-modification log at which it counts as full. The hardware's has 512 and cannot grow; here an
+/// instruction may go on for some pages before it comes to its end.
+const PAGE_LOG_ENTRIES: usize = 256;
+
 /// A CPU's membership in its VM.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -206,6 +210,24 @@ impl Cpu {
             }
         }
         true
+    }
+
+    /// `gpa`'s page has just been marked in the dirty log: it goes to the page-modification log, which asks for an exit
+    /// when it is full (SDM vol. 3C, "Page-Modification Logging").
+    #[cold]
+    pub(crate) fn log_modified(&mut self, gpa: u64) {
+        if !self.controls.page_modification_logging {
+            return;
+        }
+        self.modified_pages.push(gpa & !PAGE_MASK);
+        if self.page_log_full() {
+            self.requests.post(Requests::KICK);
+        }
+    }
+
+    /// Whether [`Cpu::modified_pages`] wants to be emptied.
+    pub(crate) fn page_log_full(&self) -> bool {
+        self.modified_pages.len() >= PAGE_LOG_ENTRIES
     }
 
     /// Whether what [`Cpu::claim_writes`] gave for `gpa`'s page is still good, and the page is in the dirty log.

@@ -103,12 +103,10 @@ impl Backing {
         ((gpa - self.region.gpa) >> PAGE_SHIFT) as usize
     }
 
-    /// Records a write to `gpa`'s page if writes are logged.
+    /// Records a write to `gpa`'s page if writes are logged. True if the page was not marked before.
     #[inline]
-    pub(crate) fn log(&self, gpa: u64) {
-        if let Some(dirty) = &self.dirty {
-            dirty.set(self.page(gpa));
-        }
+    pub(crate) fn log(&self, gpa: u64) -> bool {
+        self.dirty.as_ref().is_some_and(|dirty| dirty.set(self.page(gpa)))
     }
 }
 
@@ -158,12 +156,19 @@ impl DirtyLog {
         self.0.get(page / 64).is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (page % 64)) != 0)
     }
 
-    /// Marks a page.
-    pub(crate) fn set(&self, page: usize) {
-        if !self.holds(page)
-            && let Some(word) = self.0.get(page / 64)
-        {
-            word.fetch_or(1 << (page % 64), Ordering::SeqCst);
+    /// Marks a page. True if it was not marked before.
+    pub(crate) fn set(&self, page: usize) -> bool {
+        let bit = 1 << (page % 64);
+        match self.0.get(page / 64) {
+            Some(word) if !self.holds(page) => word.fetch_or(bit, Ordering::SeqCst) & bit == 0,
+            _ => false,
+        }
+    }
+
+    /// Takes the mark of a page away.
+    fn clear(&self, page: usize) {
+        if let Some(word) = self.0.get(page / 64) {
+            word.fetch_and(!(1 << (page % 64)), Ordering::SeqCst);
         }
     }
 }
@@ -300,17 +305,35 @@ impl Ept {
         true
     }
 
-    /// Records a write to guest memory by someone else than a CPU (a device).
-    pub fn mark_dirty(&self, gpa: u64, len: u64) {
-        let map = self.map();
-        let mut page = gpa & !PAGE_MASK;
-        while len != 0 && page <= gpa.saturating_add(len - 1) {
-            if let Some(backing) = map.position(page).and_then(|i| map.get(i)) {
-                backing.log(page);
+    /// Takes the marks of single pages away, each given by an address in it. Writes to them are recorded again when
+    /// this returns. Pages whose writes are not recorded do not matter.
+    pub fn clear_pages(&self, pages: &[u64]) {
+        self.world.stop(|world| {
+            world.send_all(Mail::DropWrites);
+            let map = self.map();
+            for &gpa in pages {
+                if let Some(backing) = map.position(gpa).and_then(|i| map.get(i))
+                    && let Some(log) = &backing.dirty
+                {
+                    log.clear(backing.page(gpa));
+                }
             }
-            let Some(next) = page.checked_add(PAGE_MASK + 1) else { return };
+        });
+    }
+
+    /// Records a write to guest memory by someone else than a CPU (a device); gives the pages that were not marked
+    /// before.
+    pub fn mark_dirty(&self, gpa: u64, len: u64) -> Vec<u64> {
+        let map = self.map();
+        let (mut page, mut fresh) = (gpa & !PAGE_MASK, Vec::new());
+        while len != 0 && page <= gpa.saturating_add(len - 1) {
+            if map.position(page).and_then(|i| map.get(i)).is_some_and(|backing| backing.log(page)) {
+                fresh.push(page);
+            }
+            let Some(next) = page.checked_add(PAGE_MASK + 1) else { break };
             page = next;
         }
+        fresh
     }
 
     /// Counts the changes of the map.
@@ -451,6 +474,9 @@ mod tests {
         ept.mark_dirty(0x10_0000 + (99 << 12), 0x8000);
         ept.mark_dirty(0x10_2000, 0);
         ept.mark_dirty(u64::MAX, u64::MAX);
+        assert_eq!(ept.dirty(0x10_0000), Some(vec![3, 1 | 1 << 35]));
+        assert_eq!(ept.mark_dirty(0x10_1fff, 2), [0x10_2000], "the others are marked already");
+        ept.clear_pages(&[0x10_2123, 0, u64::MAX]);
         assert_eq!(ept.dirty(0x10_0000), Some(vec![3, 1 | 1 << 35]));
         assert!(ept.clear_dirty(0x10_0000, 64, &[1]));
         // A change of the map that keeps the region keeps its log.

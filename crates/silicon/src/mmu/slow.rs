@@ -317,8 +317,8 @@ impl Cpu {
             return Ok(Place { gpa, host: None, writable: false, coded: false, watched });
         };
         let (host, writable) = (backing.host(gpa), !backing.region.readonly);
-        if write && writable {
-            backing.log(gpa);
+        if write && writable && backing.log(gpa) {
+            self.log_modified(gpa);
         }
         let claimed = writable
             && if write { self.claim_writes(gpa) } else { self.stores_freely(leaf, access.class, gpa) };
@@ -408,8 +408,10 @@ impl Cpu {
         if backing.region.readonly {
             return true;
         }
-        backing.log(gpa);
         let (host, size) = (backing.host(gpa), if wide { 8 } else { 4 });
+        if backing.log(gpa) {
+            self.log_modified(gpa);
+        }
         let found = exchange_host(host, size, &mut |now| (now == old).then_some(new));
         if found != old {
             return false;

@@ -400,3 +400,22 @@ fn own_writes_are_logged() {
     assert!(m.cpu.load::<u8>(DS, 0x5000).is_ok());
     assert_eq!(ept.take_dirty(0).unwrap()[0], 0);
 }
+
+#[test]
+fn newly_written_pages_are_listed() {
+    let mut m = Machine::long_mode();
+    m.cpu.controls.page_modification_logging = true;
+    let ept = m.cpu.ept.clone();
+    assert!(ept.set_dirty_log(0, true));
+    m.cpu.mmu_requests(m.cpu.requests.get());
+    for _ in 0..2 {
+        assert!(m.cpu.store::<u8>(DS, 0x5123, 1).is_ok() && m.cpu.store::<u8>(DS, 0x6000, 1).is_ok());
+    }
+    let mut listed = std::mem::take(&mut m.cpu.modified_pages);
+    listed.sort_unstable();
+    assert_eq!(listed, [0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x6000], "each once, and the tables");
+    ept.clear_pages(&[0x5000]);
+    m.cpu.mmu_requests(m.cpu.requests.get());
+    assert!(m.cpu.store::<u8>(DS, 0x6000, 1).is_ok() && m.cpu.store::<u8>(DS, 0x5000, 1).is_ok());
+    assert_eq!(m.cpu.modified_pages, [0x5000]);
+}
