@@ -40,7 +40,6 @@ impl Bench {
         let components = host::components()?;
         let mut guest = Guest::new(features.clone(), host::selectors(), components);
         guest.prepare(&contents);
-        guest.warm_up();
         let mut host = Host::new()?;
         host.prepare(&contents)?;
         Ok(Bench { host, guest, contents, features, components })

@@ -178,17 +178,6 @@ impl Guest {
         }
     }
 
-    /// Runs an instruction with SIMD exceptions unmasked: the software processor installs the signal handler
-    /// that it needs for those at their first use, and ours must come after it.
-    pub fn warm_up(&mut self) {
-        const DIVPS_XMM0_XMM1: [u8; 3] = [0x0f, 0x5e, 0xc1];
-        self.bytes_mut(CODE, 3).copy_from_slice(&DIVPS_XMM0_XMM1);
-        let mut machine = Machine { rip: CODE, ..Machine::default() };
-        machine.vectors.mxcsr = 0;
-        self.run(&machine, false);
-        self.bytes_mut(CODE, 3).fill(layout::FILLER);
-    }
-
     /// Runs from `machine` until an exception or another exit. With `stepping` the engine looks around after
     /// every instruction, else it runs blocks.
     pub fn run(&mut self, machine: &Machine, stepping: bool) -> (Event, Machine) {

@@ -12,7 +12,6 @@ use std::arch::{asm, global_asm};
 use std::io;
 use std::mem::{offset_of, zeroed};
 use std::ptr::{addr_of_mut, null_mut};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::layout::{self, Access, CODE, CODE_SIZE, Contents, FILLER, PAGE};
 use crate::machine::{Event, Machine, Vectors};
@@ -206,12 +205,12 @@ unsafe extern "C" {
 }
 
 /// Runs with the host's FS and GS. Takes the state from the frame and makes the return go to our exit path.
-unsafe extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, frame: *mut libc::ucontext_t) {
+unsafe extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, frame: *mut libc::ucontext_t) {
     let context = addr_of_mut!(CONTEXT);
     // SAFETY: the context is only touched by this thread, and the kernel passes a valid frame.
     unsafe {
         if (*context).active == 0 {
-            outside(signal, info, frame);
+            outside(signal);
             return;
         }
         if signal == libc::SIGVTALRM {
@@ -228,28 +227,11 @@ unsafe extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, frame: *
     }
 }
 
-type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::ucontext_t);
-
-/// The SIGFPE handler that was there before ours: the software processor's.
-static EARLIER_SIGFPE: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
-
-/// A signal while no test case runs on the host: the software processor's own, or the end.
-///
-/// # Safety
-/// The arguments must be those of a signal handler.
-unsafe fn outside(signal: i32, info: *mut libc::siginfo_t, frame: *mut libc::ucontext_t) {
-    let earlier = EARLIER_SIGFPE.load(Ordering::Relaxed);
-    match signal {
-        libc::SIGVTALRM => {}
-        libc::SIGFPE if earlier != libc::SIG_DFL && earlier != libc::SIG_IGN => {
-            // SAFETY: it was installed as a handler of this type.
-            let handler = unsafe { std::mem::transmute::<usize, Handler>(earlier) };
-            handler(signal, info, frame);
-        }
-        _ => {
-            // SAFETY: async-signal-safe; the fault happens again and ends the process.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
+/// A signal while no test case runs on the host: the clock, or the end.
+fn outside(signal: i32) {
+    if signal != libc::SIGVTALRM {
+        // SAFETY: async-signal-safe; the fault happens again and ends the process.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
 }
 
@@ -379,8 +361,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// Maps the windows and installs the signal handlers. A SIGFPE handler that is there already keeps getting
-    /// the signals that no test case causes.
+    /// Maps the windows and installs the signal handlers.
     pub fn new() -> Result<Host, HostError> {
         let components = components()?;
         map(CODE, CODE_SIZE, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?;
@@ -530,12 +511,8 @@ fn install_handlers() -> Result<(), HostError> {
         let signals =
             [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGVTALRM];
         for signal in signals {
-            let mut earlier: libc::sigaction = zeroed();
-            if libc::sigaction(signal, &action, &mut earlier) != 0 {
+            if libc::sigaction(signal, &action, null_mut()) != 0 {
                 return Err(system("sigaction"));
-            }
-            if signal == libc::SIGFPE {
-                EARLIER_SIGFPE.store(earlier.sa_sigaction, Ordering::Relaxed);
             }
         }
         let interval = libc::timeval { tv_sec: 0, tv_usec: TICK_MICROSECONDS };

@@ -183,10 +183,21 @@ pub fn float80(rng: &mut Rng) -> [u8; 10] {
     bytes
 }
 
+/// A significand's stored bits, mostly few of them, so that results may be exact.
+fn fraction(rng: &mut Rng, bits: u32) -> u64 {
+    let fraction = rng.next() & ((1 << bits) - 1);
+    if rng.percent(60) { fraction & (u64::MAX << rng.below(u64::from(bits) + 1)) } else { fraction }
+}
+
 fn float32(rng: &mut Rng) -> u32 {
-    match rng.below(10) {
+    match rng.below(12) {
         0..=3 => rng.pick(&FLOAT32),
         4 => rng.next() as u32,
+        // Exponents whose sums and differences are about the limits.
+        10..=11 => {
+            let exponent = rng.pick(&[0, 1, 2, 30, 63, 64, 65, 127, 128, 150, 190, 191, 192, 230, 253, 254]);
+            (rng.below(2) as u32) << 31 | exponent << 23 | fraction(rng, 23) as u32
+        }
         5 => ((rng.below(2000) as i64 - 1000) as f32 / 8.0).to_bits(),
         // Moderate exponents, so that results are ordinary numbers.
         _ => ((rng.next() as u32) & 0x807f_ffff) | ((0x6f + rng.below(32) as u32) << 23),
@@ -194,9 +205,16 @@ fn float32(rng: &mut Rng) -> u32 {
 }
 
 fn float64(rng: &mut Rng) -> u64 {
-    match rng.below(10) {
+    match rng.below(12) {
         0..=3 => rng.pick(&FLOAT64),
         4 => rng.next(),
+        10..=11 => {
+            let exponent = rng.pick(&[
+                0, 1, 2, 100, 510, 511, 512, 874, 895, 896, 897, 1023, 1024, 1150, 1151, 1534, 1535, 2045,
+                2046,
+            ]);
+            rng.below(2) << 63 | exponent << 52 | fraction(rng, 52)
+        }
         5 => ((rng.below(2000) as i64 - 1000) as f64 / 8.0).to_bits(),
         _ => (rng.next() & 0x800f_ffff_ffff_ffff) | ((0x3ef + rng.below(32)) << 52),
     }

@@ -6,13 +6,14 @@
 
 use std::ptr;
 
-use iced_x86::{EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register, RoundingControl};
 
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::{Cpu, Pending};
 use crate::exception::{Abort, Exception};
 use crate::exec::{vector_gather, vector_masked, vector_moves};
+use crate::hostexec::arithmetic::may_raise;
 use crate::hostexec::stub::Stub;
 use crate::hostexec::{MXCSR_DEFINED, class, make_room};
 use crate::mmu::tlb::Class;
@@ -64,12 +65,14 @@ fn classify(ins: &Instruction) -> Option<u32> {
         (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && is(ins.op_register(i)))
     };
     let vector = operand(Register::is_vector_register) || is_vector_by_name(ins.mnemonic());
+    let suppressed = ins.suppress_all_exceptions() || ins.rounding_control() != RoundingControl::None;
+    let fp = if may_raise(ins.mnemonic()) && !suppressed { class::FP } else { 0 };
     match ins.encoding() {
-        EncodingKind::EVEX => Some(class::AVX512 | class::FP),
+        EncodingKind::EVEX => Some(class::AVX512 | fp),
         EncodingKind::VEX if operand(Register::is_k) => Some(class::AVX512),
-        EncodingKind::VEX if vector => Some(class::AVX | class::FP),
+        EncodingKind::VEX if vector => Some(class::AVX | fp),
         EncodingKind::Legacy => {
-            let sse = if vector { class::SSE | class::FP } else { 0 };
+            let sse = if vector { class::SSE | fp } else { 0 };
             let mmx =
                 if operand(Register::is_mm) || ins.mnemonic() == Mnemonic::Emms { class::MMX } else { 0 };
             Some(sse | mmx).filter(|&classes| classes != 0)

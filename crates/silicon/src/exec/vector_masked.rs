@@ -385,9 +385,11 @@ fn maskmovdqu(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         cpu.checked(cpu.op_seg(op), lin)?;
         return Err(cpu.raise(Exception::AC));
     }
-    // It is done in two halves, the upper one first.
-    cpu.probe(cpu.op_seg(op), lin.wrapping_add(8), 8, true)?;
-    cpu.probe(cpu.op_seg(op), lin, 8, true)?;
+    // It is done in two halves, the upper one first. Each byte's address wraps at the address size.
+    for at in (8..16).chain(0..8) {
+        let lin = part_address(cpu, op, at, 1, true)?;
+        cpu.probe(cpu.op_seg(op), lin, 1, true)?;
+    }
     maskmov_store(cpu, op)
 }
 

@@ -221,44 +221,55 @@ fn xrstor(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.check_xsave(false)?;
     let lin = cpu.area_address(op, 64, false)?;
     let enabled = cpu.state.xcr0;
-    let header = read_header(cpu, op, lin)?;
+    let requested = enabled & cpu.edx_eax();
+    let header = read_header(cpu, op, lin, requested, enabled)?;
     let [used, layout, ..] = header;
     let valid = if layout & COMPACTED != 0 {
-        layout & !COMPACTED & !enabled == 0
-            && used & !layout == 0
-            && header[2..].iter().all(|&word| word == 0)
+        used & !layout == 0 && header[2..].iter().all(|&word| word == 0)
     } else {
         used & !enabled == 0 && layout == 0 && header[2] == 0
     };
     if !valid || used & COMPACTED != 0 {
         return Err(cpu.raise(Exception::gp(0)));
     }
-    restore(cpu, op, lin, enabled & cpu.edx_eax(), used, layout)
+    restore(cpu, op, lin, requested, used, layout)
 }
 
 fn xrstors(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.check_xsave(true)?;
     let lin = cpu.area_address(op, 64, false)?;
     let enabled = cpu.state.xcr0 | cpu.state.xss;
-    let header = read_header(cpu, op, lin)?;
+    let requested = enabled & cpu.edx_eax();
+    let header = read_header(cpu, op, lin, requested, enabled)?;
     let [used, layout, ..] = header;
     let valid = layout & COMPACTED != 0
-        && layout & !COMPACTED & !enabled == 0
         && used & !(layout & !COMPACTED) == 0
         && header[2..].iter().all(|&word| word == 0);
     if !valid {
         return Err(cpu.raise(Exception::gp(0)));
     }
-    restore(cpu, op, lin, enabled & cpu.edx_eax(), used, layout)
+    restore(cpu, op, lin, requested, used, layout)
 }
 
-fn read_header(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<[u64; 8], Abort> {
-    let mut bytes = [0; 64];
-    cpu.read_area(cpu.op_seg(op), lin + HEADER as u64, &mut bytes)?;
+/// Reads the header, and checks that the last and first bytes of the area can be read: its format and the
+/// `requested` components say where it ends. The silicon does so before it judges what the header holds, but for
+/// components of the compacted format that are not `enabled`.
+fn read_header(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, enabled: u64) -> Result<[u64; 8], Abort> {
+    let (mut bytes, seg) = ([0; 64], cpu.op_seg(op));
+    cpu.read_area(seg, lin + HEADER as u64, &mut bytes)?;
     let mut words = [0; 8];
     for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
         *word = u64::from_le_bytes(*bytes);
     }
+    let compacted = words[1] & COMPACTED != 0;
+    let places = if compacted { words[1] & !COMPACTED } else { requested };
+    if compacted && places & !enabled != 0 {
+        return Err(cpu.raise(Exception::gp(0)));
+    }
+    let ends = placed(places, compacted).filter(|(row, _)| requested & (1 << row.bit) != 0);
+    let end = ends.map(|(row, at)| at + row.size as usize).max().unwrap_or(EXTENDED);
+    cpu.probe(seg, lin.wrapping_add(end as u64 - 1), 1, false)?;
+    cpu.probe(seg, lin, 1, false)?;
     Ok(words)
 }
 

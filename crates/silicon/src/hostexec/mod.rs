@@ -2,7 +2,7 @@
 //!
 //! Guest and host are both x86-64, so x87, MMX, SSE, AVX and AVX-512 instructions are executed by the host CPU:
 //! [`stub`] makes host code for each form, [`arena`] holds it, [`x87`] keeps the guest's x87 registers in the
-//! host's FPU, and [`trap`] lets the host decide unmasked SIMD exceptions.
+//! host's FPU, and [`unmasked`] decides unmasked SIMD exceptions from what a masked run finds.
 //!
 //! While the CPU is in guest mode ([`Cpu::run`](crate::Cpu::run)) the host's MXCSR is the guest's with all
 //! exceptions masked, so its sticky flags gather there; the x87 registers are in the host's FPU once an x87 or
@@ -13,8 +13,10 @@
 use std::arch::asm;
 
 pub(crate) mod arena;
+pub(crate) mod arithmetic;
+mod rounding;
 pub(crate) mod stub;
-pub(crate) mod trap;
+pub(crate) mod unmasked;
 pub(crate) mod x87;
 
 use crate::code::op::{Flow, Op};
@@ -60,8 +62,6 @@ pub(crate) struct HostExec {
     pub(crate) gate: u32,
     /// Host code for guest instructions.
     pub(crate) stubs: Stubs,
-    /// Image through which x87 state moves.
-    image: x87::Image,
     /// The guest's x87 registers are in the host's FPU.
     x87_live: bool,
     /// The host's MXCSR holds the guest's flags and controls.
@@ -79,7 +79,6 @@ impl Default for HostExec {
         HostExec {
             gate: class::ALL,
             stubs: Stubs::default(),
-            image: x87::Image::default(),
             x87_live: false,
             mxcsr_live: false,
             host_mxcsr: MXCSR_RESET,
@@ -198,11 +197,11 @@ impl Cpu {
     ///
     /// `op` was lowered with a stub, and `mem` is valid for the accesses of its memory operand, if it has one.
     #[inline(always)]
-    pub(crate) unsafe fn call_stub(&mut self, op: &Op, mem: *mut u8) -> u64 {
+    pub(crate) unsafe fn call_stub(&mut self, op: &Op, mem: *mut u8) {
         // SAFETY: lowering put a stub's address into `imm`; stubs are dropped only together with all blocks.
         let stub: StubFn = unsafe { std::mem::transmute::<*const (), StubFn>(op.imm as *const ()) };
         // SAFETY: the state is ours alone, and the caller vouches for `mem`.
-        unsafe { stub(&raw mut self.state, mem) }
+        unsafe { stub(&raw mut self.state, mem) };
     }
 }
 

@@ -1,11 +1,9 @@
 //! Stubs: host machine code that executes one guest instruction on the guest's registers.
 //!
-//! A stub is `extern "sysv64" fn(state: *mut CpuState, mem: *mut u8) -> u64`. It loads the registers that the
+//! A stub is `extern "sysv64" fn(state: *mut CpuState, mem: *mut u8)`. It loads the registers that the
 //! instruction reads from `CpuState` into the same-numbered host registers (general registers: into scratch
 //! registers), executes the very instruction with its memory operand redirected to `[mem]`, stores what it
-//! wrote and returns 0. x87 and MMX registers are not touched: they live in the host's FPU
-//! ([`super::x87`]). It uses no stack, so that a trap inside it can be ended by returning from it
-//! ([`super::trap`]).
+//! wrote. x87 and MMX registers are not touched: they live in the host's FPU ([`super::x87`]).
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -21,7 +19,7 @@ use crate::code::lower::gpr;
 use crate::state::CpuState;
 
 /// How a stub is called.
-pub(crate) type StubFn = unsafe extern "sysv64" fn(state: *mut CpuState, mem: *mut u8) -> u64;
+pub(crate) type StubFn = unsafe extern "sysv64" fn(state: *mut CpuState, mem: *mut u8);
 
 /// Host registers that stand in for explicit general-register operands.
 const SCRATCH: [Register; 4] = [Register::R8, Register::R9, Register::R10, Register::R11];
@@ -36,7 +34,7 @@ const STATUS: u32 =
 const STATUS_TO_FLAGS: [u8; 5] = [0x24, 0x01, 0x04, 0x7f, 0x9e]; // and al, 1; add al, 0x7f; sahf
 /// `lahf; seto al`, the layout of [`crate::flags::Status`].
 const FLAGS_TO_STATUS: [u8; 4] = [0x9f, 0x0f, 0x90, 0xc0];
-const XOR_EAX_RET: [u8; 3] = [0x31, 0xc0, 0xc3];
+const RET: [u8; 1] = [0xc3];
 const VZEROUPPER: [u8; 3] = [0xc5, 0xf8, 0x77];
 
 /// What lowering learns when it asks for a stub.
@@ -56,6 +54,8 @@ pub(crate) struct Stubs(RefCell<Inner>);
 struct Inner {
     arena: Option<Arena>,
     known: HashMap<Key, u64>,
+    /// What each stub executes, by its address.
+    instructions: HashMap<u64, Instruction>,
     factory: InstructionInfoFactory,
 }
 
@@ -76,7 +76,12 @@ impl Stubs {
             tracing::error!("no executable memory, vector and x87 instructions will raise #UD: {error}");
         }
         let factory = InstructionInfoFactory::new();
-        Stubs(RefCell::new(Inner { arena: arena.ok(), known: HashMap::new(), factory }))
+        Stubs(RefCell::new(Inner {
+            arena: arena.ok(),
+            known: HashMap::new(),
+            instructions: HashMap::new(),
+            factory,
+        }))
     }
 }
 
@@ -95,10 +100,16 @@ impl Stubs {
         inner.get(ins)
     }
 
+    /// The instruction that the stub at `address` executes.
+    pub(super) fn instruction(&self, address: u64) -> Option<Instruction> {
+        self.0.try_borrow().ok()?.instructions.get(&address).copied()
+    }
+
     /// Forgets all stubs. No block may hold one any more.
     pub(crate) fn clear(&self) {
         if let Ok(mut inner) = self.0.try_borrow_mut() {
             inner.known.clear();
+            inner.instructions.clear();
             if let Some(arena) = &mut inner.arena {
                 arena.clear();
             }
@@ -123,6 +134,7 @@ impl Inner {
         let Some(arena) = &mut self.arena else { return Stub::Impossible };
         let Some(at) = arena.add(&stub) else { return Stub::Full };
         self.known.insert(key, at);
+        self.instructions.insert(at, host);
         Stub::At(at)
     }
 }
@@ -298,7 +310,7 @@ impl Uses {
         if self.wide {
             code.bytes(&VZEROUPPER);
         }
-        code.bytes(&XOR_EAX_RET);
+        code.bytes(&RET);
         Some(code.take())
     }
 

@@ -28,6 +28,31 @@ impl Default for Image {
     }
 }
 
+impl Image {
+    /// The host's FPU, which stays as it is.
+    pub(super) fn of_host() -> Image {
+        let mut image = Image::default();
+        // SAFETY: a 512-byte aligned image of our own.
+        unsafe { asm!("fxsave64 [{}]", in(reg) &raw mut image, options(nostack, preserves_flags)) };
+        image
+    }
+
+    /// Loads the host's FPU; MXCSR stays as it is.
+    pub(super) fn load(mut self) {
+        self.0[MXCSR..MXCSR + 4].copy_from_slice(&stmxcsr().to_le_bytes());
+        // SAFETY: a 512-byte image with the host's present MXCSR; the XMM registers that it loads are declared.
+        unsafe {
+            asm!(
+                "fxrstor64 [{}]", in(reg) &raw const self.0,
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+                out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+}
+
 /// Where FXSAVE64 puts the parts that are the registers'.
 const FCW: usize = 0;
 const FSW: usize = 2;
@@ -42,23 +67,12 @@ impl Cpu {
             return;
         }
         let x87 = &self.state.x87;
-        let image = &mut self.hostexec.image.0;
-        *image = [0; 512];
-        image[FCW..FCW + 2].copy_from_slice(&x87.fcw.to_le_bytes());
-        image[FSW..FSW + 2].copy_from_slice(&x87.fsw.to_le_bytes());
-        image[FTW] = x87.ftw;
-        image[MXCSR..MXCSR + 4].copy_from_slice(&stmxcsr().to_le_bytes());
-        image[ST..ST + 128].copy_from_slice(x87.st.as_flattened());
-        // SAFETY: a 512-byte image with the host's present MXCSR; the XMM registers that it zeroes are declared.
-        unsafe {
-            asm!(
-                "fxrstor64 [{}]", in(reg) &raw const *image,
-                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
-                out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
-                out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
-                options(nostack, preserves_flags)
-            );
-        }
+        let mut image = Image::default();
+        image.0[FCW..FCW + 2].copy_from_slice(&x87.fcw.to_le_bytes());
+        image.0[FSW..FSW + 2].copy_from_slice(&x87.fsw.to_le_bytes());
+        image.0[FTW] = x87.ftw;
+        image.0[ST..ST + 128].copy_from_slice(x87.st.as_flattened());
+        image.load();
         self.hostexec.x87_live = true;
         self.hostexec.refresh(&self.state);
     }
@@ -68,11 +82,9 @@ impl Cpu {
         if !self.hostexec.x87_live {
             return;
         }
-        let image = &mut self.hostexec.image.0;
-        // SAFETY: a 512-byte aligned image of our own. FNINIT is what the host's ABI expects to find.
-        unsafe {
-            asm!("fxsave64 [{}]", "fninit", in(reg) &raw mut *image, options(nostack, preserves_flags));
-        }
+        let Image(image) = Image::of_host();
+        // SAFETY: the state has been saved. FNINIT is what the host's ABI expects to find.
+        unsafe { asm!("fninit", options(nomem, nostack, preserves_flags)) };
         let x87 = &mut self.state.x87;
         x87.fcw = u16::from_le_bytes([image[FCW], image[FCW + 1]]);
         x87.fsw = u16::from_le_bytes([image[FSW], image[FSW + 1]]);

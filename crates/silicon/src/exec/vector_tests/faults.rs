@@ -5,6 +5,7 @@ use crate::exception::vector::{GP, MF, NM, PF, UD, XM};
 use crate::exec::testing::{CODE, DATA, GP0, Guest, UNMAPPED};
 use crate::hostexec::stub::Stubs;
 use crate::state::{CodeSize, X87, cr0, cr4, reg};
+use crate::vmx::Exit;
 
 const ADDPS: &[u8] = &[0x0f, 0x58, 0xc1];
 const PADDB_MMX: &[u8] = &[0x0f, 0xfc, 0xc1];
@@ -137,6 +138,32 @@ fn unmasked_simd_exceptions_are_the_hosts() {
     assert_eq!(guest.fault(&[0x0f, 0x5e, 0xc1]), (UD, None));
 }
 
+/// The engine lives in other people's processes: their signal handlers are none of its business.
+#[test]
+fn unmasked_simd_exceptions_need_no_signal_handler() {
+    let mut guest = guest();
+    guest.cpu.state.mxcsr = 0;
+    guest.cpu.state.zmm[0].0[..4].copy_from_slice(&1f32.to_bits().to_le_bytes());
+    assert_eq!(guest.fault(&[0x0f, 0x5e, 0xc1]), (XM, None)); // divps xmm0, xmm1: 1 / 0
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim();
+    let caught = u64::from_str_radix(caught, 16).unwrap();
+    assert_eq!(caught >> (libc::SIGFPE - 1) & 1, 0);
+}
+
+/// A fault leaves the MMX register alone, but not TOP.
+#[test]
+fn an_unmasked_exception_of_an_mmx_conversion_has_gone_over_to_mmx() {
+    let mut guest = guest();
+    guest.cpu.state.mxcsr = 0x1f00; // #I unmasked
+    guest.cpu.state.x87.fsw = 3 << 11;
+    guest.cpu.state.x87.st[5][..8].fill(0x5a); // MM0, with TOP = 3
+    guest.cpu.state.zmm[0].0[..4].copy_from_slice(&f32::NAN.to_bits().to_le_bytes());
+    assert_eq!(guest.fault(&[0x0f, 0x2d, 0xc0]), (XM, None)); // cvtps2pi mm0, xmm0
+    assert_eq!(guest.cpu.state.x87.fsw >> 11 & 7, 0);
+    assert_eq!(guest.cpu.state.x87.st[0][..8], [0x5a; 8]);
+}
+
 #[test]
 fn an_unmasked_x87_exception_waits_for_the_next_waiting_instruction() {
     let mut guest = guest();
@@ -192,6 +219,18 @@ fn masked_out_elements_do_not_fault() {
     guest.finish(&[0x62, 0xf1, 0x7c, 0x59, 0x58, 0x03]);
     // vpshufb zmm0{k1}, zmm0, [rbx] reads its operand whatever the mask (exception type E4NF).
     assert_eq!(guest.fault(&[0x62, 0xf2, 0x7d, 0x49, 0x00, 0x03]).0, PF);
+}
+
+/// The upper half comes first, and its address wraps at 4 GiB.
+#[test]
+fn maskmovdqu_with_a_32_bit_address_wraps() {
+    let mut guest = guest();
+    guest.set(reg::RDI, 0xffff_fff8).put(0, &[7; 8]);
+    guest.cpu.state.zmm[1].0[8..16].fill(0x80);
+    let code = [0x67, 0x66, 0x0f, 0xf7, 0xc1]; // maskmovdqu xmm0, xmm1
+    let Exit::Exception(fault) = guest.run(&code) else { panic!() };
+    assert_eq!((fault.vector, fault.payload), (PF, 0xffff_fff8));
+    assert_eq!(guest.bytes(0, 8), [7; 8]);
 }
 
 #[test]

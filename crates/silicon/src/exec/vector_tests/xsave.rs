@@ -4,7 +4,7 @@ use super::generate::Random;
 use super::native::Thunk;
 use super::{guest, registers, to_guest};
 use crate::exception::vector::PF;
-use crate::exec::testing::{DATA, GP0, Guest, UNMAPPED};
+use crate::exec::testing::{DATA, GP0, Guest, PF_READ, UNMAPPED};
 use crate::state::{X87, Zmm, reg};
 
 const AREA: usize = 2688;
@@ -181,4 +181,37 @@ fn a_fault_in_the_second_page_leaves_the_first_alone() {
     guest.set(reg::RAX, 3);
     guest.put(area, &[0; 1024]);
     guest.finish(XSAVE64);
+}
+
+/// The silicon looks at the end of the area that the requested components would take, whichever are in it.
+#[test]
+fn a_restore_whose_area_reaches_into_a_missing_page_faults_before_its_header_counts() {
+    let area = UNMAPPED - 1024;
+    // Header (XSTATE_BV, XCOMP_BV), requested components, and whether the missing page is touched.
+    let rows = [
+        ([0, 0], ALL, true),
+        ([1 << 63, 0], ALL, true),         // an invalid header
+        ([0, 1 << 1], ALL, true),          // another
+        ([0, 0], 7, false),                // AVX ends at 832
+        ([0, 1 << 63 | 0x27], ALL, false), // compacted: AVX and the mask registers
+        ([0, 1 << 63 | ALL], ALL, true),
+        ([0, 1 << 63 | ALL], 7, false),
+    ];
+    for (header, mask, faults) in rows {
+        let mut guest = guest();
+        with_mask(&mut guest, mask);
+        guest.set(reg::RBX, area);
+        guest.put(area + 512, &header.map(u64::to_le_bytes).concat());
+        if faults {
+            assert_eq!(guest.fault(XRSTOR64), PF_READ, "{header:x?} {mask:#x}");
+        } else {
+            guest.finish(XRSTOR64);
+        }
+    }
+    // A component of the compacted format that is not enabled is refused first.
+    let mut guest = guest();
+    with_mask(&mut guest, ALL);
+    guest.set(reg::RBX, area);
+    guest.put(area + 520, &(1u64 << 63 | 1 << 40 | ALL).to_le_bytes());
+    assert_eq!(guest.fault(XRSTOR64), GP0);
 }
