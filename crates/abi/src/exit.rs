@@ -10,8 +10,8 @@ use crate::run::{PIO_DATA, RunArea, field};
 /// `kvm_run.hypercall.flags`: the guest is in 64-bit mode.
 const KVM_EXIT_HYPERCALL_LONG_MODE: u64 = 1 << 0;
 
-/// Says why KVM_RUN returned.
-pub(crate) fn report(area: &RunArea, exit: &VcpuExit) {
+/// Says why KVM_RUN returned; `reads`: how many reads of a port it is for.
+pub(crate) fn report(area: &RunArea, exit: &VcpuExit, reads: u32) {
     let reason = match *exit {
         VcpuExit::Io { port, size, write } => {
             let io = field!(area, __bindgen_anon_1.io);
@@ -20,7 +20,7 @@ pub(crate) fn report(area: &RunArea, exit: &VcpuExit) {
                 direction,
                 size,
                 port,
-                count: 1,
+                count: if write.is_some() { 1 } else { reads },
                 data_offset: PIO_DATA as u64,
             };
             area.set(io, access);
@@ -82,8 +82,8 @@ pub(crate) enum Answer {
     /// No answer is awaited.
     #[default]
     None,
-    /// IN: this many bytes of the port data.
-    Port(u8),
+    /// IN, INS: this many bytes of the port data, so many times.
+    Port(u8, u32),
     /// A read: this many bytes of `kvm_run.mmio.data`.
     Mmio(u8),
     /// `kvm_run.msr`: data and error.
@@ -94,9 +94,9 @@ pub(crate) enum Answer {
 
 impl Answer {
     /// What the client has to answer to `exit`.
-    pub(crate) fn to(exit: &VcpuExit) -> Answer {
+    pub(crate) fn to(exit: &VcpuExit, reads: u32) -> Answer {
         match *exit {
-            VcpuExit::Io { size, write: None, .. } => Answer::Port(size),
+            VcpuExit::Io { size, write: None, .. } => Answer::Port(size, reads),
             VcpuExit::Mmio { size, write: None, .. } => Answer::Mmio(size),
             VcpuExit::Msr(_) => Answer::Msr,
             VcpuExit::Hypercall(_) => Answer::Hypercall,
@@ -107,7 +107,12 @@ impl Answer {
     /// Completes with what the client has put there.
     pub(crate) fn give(self, vcpu: &mut Vcpu, area: &RunArea) {
         match self {
-            Answer::None | Answer::Port(_) | Answer::Mmio(_) => vcpu.complete(self.value(area)),
+            Answer::None => vcpu.complete(0),
+            Answer::Port(size, count) => vcpu.complete_port_reads(&port_data(area, size, count)),
+            Answer::Mmio(size) => {
+                let data = u64::from_le_bytes(area.get(field!(area, __bindgen_anon_1.mmio.data)));
+                vcpu.complete(if size < 8 { data & ((1 << (size * 8)) - 1) } else { data });
+            }
             Answer::Msr => {
                 let error = area.get(field!(area, __bindgen_anon_1.msr.error)) != 0;
                 vcpu.complete_msr(error, area.get(field!(area, __bindgen_anon_1.msr.data)));
@@ -117,18 +122,17 @@ impl Answer {
             }
         }
     }
+}
 
-    /// The data of a read.
-    fn value(self, area: &RunArea) -> u64 {
-        let (data, size) = match self {
-            Answer::None | Answer::Msr | Answer::Hypercall => return 0,
-            Answer::Port(size) => (area.get(area.pio_data()), size),
-            Answer::Mmio(size) => {
-                (u64::from_le_bytes(area.get(field!(area, __bindgen_anon_1.mmio.data))), size)
-            }
-        };
-        if size < 8 { data & ((1 << (size * 8)) - 1) } else { data }
-    }
+/// What the client has put into the page of port data.
+fn port_data(area: &RunArea, size: u8, count: u32) -> Vec<u64> {
+    let place = area.pio_data().cast::<u8>();
+    let element = |i: u32| {
+        let byte =
+            |j: u8| u64::from(area.get(place.wrapping_add((i * u32::from(size) + u32::from(j)) as usize)));
+        (0..size).fold(0, |value, j| value | byte(j) << (8 * j))
+    };
+    (0..count).map(element).collect()
 }
 
 #[cfg(test)]
@@ -140,11 +144,7 @@ mod tests {
         let fd = crate::object::memfd(c"test", RunArea::SIZE as u64).unwrap();
         let area = RunArea::map(&fd).unwrap();
         area.set(area.pio_data(), 0x1122_3344_5566_7788);
-        area.set(field!(area, __bindgen_anon_1.mmio.data), [0xff; 8]);
-        assert_eq!(Answer::Port(1).value(&area), 0x88);
-        assert_eq!(Answer::Port(4).value(&area), 0x5566_7788);
-        assert_eq!(Answer::Mmio(8).value(&area), u64::MAX);
-        assert_eq!(Answer::Mmio(2).value(&area), 0xffff);
-        assert_eq!(Answer::None.value(&area), 0);
+        assert_eq!(port_data(&area, 1, 3), [0x88, 0x77, 0x66]);
+        assert_eq!(port_data(&area, 4, 1), [0x5566_7788]);
     }
 }

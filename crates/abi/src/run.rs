@@ -177,8 +177,9 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
     area.set(field!(area, apic_base), state.apic_base);
     match result {
         Ok(exit) => {
-            vcpu.answer = Answer::to(&exit);
-            exit::report(area, &exit);
+            let reads = vcpu.port_reads();
+            vcpu.answer = Answer::to(&exit, reads);
+            exit::report(area, &exit, reads);
             Ok(Reply::Value(0))
         }
         Err(error) => {

@@ -230,15 +230,25 @@ impl Cpuid {
         Features::from_cpuid(|leaf, subleaf| self.raw(leaf, subleaf))
     }
 
-    /// The paravirtual features that the guest is told of ([`pv`]): those of the leaf that follows KVM's signature,
-    /// wherever in the hypervisor's range the client has put it.
+    /// The paravirtual features that the guest is told of ([`pv`]).
     pub fn pv_features(&self) -> u32 {
-        let [_, signature] = [KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE];
+        self.pv_leaf().and_then(|leaf| self.raw(leaf, 0)).map_or(0, |values| values.eax)
+    }
+
+    /// Tells the guest of none of these paravirtual features.
+    pub fn hide_pv_features(&mut self, bits: u32) {
+        let leaf = self.pv_leaf();
+        let hidden = self.entries.iter_mut().filter(|entry| Some(entry.leaf) == leaf);
+        hidden.for_each(|entry| entry.values.eax &= !bits);
+    }
+
+    /// The leaf that follows KVM's signature, wherever in the hypervisor's range the client has put it.
+    fn pv_leaf(&self) -> Option<u32> {
         let ours = paravirtual()[0].values;
         let same = |v: &CpuidValues| (v.ebx, v.ecx, v.edx) == (ours.ebx, ours.ecx, ours.edx);
-        let bases = (signature..signature + 0x1_0000).step_by(0x100);
-        let base = bases.into_iter().find(|&leaf| self.raw(leaf, 0).as_ref().is_some_and(same));
-        base.and_then(|leaf| self.raw(leaf | 1, 0)).map_or(0, |values| values.eax)
+        let mut bases = (KVM_CPUID_SIGNATURE..KVM_CPUID_SIGNATURE + 0x1_0000).step_by(0x100);
+        let base = bases.find(|&leaf| self.raw(leaf, 0).as_ref().is_some_and(same));
+        base.map(|leaf| leaf | 1)
     }
 }
 

@@ -118,6 +118,9 @@ pub struct Cpu {
     pub pending: Pending,
     /// Length in bytes of the instruction that the last exit interrupted.
     pub exit_instruction_length: u8,
+    /// How many reads of its port, one after the other, the instruction makes whose first the last [`Exit::Io`] carries:
+    /// what REP INS stores in one page. A client may answer them together.
+    pub port_reads: u32,
     /// Debug exceptions (DR6 bits) that the next instruction boundary delivers: the VMCS's pending debug
     /// exceptions (SDM vol. 3C, 25.4.2). A halted CPU that has any is to be run.
     pub pending_debug: u64,
@@ -156,6 +159,7 @@ impl Cpu {
             modified_pages: Vec::new(),
             pending: Pending::None,
             exit_instruction_length: 0,
+            port_reads: 0,
             pending_debug: 0,
             idt_vectoring: None,
             deferred: None,

@@ -1,10 +1,10 @@
 //! KVM_SET_CPUID2 and KVM_GET_CPUID2.
 
-use kvm_bindings::{KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, kvm_cpuid_entry2};
+use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, kvm_cpuid_entry2};
 use silicon::model::Feature;
 
 use super::Vcpu;
-use crate::cpuid::{Cpuid, CpuidState};
+use crate::cpuid::{Cpuid, CpuidState, pv};
 use crate::error::Error;
 use crate::irqchip::lapic::ApicFeatures;
 use crate::msr::MISC_ENABLE_MWAIT;
@@ -13,7 +13,11 @@ impl Vcpu {
     /// KVM_SET_CPUID2: what the guest sees, and what the processor offers it from now on. Once the vCPU has run, only
     /// what it has already can be set: EINVAL for anything else.
     pub fn set_cpuid2(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
-        let cpuid = Cpuid::from_entries(entries)?;
+        let mut cpuid = Cpuid::from_entries(entries)?;
+        if self.vm.policy().disabled_exits() & KVM_X86_DISABLE_EXITS_HLT != 0 {
+            // Without exits a halt cannot be ended by a hypercall.
+            cpuid.hide_pv_features(1 << pv::UNHALT);
+        }
         if self.has_run {
             let (state, runtime) = (&self.cpu.state, self.cpuid_state());
             let same = cpuid.entries(state, &runtime) == self.cpuid.entries(state, &runtime);

@@ -78,6 +78,10 @@ impl Vcpu {
         if self.absorbed(IoSpace::Pio, &access) {
             return None;
         }
+        if let Some(value) = self.read_ahead(&access) {
+            self.cpu.complete_read(value);
+            return None;
+        }
         self.user_access = true;
         Some(VcpuExit::Io { port, size: access.size, write: access.write.map(|v| v as u32) })
     }

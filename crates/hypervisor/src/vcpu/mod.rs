@@ -11,6 +11,7 @@ mod handle;
 mod hypercall;
 mod mce;
 mod msr;
+mod ports;
 mod registers;
 mod run;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
 use debug::GuestDebug;
 use events::Events;
+use ports::ReadAhead;
 
 pub use debug::{DebugExit, GUEST_DEBUG_FLAGS};
 pub use failure::InternalError;
@@ -137,6 +139,7 @@ pub struct Vcpu {
     /// A paravirtual halt has been ended by another vCPU.
     unhalted: bool,
     debug: GuestDebug,
+    read_ahead: ReadAhead,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -198,6 +201,7 @@ impl Vcpu {
             hypercall_pending: false,
             unhalted: false,
             debug: GuestDebug::default(),
+            read_ahead: ReadAhead::default(),
             has_run: false,
             tsc_khz,
             reset_state,

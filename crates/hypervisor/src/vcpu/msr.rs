@@ -11,6 +11,9 @@ use super::{Vcpu, VcpuExit};
 use crate::msr::filter::MsrAccess;
 use crate::msr::{CpuEnv, MsrError, MsrState};
 
+/// The client may hide it (KVM_CAP_MSR_PLATFORM_INFO).
+const MSR_PLATFORM_INFO: u32 = 0xce;
+
 /// What KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsrExit {
@@ -119,6 +122,9 @@ impl Vcpu {
 
     /// Reads an MSR as RDMSR (or KVM_GET_MSRS, `host`) does.
     pub(super) fn read_msr(&mut self, index: u32, host: bool) -> Result<u64, MsrError> {
+        if index == MSR_PLATFORM_INFO && !host && !self.vm.policy().platform_info() {
+            return Err(MsrError::Refused(index));
+        }
         let (msrs, mut env) = self.msrs();
         msrs.read(index, host, &mut env)
     }

@@ -130,6 +130,7 @@ impl Vcpu {
             // The instruction whose access the client was asked for is not the next one any more.
             self.cpu.abandon_access();
             self.user_access = false;
+            self.read_ahead = super::ports::ReadAhead::default();
         }
         let r = &mut self.cpu.state.regs;
         let low = [regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi];

@@ -167,12 +167,20 @@ impl Vcpu {
             return None;
         }
         let limit = std::mem::replace(&mut self.cpu.controls.instruction_limit, 0);
-        let exit = self.enter(Cpu::run);
-        self.cpu.controls.instruction_limit = limit;
-        match exit {
-            Exit::Budget => None,
-            exit => self.handle_exit(exit),
+        let mut result = None;
+        loop {
+            match self.enter(Cpu::run) {
+                Exit::Budget => {}
+                exit => result = self.handle_exit(exit),
+            }
+            // What the client has given ahead is part of the answer.
+            if result.is_some() || self.read_ahead.is_empty() && !self.cpu.access_pending() {
+                break;
+            }
+            self.cpu.controls.instruction_limit = self.cpu.instructions() + 1;
         }
+        self.cpu.controls.instruction_limit = limit;
+        result
     }
 
     /// INIT, SIPI, NMIs and EOIs that the LAPIC has received.

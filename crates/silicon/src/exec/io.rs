@@ -8,7 +8,9 @@ use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::exec::operand::{by_size, is_immediate};
 use crate::exec::string::{Progress, string_op};
+use crate::flags::Rflags;
 use crate::mmu::Word;
+use crate::mmu::tlb::PAGE_MASK;
 use crate::state::{Seg, reg};
 use crate::system::segment::kind;
 use crate::vmx::{BusAccess, Space};
@@ -42,7 +44,9 @@ impl Cpu {
         Ok(())
     }
 
-    fn port_access<T: Word>(&mut self, port: u16, write: Option<T>) -> Result<T, Abort> {
+    /// `reads`: see [`Cpu::port_reads`].
+    fn port_access<T: Word>(&mut self, port: u16, write: Option<T>, reads: u64) -> Result<T, Abort> {
+        self.port_reads = u32::try_from(reads).unwrap_or(u32::MAX);
         let write = write.map(T::to_u64);
         let access = BusAccess { space: Space::Port, address: u64::from(port), size: T::SIZE as u8, write };
         self.bus(access).map(T::from_u64)
@@ -57,7 +61,7 @@ fn port<const DX: bool>(cpu: &Cpu, op: &Op) -> u16 {
 fn input<T: Word, const DX: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let port = port::<DX>(cpu, op);
     cpu.check_io_permission(port, T::SIZE)?;
-    let value: T = cpu.port_access(port, None)?;
+    let value: T = cpu.port_access(port, None, 1)?;
     cpu.set(reg::RAX, value);
     Ok(Flow::Next)
 }
@@ -66,7 +70,7 @@ fn output<T: Word, const DX: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
     let port = port::<DX>(cpu, op);
     cpu.check_io_permission(port, T::SIZE)?;
     let value: T = cpu.get(reg::RAX);
-    cpu.port_access(port, Some(value))?;
+    cpu.port_access(port, Some(value), 0)?;
     Ok(Flow::Next)
 }
 
@@ -75,11 +79,14 @@ fn output<T: Word, const DX: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
 fn ins<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let port = cpu.get(reg::RDX);
     cpu.check_io_permission(port, T::SIZE)?;
-    cpu.repeat(op, &[], |cpu, op, _| {
+    cpu.repeat(op, &[], |cpu, op, left| {
         let to = cpu.string_offset(reg::RDI, op);
         let lin = cpu.string_linear(Seg::Es, to, T::SIZE, true)?;
         cpu.probe(Seg::Es, lin, T::SIZE, true)?;
-        let value: T = cpu.port_access(port, None)?;
+        let offset = lin & PAGE_MASK;
+        let room = if cpu.state.flag(Rflags::DF) { offset + T::SIZE as u64 } else { PAGE_MASK + 1 - offset };
+        let in_page = room / T::SIZE as u64;
+        let value: T = cpu.port_access(port, None, left.min(in_page).max(1))?;
         cpu.store(Seg::Es, lin, value)?;
         cpu.step_index::<T>(reg::RDI, op, 1);
         Ok(Progress::of(1))
@@ -93,7 +100,7 @@ fn outs<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         let (seg, from) = (cpu.op_seg(op), cpu.string_offset(reg::RSI, op));
         let lin = cpu.string_linear(seg, from, T::SIZE, false)?;
         let value: T = cpu.load(seg, lin)?;
-        cpu.port_access(port, Some(value))?;
+        cpu.port_access(port, Some(value), 0)?;
         cpu.step_index::<T>(reg::RSI, op, 1);
         Ok(Progress::of(1))
     })
@@ -172,7 +179,7 @@ mod tests {
         let mut guest = Guest::new(CodeSize::Bits64);
         guest.set(reg::RDX, 0x1f0).set(reg::RDI, DATA).set(reg::RCX, 2);
         assert_eq!(guest.run(&[0xf3, 0x66, 0x6d]), access(0x1f0, 2, None));
-        assert_eq!((guest.cpu.state.rip, guest.reg(reg::RCX)), (CODE, 2));
+        assert_eq!((guest.cpu.state.rip, guest.reg(reg::RCX), guest.cpu.port_reads), (CODE, 2, 2));
         assert_eq!(answer(&mut guest, 0x1111), access(0x1f0, 2, None));
         assert_eq!(guest.reg(reg::RCX), 1);
         assert_eq!(answer(&mut guest, 0x2222), END);
