@@ -136,6 +136,11 @@ impl MachineCheck {
         self.banks[at + 1..at + 4].copy_from_slice(&[mce.status | overflow, mce.addr, mce.misc]);
     }
 
+    /// MCG_LMCE_P: machine checks can be local to a processor.
+    pub(super) fn has_lmce(&self) -> bool {
+        self.has(LMCE_P)
+    }
+
     /// MCG_CMCI_P: corrected errors can be signalled.
     pub(super) fn has_cmci(&self) -> bool {
         self.has(CMCI_P)
@@ -188,7 +193,7 @@ impl MachineCheck {
                 valid
             }
             MCG_EXT_CTL => {
-                // The guest would need IA32_FEATURE_CONTROL.LMCE, which it cannot set.
+                // The caller has seen to it that a guest with IA32_FEATURE_CONTROL.LMCE counts as the host.
                 let valid = host && value & !1 == 0;
                 if valid {
                     self.extended_control = value;

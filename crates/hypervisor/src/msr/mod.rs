@@ -76,6 +76,8 @@ const PLATFORM_INFO_CPUID_FAULT: u64 = 1 << 31;
 const CPUID_FAULT: u64 = 1 << 0;
 /// IA32_FEATURE_CONTROL.LOCK.
 const FEATURE_CONTROL_LOCKED: u64 = 1 << 0;
+/// IA32_FEATURE_CONTROL.LMCE_ENABLED, which MCG_CAP.MCG_LMCE_P gives the guest.
+const FEATURE_CONTROL_LMCE: u64 = 1 << 20;
 /// IA32_FEATURE_CONTROL bits that the client may set: lock, VMX, SGX, LMCE.
 const FEATURE_CONTROL_SUPPORTED: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 17 | 1 << 18 | 1 << 20;
 

@@ -3,8 +3,8 @@
 use silicon::model::Feature;
 
 use super::{
-    CPUID_FAULT, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_SUPPORTED, MISC_ENABLE_EMON, MISC_ENABLE_PMU,
-    MsrEnv, MsrState, PLATFORM_INFO_CPUID_FAULT,
+    CPUID_FAULT, FEATURE_CONTROL_LMCE, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_SUPPORTED, MISC_ENABLE_EMON,
+    MISC_ENABLE_PMU, MsrEnv, MsrState, PLATFORM_INFO_CPUID_FAULT,
 };
 use crate::cpuid::pv;
 
@@ -128,6 +128,13 @@ const fn zero(first: u32, last: u32, name: &'static str) -> Row {
 }
 
 const MCE_READ: Read = Read::Call(|state, index, host, _| state.mce.read(index, host));
+/// IA32_MCG_EXT_CTL: the guest needs IA32_FEATURE_CONTROL.LMCE for it.
+const LMCE_READ: Read = Read::Call(|state, index, host, _| {
+    state.mce.read(index, host || state.get(Slot::FeatureControl) & FEATURE_CONTROL_LMCE != 0)
+});
+const LMCE_WRITE: Write = Write::Call(|state, index, value, host, _| {
+    state.mce.write(index, value, host || state.get(Slot::FeatureControl) & FEATURE_CONTROL_LMCE != 0)
+});
 const MCE_WRITE: Write = Write::Call(|state, index, value, host, _| state.mce.write(index, value, host));
 const MTRR_READ: Read = Read::Call(|state, index, _, _| state.mtrrs.read(index));
 const MTRR_WRITE: Write = Write::Call(|state, index, value, _, env| {
@@ -219,7 +226,7 @@ static ROWS: &[Row] = &[
     .needs(Feature::Pdcm)
     .listed(),
     range(0x400, 0x47f, "IA32_MC0_CTL to IA32_MC31_MISC", MCE_READ, MCE_WRITE),
-    row(0x4d0, "IA32_MCG_EXT_CTL", MCE_READ, MCE_WRITE).listed(),
+    row(0x4d0, "IA32_MCG_EXT_CTL", LMCE_READ, LMCE_WRITE).listed(),
     zero(0x606, 0x606, "MSR_RAPL_POWER_UNIT"),
     zero(0x611, 0x611, "MSR_PKG_ENERGY_STATUS"),
     zero(0x619, 0x619, "MSR_DRAM_ENERGY_STATUS"),
@@ -302,7 +309,8 @@ fn write_system_time(state: &mut MsrState, _: u32, value: u64, _: bool, _: &mut 
 
 fn write_feature_control(state: &mut MsrState, _: u32, value: u64, host: bool, _: &mut dyn MsrEnv) -> bool {
     let locked = state.get(Slot::FeatureControl) & FEATURE_CONTROL_LOCKED != 0;
-    let valid = if host { FEATURE_CONTROL_SUPPORTED } else { FEATURE_CONTROL_LOCKED };
+    let lmce = if state.mce.has_lmce() { FEATURE_CONTROL_LMCE } else { 0 };
+    let valid = if host { FEATURE_CONTROL_SUPPORTED } else { FEATURE_CONTROL_LOCKED | lmce };
     let allowed = (host || !locked) && value & !valid == 0;
     if allowed {
         state.put(Slot::FeatureControl, value);

@@ -167,6 +167,19 @@ fn a_locked_feature_control_stays() {
     assert_eq!(msrs.write(0x3a, 0, CLIENT, &mut env), Ok(()));
 }
 
+/// SeaBIOS writes what QEMU tells it to, and took #GP for it with no IDT.
+#[test]
+fn firmware_may_enable_local_machine_checks_where_the_client_offers_them() {
+    const LMCE_P: u64 = 1 << 27;
+    let (mut msrs, mut env) = (state(), Fake::default());
+    assert_eq!(msrs.write(0x3a, 1 << 20 | 1, GUEST, &mut env), Err(MsrError::Refused(0x3a)));
+    assert_eq!(msrs.write(0x4d0, 1, GUEST, &mut env), Err(MsrError::Refused(0x4d0)));
+    assert!(msrs.setup_mce(LMCE_P | 1));
+    assert_eq!(msrs.write(0x3a, 1 << 20 | 1, GUEST, &mut env), Ok(()));
+    assert_eq!(msrs.write(0x4d0, 1, GUEST, &mut env), Ok(()));
+    assert_eq!(msrs.read(0x4d0, GUEST, &mut env), Ok(1));
+}
+
 #[test]
 fn cpuid_gates_the_guest_but_not_the_client() {
     let mut env = Fake { features: Features::new(FeatureSet::EMPTY, 46), pv: 0, ..Fake::default() };
