@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use abi::Errno;
 use hypervisor::{HostParams, System};
-use silicon::model::CpuModel;
+use silicon::model::{CpuModel, xstate};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -85,10 +85,21 @@ fn configured() -> Result<Arc<System>, String> {
         Err(VarError::NotUnicode(_)) => Err(format!("{name} is not text")),
     };
     let model = get(variable::CPU)?.unwrap_or_else(|| "sapphire-rapids".into());
-    let model = CpuModel::parse(&model).map_err(|error| format!("{}: {error}", variable::CPU))?;
+    let model =
+        CpuModel::parse(&as_clients_see_it(&model)).map_err(|error| format!("{}: {error}", variable::CPU))?;
     let host = get(variable::HOST)?.unwrap_or_default();
     let host = HostParams::parse(&host).map_err(|error| format!("{}: {error}", variable::HOST))?;
     Ok(System::new(model, host))
+}
+
+/// The model without the XSAVE components that the host's CPUID does not describe as ours does: clients execute CPUID
+/// themselves to learn where a component lies, and would tell the guest that it lies elsewhere. Who asks for such a
+/// feature (`+pku`) gets it all the same.
+fn as_clients_see_it(model: &str) -> String {
+    let (name, changes) = model.split_once(',').map_or((model, ""), |(name, changes)| (name, changes));
+    let without = xstate::foreign_to_host().map(|feature| format!(",-{feature}")).collect::<String>();
+    let comma = if changes.is_empty() { "" } else { "," };
+    format!("{name}{without}{comma}{changes}")
 }
 
 /// In a forked child, before anything of the client's runs there.
@@ -175,4 +186,22 @@ pub(crate) fn open_system(flags: libc::c_int) -> Result<libc::c_int, Errno> {
     let fd = table::adopt(created)?;
     open::apply_flags(fd, flags);
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silicon::model::Feature;
+
+    /// QEMU told guests that PKRU lies at offset 0 where the host has no PKU; their first XRSTOR lost the x87 state.
+    #[test]
+    fn components_that_the_host_does_not_describe_are_left_out_unless_asked_for() {
+        let offers = |text: &str, feature| CpuModel::parse(&as_clients_see_it(text)).unwrap().has(feature);
+        let foreign: Vec<Feature> = xstate::foreign_to_host().collect();
+        for feature in [Feature::Pku, Feature::Avx512f].into_iter().filter(|f| foreign.contains(f)) {
+            assert!(!offers("sapphire-rapids", feature));
+        }
+        assert!(offers("sapphire-rapids,+pku", Feature::Pku));
+        assert!(!offers("sapphire-rapids,-avx", Feature::Avx));
+    }
 }

@@ -1,5 +1,7 @@
 //! The XSAVE state components (SDM vol. 1, 13.1 and 13.5), and the sizes that CPUID leaf 0DH gives for them.
 
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+
 use crate::model::cpuid::CpuidValues;
 use crate::model::{Feature, Features};
 
@@ -33,6 +35,17 @@ pub static COMPONENTS: &[Component] = &[
 
 const fn extended(bit: u8, size: u32, offset: u32, aligned: bool, feature: Feature) -> Component {
     Component { bit, size, offset, supervisor: false, aligned, feature }
+}
+
+/// Features whose XSAVE components the host's own CPUID describes otherwise than [`COMPONENTS`], or not at all. A program
+/// that executes CPUID itself lays out the components of these wrongly (QEMU does, for the guest's CPUID).
+pub fn foreign_to_host() -> impl Iterator<Item = Feature> {
+    let highest = __cpuid(0).eax;
+    let differs = move |c: &Component| {
+        let host = (highest >= 0xd).then(|| __cpuid_count(0xd, c.bit.into()));
+        !host.is_some_and(|h| (h.eax, h.ebx) == (c.size, c.offset))
+    };
+    COMPONENTS.iter().filter(move |c| differs(c)).map(|c| c.feature)
 }
 
 /// x87 state.
