@@ -11,6 +11,7 @@ main:
     mov r8d, APIC
     mov dword ptr [r8 + APIC_DIVIDE], 0xb /* by 1 */
 
+    BEHAVIOUR(one_shot_fires_once)
     /* One-shot: counts down, fires once, stays at zero. */
     mov dword ptr [r8 + APIC_LVT_TIMER], VECTOR
     mov dword ptr [r8 + APIC_INITIAL], 2000000
@@ -29,6 +30,7 @@ main:
     cli
     REQUIRE_EQ(COUNT(VECTOR), 1)
 
+    BEHAVIOUR(a_masked_timer_counts_and_fires_nothing)
     /* Masked: counts, fires nothing. */
     mov dword ptr [r8 + APIC_LVT_TIMER], VECTOR | 0x10000
     mov dword ptr [r8 + APIC_INITIAL], 1000
@@ -39,12 +41,14 @@ main:
     REQUIRE_EQ(COUNT(VECTOR), 1)
     REQUIRE_EQ(dword ptr [r8 + APIC_CURRENT], 0)
 
+    BEHAVIOUR(an_initial_count_of_zero_stops_the_timer)
     /* Writing zero stops it. */
     mov dword ptr [r8 + APIC_LVT_TIMER], VECTOR
     mov dword ptr [r8 + APIC_INITIAL], 100000000
     mov dword ptr [r8 + APIC_INITIAL], 0
     REQUIRE_EQ(dword ptr [r8 + APIC_CURRENT], 0)
 
+    BEHAVIOUR(periodic_fires_again_and_again)
     /* Periodic: again and again. */
     mov dword ptr [r8 + APIC_LVT_TIMER], VECTOR | 0x20000
     mov dword ptr [r8 + APIC_INITIAL], 500000
@@ -55,6 +59,7 @@ main:
     cli
     mov dword ptr [r8 + APIC_INITIAL], 0
 
+    BEHAVIOUR(the_task_priority_holds_an_interrupt_back)
     /* The task priority holds it back; it waits in IRR. */
     mov edi, 10000
     call wait_microseconds
@@ -83,6 +88,7 @@ main:
     inc ebx
     REQUIRE_EQ(COUNT(VECTOR), ebx)
 
+    BEHAVIOUR(the_higher_of_two_waiting_vectors_comes_first)
     /* Two wait: the higher vector comes first, and holds the lower one back until EOI. */
     mov dword ptr [first], 0
     mov qword ptr [on_interrupt], offset note_order
@@ -100,6 +106,7 @@ main:
     cpuid
     bt ecx, 24
     jnc no_deadline
+    BEHAVIOUR(tsc_deadline_fires_once_and_disarms)
     mov r8d, APIC
     mov ebx, COUNT(0x41)
     mov dword ptr [r8 + APIC_LVT_TIMER], 0x41 | 0x40000

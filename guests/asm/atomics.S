@@ -13,24 +13,35 @@ main:
     mov edi, OTHERS
     call start_others
     mov dword ptr [go], 1
+    BEHAVIOUR(each_processor_owns_its_bit_of_a_shared_word)
     xor edi, edi
     call work
 1:  pause
     cmp dword ptr [finished], OTHERS + 1
     jne 1b
     mov edx, ROUNDS * (OTHERS + 1)
+    BEHAVIOUR(locked_increments_are_atomic)
     REQUIRE_EQ(dword ptr [by_inc], edx)
+    BEHAVIOUR(locked_additions_are_atomic)
     REQUIRE_EQ(dword ptr [by_add], edx)
+    BEHAVIOUR(exchange_and_add_is_atomic)
     REQUIRE_EQ(dword ptr [by_xadd], edx)
+    BEHAVIOUR(compare_and_exchange_is_atomic)
     REQUIRE_EQ(dword ptr [by_cmpxchg], edx)
+    BEHAVIOUR(operations_across_cache_lines_are_atomic)
     REQUIRE_EQ(dword ptr [SPLIT_LINE], edx)
+    BEHAVIOUR(operations_across_pages_are_atomic)
     REQUIRE_EQ(dword ptr [SPLIT_PAGE], edx)
+    BEHAVIOUR(compare_and_exchange_of_16_bytes_is_atomic)
     REQUIRE_EQ(dword ptr [by_cmpxchg16b], edx)
     REQUIRE_EQ(dword ptr [by_cmpxchg16b + 8], edx)
+    BEHAVIOUR(a_lock_by_exchange_excludes)
     REQUIRE_EQ(dword ptr [by_spinlock], edx)
     REQUIRE_EQ(dword ptr [by_bts], 0)
+    BEHAVIOUR(locked_bytes_and_words_are_atomic)
     REQUIRE_EQ(byte ptr [by_byte], dl)
     REQUIRE_EQ(word ptr [by_word], dx)
+    BEHAVIOUR(each_ticket_is_handed_out_once)
     /* Every value of the XADD counter was handed out once: their sum is n(n-1)/2. */
     mov eax, edx
     lea rcx, [rax - 1]

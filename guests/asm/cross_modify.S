@@ -9,6 +9,7 @@ main:
     call enable_apic
     mov edi, 1
     call start_others
+    BEHAVIOUR(announced_changes_are_executed_by_the_other_processor)
     /* Announced: write, then publish the number; the other serializes by CPUID. */
     xor ebx, ebx
 1:  inc ebx
@@ -21,6 +22,7 @@ main:
     jne 1b
     REQUIRE_EQ(dword ptr [wrong], 0)
 
+    BEHAVIOUR(unannounced_changes_are_seen_whole)
     /* Unannounced: the four aligned bytes of the immediate change while the other runs them. */
     mov dword ptr [phase], 1
     mov ecx, 10000

@@ -6,6 +6,7 @@
 #define DR7_SET(value) mov eax, value; mov dr7, rax
 
 main:
+    BEHAVIOUR(a_single_step_traps_behind_the_next_instruction)
     /* Single step: the trap comes after the instruction behind POPF. */
     DR6_CLEAR
     TRY
@@ -23,6 +24,7 @@ after_step:
     test dword ptr [got_rflags], 0x100
     REQUIRE(jnz)
 
+    BEHAVIOUR(each_iteration_of_a_repeated_move_is_a_step)
     /* Steps are counted: one for each instruction, one for each iteration of REP. */
     mov qword ptr [continue_at], offset count_steps
     mov qword ptr [steps], 0
@@ -42,6 +44,7 @@ after_step:
     /* rep movsb: 5; nop, pushfq, and: 1 each; popfq clears TF, but it began with TF set: 1. */
     REQUIRE_EQ(qword ptr [steps], 9)
 
+    BEHAVIOUR(mov_ss_holds_a_step_back)
     /* MOV SS holds the trap back for one instruction. */
     mov qword ptr [continue_at], offset count_steps
     mov qword ptr [steps], 0
@@ -60,6 +63,7 @@ after_step:
     REQUIRE_EQ(qword ptr [steps], 5)
 #endif
 
+    BEHAVIOUR(instruction_breakpoints_are_faults_that_rf_suppresses)
     /* An instruction breakpoint is a fault, RF in the image lets it go on. */
     DR6_CLEAR
     mov rax, offset at_breakpoint
@@ -88,6 +92,7 @@ at_loop:
     REQUIRE_EQ(qword ptr [steps], 3)
     DR7_SET(0x400)
 
+    BEHAVIOUR(data_breakpoints_are_traps)
     /* A write breakpoint is a trap; a read does not hit it; all sizes and overlaps. */
     DR6_CLEAR
     mov rax, SCRATCH + 8
@@ -116,6 +121,7 @@ after_wide:
 after_read:
     FAULTS_AT(DB, 0, after_read)
     DR6_IS(2)
+    BEHAVIOUR(a_repeated_move_stops_at_a_data_breakpoint)
     /* REP MOVS stops behind the iteration that hit. */
     DR6_CLEAR
     DR7_SET(0x400 | 8 | 1 << 20 | 3 << 22)
@@ -137,6 +143,7 @@ at_rep:
     PASSES
 
 #ifndef QEMU /* which has no general detect */
+    BEHAVIOUR(general_detect)
     /* General detect: MOV DR with GD set faults before it does anything, and clears GD for the handler. */
     DR6_CLEAR
     DR7_SET(0x2400)
@@ -150,6 +157,7 @@ at_gd:
     REQUIRE(jz)
 
 #endif
+    BEHAVIOUR(debug_register_aliases_and_privileges)
     /* DR4 and DR5 are DR6 and DR7 unless CR4.DE; reserved high bits are #GP; CPL 3 may not. */
     mov rax, cr4
     or rax, CR4_DE

@@ -10,6 +10,7 @@
 #endif
 
 main:
+    BEHAVIOUR(a_divide_error_reports_the_division)
     /* #DE: divide by zero, and a quotient that does not fit. */
     TRY
     xor ecx, ecx
@@ -26,6 +27,7 @@ at_de:
     /* The registers are what they were. */
     REQUIRE_EQ(edx, 5)
 
+    BEHAVIOUR(breakpoint_traps_report_the_next_instruction)
     /* #BP and INT n report the next instruction. */
     TRY
     int3
@@ -49,6 +51,7 @@ after_int1:
     REQUIRE(jz)
 #endif
 
+    BEHAVIOUR(undefined_opcodes)
     /* #UD in its ways. */
     TRY
 at_ud2:
@@ -67,6 +70,7 @@ at_ud2:
     .byte 0x8e, 0xc8 /* mov cs, eax */
     FAULTS(UD, 0)
 
+    BEHAVIOUR(device_not_available_and_emulation)
     /* #NM: x87 with TS, SSE with TS, WAIT with MP and TS; EM makes SSE #UD. */
     mov rbx, cr0
     mov rax, rbx
@@ -92,6 +96,7 @@ at_ud2:
     FAULTS(UD, 0)
     mov cr0, rbx
 
+    BEHAVIOUR(segment_loads_fault_with_their_selector)
     /* #NP and #GP by selectors: the error code is the selector without its RPL. */
     mov rax, 0x00cf13000000ffff /* data, not present */
     mov [gdt + SPARE_SEL], rax
@@ -132,6 +137,7 @@ at_ud2:
     mov eax, KERNEL_DS
     mov ss, eax
 
+    BEHAVIOUR(addresses_that_are_not_canonical)
     /* Addresses that are not canonical: #GP, or #SS by a stack register. */
     mov rax, 0x800000000000
     mov rbp, rax
@@ -154,6 +160,7 @@ at_ud2:
     jmp rax
     FAULTS(GP, 0)
 
+    BEHAVIOUR(bad_gates_fault_with_their_idt_error_code)
     /* INT n beyond the table, with an absent gate, with a gate that is none. */
     lidt [short_idt]
     TRY
@@ -170,6 +177,7 @@ at_ud2:
     FAULTS(GP, IDT_ERROR(0x70))
     mov byte ptr [idt + 0x70 * 16 + 5], 0x8e
 
+    BEHAVIOUR(privileged_instructions_and_gates_at_cpl_3)
     /* From CPL 3 a gate of DPL 0 is #GP, INT3's gate is of DPL 3; privileged instructions are #GP(0). */
     TRY
     ENTER_USER(2)
@@ -208,6 +216,7 @@ at_ud2:
     FAULTS(UD, 0)
 
 #ifndef QEMU /* which checks no alignment */
+    BEHAVIOUR(alignment_checks_at_cpl_3)
     /* #AC: at CPL 3 with CR0.AM and RFLAGS.AC. */
     mov rax, cr0
     or rax, CR0_AM
@@ -223,6 +232,7 @@ at_ud2:
     FAULTS(UD, 0)
 
 #endif
+    BEHAVIOUR(floating_point_exceptions_are_reported_where_they_belong)
     /* #MF comes with the next waiting instruction, #XM at once. */
     fninit
     mov word ptr [scratch_word], 0x37b /* zero divide unmasked */
@@ -251,6 +261,7 @@ at_divss:
     mov dword ptr [scratch_word], 0x1f80
     ldmxcsr [scratch_word]
 
+    BEHAVIOUR(a_fault_while_a_fault_is_delivered_is_a_double_fault)
     /* #DF: a contributory exception while another is delivered; on IST 1, with error code 0. */
     mov byte ptr [idt + UD * 16 + 5], 0x0e /* #UD's gate is absent: #NP, then #DF is not due (#UD is benign) */
     TRY

@@ -26,6 +26,7 @@ begin32:
     SET_SEGMENT(CODE_1, 0x0000ffff, 0x00cfbb00)
     SET_SEGMENT(DATA_1, 0x0000ffff, 0x00cfb300)
 
+    BEHAVIOUR(faults_report_the_instruction_traps_the_next)
     /* Faults report the instruction, traps the next one. */
     TRY32
     xor ecx, ecx
@@ -93,6 +94,7 @@ after_step:
     FAULTS32(NM, 0)
     clts
 
+    BEHAVIOUR(floating_point_exceptions_of_32_bit_code)
     /* #MF with the next waiting instruction; #XM at once, if CR4 says so, else #UD. */
     fninit
     mov word ptr [word32], 0x37b
@@ -128,6 +130,7 @@ at_divss:
     divss xmm1, xmm0
     FAULTS32_AT(XM, 0, at_divss)
 
+    BEHAVIOUR(segment_registers_fault_with_the_selector)
     /* Segment registers: #NP, #SS, #GP with the selector. */
     TRY32
     mov eax, ABSENT
@@ -165,6 +168,7 @@ at_divss:
     jmp 0:0
     FAULTS32(GP, 0)
 
+    BEHAVIOUR(segment_limits)
     /* Limits: the last byte is good, beyond it #GP(0), #SS(0) through SS; expand-down is the other way round. */
     mov eax, SMALL
     mov fs, eax
@@ -186,6 +190,7 @@ at_divss:
     TRY32
     mov al, fs:[0]
     FAULTS32(GP, 0)
+    BEHAVIOUR(segment_types)
     /* Types. */
     mov eax, READ_ONLY
     mov fs, eax
@@ -201,6 +206,7 @@ at_divss:
     TRY32
     lock add dword ptr cs:[word32], 0
     FAULTS32(GP, 0)
+    BEHAVIOUR(the_limit_of_the_code_segment)
     /* The code segment's limit: a far and a near jump beyond it fault where they are. */
     TRY32
     jmp SHORT_CODE:0x200000
@@ -217,6 +223,7 @@ at_beyond:
 1:  mov eax, cs:[word32]
     FAULTS32(GP, 0)
 
+    BEHAVIOUR(bad_gates_of_32_bits)
     /* The IDT: beyond its end, absent gates, gates that are none. EXT for events from outside the program. */
     lidt [short_idt]
     TRY32
@@ -243,6 +250,7 @@ at_beyond:
     FAULTS32(DF, 0)
     mov byte ptr [idt + DE * 8 + 5], 0x8e
 
+    BEHAVIOUR(an_outer_level_gets_the_stack_of_the_tss)
     /* From CPL 3: the stack of the TSS, with the user's SS and ESP on it. */
     TRY32
     ENTER_USER32(0x202)
@@ -273,6 +281,7 @@ user_after_int3:
     mov eax, KERNEL_DS
     mov ds, eax
     FAULTS32(GP, KERNEL_DS)
+    BEHAVIOUR(the_io_permission_bitmap)
     /* The I/O permission bitmap allows single ports. */
     mov dword ptr [tss32 + 104], 0xffff7fff /* ports 8 to 15: 15 */
     mov word ptr [gdt + TSS32_SEL], 107
@@ -292,6 +301,7 @@ user_after_int3:
     ENTER_USER32(2)
     in al, 14
     FAULTS32(GP, 0)
+    BEHAVIOUR(stack_limits_and_alignment_at_cpl_3)
     /* #SS(0) for the user's own small stack; #AC. */
     TRY32
     ENTER_USER32(2)
@@ -314,6 +324,7 @@ at_push:
     ud2
     FAULTS32(UD, 0)
 
+    BEHAVIOUR(a_bad_stack_in_the_tss)
     /* To level 1 by an interrupt gate, whose stack in the TSS is bad: #TS, #SS with its selector. */
     mov word ptr [idt + 0x72 * 8 + 2], CODE_1 | 1
     mov byte ptr [idt + 0x72 * 8 + 5], 0xee
@@ -337,6 +348,7 @@ at_push:
     int 0x72
     FAULTS32(SS, DATA_1)
 
+    BEHAVIOUR(a_call_gate_copies_parameters)
     /* A call gate from CPL 3 copies three words; RET n drops them from both stacks. */
     mov eax, offset through_gate
     mov [gdt + GATE], ax
@@ -373,6 +385,7 @@ through_gate:
     REQUIRE32(je)
     EQUAL(dword ptr [got_cs], USER_CS32)
 
+    BEHAVIOUR(a_conforming_segment_runs_at_the_callers_level)
     /* A conforming segment runs at the caller's level. */
     TRY32
     ENTER_USER32(2)
@@ -384,6 +397,7 @@ through_gate:
     EQUAL(ebx, CONFORMING | 3)
     EQUAL(dword ptr [got_cs], CONFORMING | 3)
 
+    BEHAVIOUR(lar_lsl_verr_and_verw)
     /* What selectors are asked for. */
     mov ecx, KERNEL_DS
     lar eax, ecx

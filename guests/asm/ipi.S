@@ -19,6 +19,7 @@ main:
     call start_others
     sti
 
+    BEHAVIOUR(fixed_interrupts_reach_one_self_all_and_others)
     IPI(1, ICR_FIXED | 0x41)
     UNTIL(COUNT(0x41), 1); jne 95b
     IPI(0, ICR_FIXED | ICR_SELF | 0x42)
@@ -27,6 +28,7 @@ main:
     UNTIL(COUNT(0x43), 4); jne 95b
     IPI(0, ICR_FIXED | ICR_OTHERS | 0x44)
     UNTIL(COUNT(0x44), 3); jne 95b
+    BEHAVIOUR(logical_destinations)
     /* Logical destination, flat (x2APIC: cluster 0): bits 1 and 3. */
 #ifdef X2APIC
     IPI(0xa, ICR_FIXED | 0x800 | 0x45)
@@ -38,6 +40,7 @@ main:
 #endif
     UNTIL(COUNT(0x45), 2); jne 95b
 
+    BEHAVIOUR(interrupts_in_a_row_are_all_delivered)
     /* A hundred in a row, each waited for, then a burst of which at least one arrives. */
     xor ebx, ebx
 1:  IPI(2, ICR_FIXED | 0x46)
@@ -53,12 +56,14 @@ main:
     jnz 1b
     UNTIL(COUNT(0x47), 1); jb 95b
 
+    BEHAVIOUR(an_nmi_wakes_a_halted_processor)
     /* An NMI arrives though interrupts are off, and wakes from HLT. */
     mov qword ptr [continue_at], offset nmi
     IPI(3, ICR_NMI)
     UNTIL(dword ptr [nmis], 1); jne 95b
     mov qword ptr [continue_at], 0
 
+    BEHAVIOUR(init_stops_and_sipi_starts_a_processor)
     /* INIT stops a processor; SIPI starts it again at the trampoline. */
     mov eax, [others_running]
     REQUIRE_EQ(eax, 3)
@@ -74,6 +79,7 @@ main:
     IPI(1, ICR_FIXED | 0x49)
     UNTIL(COUNT(0x49), 1); jne 95b
 #ifdef X2APIC
+    BEHAVIOUR(x2apic_registers_and_what_they_refuse)
     /* Registers of their own: the IDs, an interrupt to oneself, what cannot be written or read. */
     mov ecx, 0x802
     rdmsr
@@ -102,6 +108,7 @@ main:
     TRY
     X2_WRITE(0x808, 0x100, 0)
     FAULTS(GP, 0)
+    BEHAVIOUR(x2apic_is_left_through_the_disabled_state)
     /* From x2APIC mode the way back leads through the disabled state. */
     mov ecx, 0x1b
     rdmsr

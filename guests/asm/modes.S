@@ -12,6 +12,7 @@ main:
     cld
     rep movsb
 
+    BEHAVIOUR(compatibility_mode_has_32_bit_operands)
     /* Compatibility mode: 32-bit operands and addresses, INC by one byte, no REX. */
     mov [saved_rsp], rsp
     mov rax, 0xffffffffffffffff
@@ -28,6 +29,7 @@ compatibility:
     mov cx, 0x1234
     mov [result + 4], ecx
 
+    BEHAVIOUR(long_mode_is_left_for_protected_mode)
     /* Long mode off: paging off, LME off; protected mode goes on. */
     mov eax, cr0
     and eax, ~CR0_PG
@@ -39,6 +41,7 @@ compatibility:
     test eax, 1 << 10 /* LMA is clear */
     mov dword ptr [source_line], __LINE__
     jnz bad32
+    BEHAVIOUR(protected_mode_of_16_bits_is_left_for_real_mode)
     /* 16-bit protected mode: limits are checked, operands are 16 bits. */
     lidt [real_idt]
     jmp CODE16_CS:LOW_OF(protected16)
@@ -72,12 +75,14 @@ real:
     mov es, ax
     mov ss, ax
     mov sp, LOW - 16
+    BEHAVIOUR(real_mode_segments_are_paragraphs)
     /* Segment arithmetic: 0x700:0x10 is LOW + 0x10. */
     mov ax, LOW >> 4
     mov fs, ax
     mov eax, fs:[real_word - low_begin]
     cmp eax, 0x600df00d
     jne bad16
+    BEHAVIOUR(real_mode_interrupts_use_the_vector_table)
     /* An interrupt through the vector table: FLAGS, CS, IP on the stack, IF cleared. */
     mov word ptr [0x60 * 4], LOW_OF(real_handler)
     mov word ptr [0x60 * 4 + 2], 0
@@ -92,11 +97,13 @@ after_int:
     cmp sp, bx
     jne bad16
     cli
+    BEHAVIOUR(real_mode_addresses_wrap)
     /* Addresses wrap at 64 KiB. */
     mov bx, 0xfff0
     mov byte ptr [0x20], 0x77
     cmp byte ptr [bx + 0x30], 0x77
     jne bad16
+    BEHAVIOUR(a_real_mode_divide_error_reports_the_division)
     /* A divide error pushes the address of the instruction itself. */
     mov word ptr [0], LOW_OF(divide_handler)
     mov word ptr [2], 0
@@ -108,6 +115,7 @@ at_divide:
 after_divide:
     cmp si, LOW_OF(at_divide)
     jne bad16
+    BEHAVIOUR(real_mode_far_calls_return)
     /* A far call and return. */
     mov di, sp
     call (LOW >> 4):(far_function - low_begin)
@@ -115,6 +123,7 @@ after_divide:
     jne bad16
     cmp dx, 0x4321
     jne bad16
+    BEHAVIOUR(a_limit_loaded_in_protected_mode_stays_in_real_mode)
     /* Unreal: a limit loaded in protected mode stays. */
     lgdt [LOW_OF(low_gdt)]
     mov eax, cr0
@@ -133,6 +142,7 @@ unreal:
     mov eax, fs:[ecx]
     cmp eax, 0x1badb002 /* our own header at 1 MiB */
     jne bad16
+    BEHAVIOUR(protected_and_long_mode_again)
     /* Back to protected mode. */
     mov eax, cr0
     or al, 1
@@ -198,6 +208,7 @@ long_again:
     REQUIRE_EQ(dword ptr [result], 0x80000000)
     REQUIRE_EQ(dword ptr [result + 4], 0x66001234)
 #ifndef QEMU /* which does not check these */
+    BEHAVIOUR(control_register_combinations_that_are_refused)
     /* Turning long mode off with 64-bit code, or paging on without PAE, is #GP. */
     TRY
     mov rax, cr4

@@ -16,6 +16,7 @@
 
 main:
     mov rbp, SCRATCH
+    BEHAVIOUR(pages_that_are_not_present)
     /* Not present: 0 for a read, 2 for a write, 0x10 for a fetch with NX on. CR2 is the address. */
     ENTRY(0)
     TRY
@@ -43,6 +44,7 @@ main:
     FAULTS(PF, 0)
     REQUIRE_EQ(qword ptr [got_cr2], SCRATCH)
 
+    BEHAVIOUR(page_faults_at_cpl_3_have_the_user_bit)
     /* The same at CPL 3: with the user bit, and the fetch of the user's code. */
     TRY
     ENTER_USER(2)
@@ -57,6 +59,7 @@ main:
     jmp rbp
     FAULTS(PF, 0x14)
 
+    BEHAVIOUR(read_only_pages_and_write_protect)
     /* Read-only: CR0.WP decides for the supervisor, not for the user. */
     ENTRY(SCRATCH + (P_ | U_))
     TRY
@@ -80,6 +83,7 @@ main:
     or rax, CR0_WP
     mov cr0, rax
 
+    BEHAVIOUR(supervisor_pages_are_closed_to_the_user)
     /* A supervisor page at CPL 3. */
     ENTRY(SCRATCH + (P_ | W_))
     TRY
@@ -90,6 +94,7 @@ main:
     mov al, [rbp]
     PASSES
 
+    BEHAVIOUR(a_right_must_be_given_at_every_level)
     /* A right must be given at every level. */
     ENTRY(ALL)
     and dword ptr [pd + 3 * 8], ~W_
@@ -107,6 +112,7 @@ main:
     or dword ptr [pd + 3 * 8], U_
     invlpg [SCRATCH]
 
+    BEHAVIOUR(execute_disable_forbids_fetches_alone)
     /* NX forbids the fetch only. */
     mov rax, 0x8000000000000000 + SCRATCH + (P_ | W_ | U_)
     mov [SCRATCH_PTE(0)], rax
@@ -144,6 +150,7 @@ main:
     or eax, EFER_NXE
     wrmsr
 
+    BEHAVIOUR(reserved_bits_of_an_entry)
     /* A reserved bit: an address beyond the physical width. */
     mov rax, 0x0008000000000000 + SCRATCH + (P_ | W_ | U_)
     mov [SCRATCH_PTE(0)], rax
@@ -155,6 +162,7 @@ main:
     mov [rbp], al
     FAULTS(PF, RESERVED + 2)
 
+    BEHAVIOUR(accessed_and_dirty_are_set_by_use)
     /* Accessed with the first use, Dirty with the first write; a fault sets neither. */
     ENTRY(ALL)
     mov al, [rbp]
@@ -195,6 +203,7 @@ main:
     and eax, A_ | D_
     REQUIRE_EQ(eax, A_)
 
+    BEHAVIOUR(large_pages_have_accessed_dirty_and_reserved_bits)
     /* A large page: Accessed and Dirty in its entry; bits 20:13 are reserved. */
     mov qword ptr [pd + 4 * 8], 0x800000 + (P_ | W_ | U_ | PS_)
     invlpg [0x800000]
@@ -208,6 +217,7 @@ main:
     mov qword ptr [pd + 4 * 8], 0x800000 + (P_ | W_ | U_ | PS_)
     invlpg [0x800000]
 
+    BEHAVIOUR(cached_translations_are_dropped_when_asked)
     /* A cached translation stays until it is dropped: INVLPG, MOV CR3 (not for a global page), CR4.PGE. */
     ENTRY(ALL)
     mov dword ptr [0x601000], 0x1111
@@ -233,6 +243,7 @@ main:
     mov cr4, rax
     REQUIRE_EQ(dword ptr [rbp], 0x1111)
 
+    BEHAVIOUR(an_entry_that_is_rewritten_is_walked_anew)
     /* A page table in a page that is itself written through a mapping: no stale walk. */
     ENTRY(ALL)
     mov ecx, 1000

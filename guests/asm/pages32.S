@@ -43,6 +43,7 @@ begin32:
 
     mov dword ptr [SCRATCH], 0x600df00d
     EQUAL(dword ptr [WINDOW], 0x600df00d)
+    BEHAVIOUR(error_codes_without_execute_disable)
     /* Error codes; a fetch has no bit of its own. */
     ENTRY(0)
     TRY32
@@ -91,6 +92,7 @@ begin32:
     ENTER_USER32(2)
     mov al, [WINDOW]
     FAULTS32(PF, 5)
+    BEHAVIOUR(accessed_and_dirty_of_32_bit_entries)
     /* Accessed and Dirty. */
     ENTRY(SCRATCH + ALL)
     and PDE(WINDOW), ~A_
@@ -102,6 +104,7 @@ begin32:
     and eax, A_ | D_
     EQUAL(eax, A_)
 
+    BEHAVIOUR(pages_of_4_mib)
     /* 4 MiB pages: their own A and D, bit 21 reserved. */
     SET_PDE(LARGE, 0x400000 + (ALL | PS_))
     mov eax, [LARGE + 0x200000]
@@ -117,6 +120,7 @@ begin32:
     TRY32
     mov [LARGE], eax
     FAULTS32(PF, 3)
+    BEHAVIOUR(the_page_size_bit_needs_cr4_pse)
     /* Without CR4.PSE the bit means nothing. */
     or PDE(WINDOW), PS_
     mov eax, 0
@@ -124,6 +128,7 @@ begin32:
     EQUAL(dword ptr [WINDOW], 0x1234)
     and PDE(WINDOW), ~PS_
 
+    BEHAVIOUR(pae_refuses_reserved_bits_of_its_four_entries)
     /* PAE. Reserved bits in a PDPTE are #GP when CR0.PG loads them, and when CR3 does. */
     mov eax, cr0
     and eax, ~CR0_PG
@@ -158,6 +163,7 @@ begin32:
     mov al, [0xc0000000]
     FAULTS32(PF, 0)
     EQUAL(dword ptr [WINDOW], 0x1234)
+    BEHAVIOUR(pae_keeps_its_four_entries_until_cr3_is_loaded)
     /* The processor holds the four entries: memory's count from the next load of CR3 on. */
     mov dword ptr [pdptes + 8], 0
     invlpg [WINDOW]
@@ -172,6 +178,7 @@ begin32:
     mov eax, cr3
     mov cr3, eax
     EQUAL(dword ptr [WINDOW], 0x1234)
+    BEHAVIOUR(pae_pages_of_2_mib)
     /* 2 MiB pages. */
     mov dword ptr [pae_window + 8], 0x600000 + (ALL | PS_)
     mov [WINDOW + 0x200000], eax
@@ -181,6 +188,7 @@ begin32:
     TRY32
     mov eax, [WINDOW + 0x200000]
     FAULTS32(PF, 9)
+    BEHAVIOUR(pae_execute_disable)
     /* Bit 62 is reserved, bit 63 is until EFER.NXE makes it forbid fetches. */
     mov byte ptr [WINDOW], 0xc3
     mov dword ptr [scratch_pt + 4], 0x40000000

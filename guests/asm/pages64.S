@@ -13,6 +13,7 @@
 #define CR3_SET(value) mov rax, value; mov cr3, rax
 
 main:
+    BEHAVIOUR(pages_of_1_gib)
     /* 1 GiB: the second one of linear addresses becomes the first one of physical addresses. */
     mov eax, 0x80000001
     cpuid
@@ -53,6 +54,7 @@ no_gib: /* where the bit is reserved itself */
     cpuid
     bt ecx, 17
     jnc no_pcid
+    BEHAVIOUR(process_context_identifiers_need_a_clean_cr3)
     /* Bits 11 to 0 of CR3 must be zero when they become one. */
     mov rbx, cr3
     lea rax, [rbx + 8]
@@ -64,6 +66,7 @@ no_gib: /* where the bit is reserved itself */
     FAULTS(GP, 0)
     mov cr3, rbx
     mov cr4, rax
+    BEHAVIOUR(translations_belong_to_their_pcid)
     /* A translation of one PCID is not another's; loading CR3 with bit 63 clear drops the PCID's own. */
     lea r8, [rbx + 1]
     lea r9, [rbx + 2]
@@ -80,12 +83,14 @@ no_gib: /* where the bit is reserved itself */
     btr r9, 63
     REQUIRE_EQ(rax, r9)
     REQUIRE_EQ(dword ptr [SCRATCH], 0x1111)
+    BEHAVIOUR(cr3_refuses_bits_beyond_the_physical_width)
     /* Bits beyond the physical width are reserved. */
     mov rax, r8
     bts rax, 62
     TRY
     mov cr3, rax
     FAULTS(GP, 0)
+    BEHAVIOUR(paging_cannot_be_left_with_pcids_on)
     /* Paging cannot be left with PCIDs on. */
     mov rax, cr0
     btr rax, 31
@@ -98,6 +103,7 @@ no_gib: /* where the bit is reserved itself */
     cpuid
     bt ebx, 10
     jnc no_invpcid
+    BEHAVIOUR(invpcid_drops_what_it_names)
     mov r15d, 0
 1:  MAP(SCRATCH)
     mov qword ptr [descriptor], 2
@@ -144,6 +150,7 @@ no_pcid:
     mov cr3, rax
     REQUIRE_EQ(dword ptr [SCRATCH], 0x2222)
 
+    BEHAVIOUR(invlpg_drops_global_pages)
     /* Global pages outlive a CR3 load at most, never INVLPG. */
     mov rax, cr4
     or rax, CR4_PGE
@@ -163,6 +170,7 @@ no_pcid:
     cpuid
     bt ecx, 16
     jnc no_la57
+    BEHAVIOUR(five_levels_are_turned_on_with_paging_off)
     mov rax, cr4
     or rax, CR4_LA57
     TRY

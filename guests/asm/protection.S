@@ -15,6 +15,7 @@ main:
     mov byte ptr [SUPERVISOR_PAGE], 0xc3
 
     NEEDS(ebx, 7, no_smep)
+    BEHAVIOUR(smep_forbids_fetches_from_user_pages)
     /* SMEP: CPL 0 must not run user pages. The program itself lies in them: so first make those supervisor's. */
     and dword ptr [pd], ~U_
     mov rax, cr3
@@ -41,6 +42,7 @@ main:
 no_smep:
 
     NEEDS(ebx, 20, no_smap)
+    BEHAVIOUR(smap_forbids_accesses_to_user_pages)
     /* SMAP: CPL 0 must not touch user pages unless AC is set; implicit accesses never may. */
     and dword ptr [pd], ~U_
     mov rax, cr3
@@ -92,6 +94,7 @@ no_smep:
 no_smap:
 
     NEEDS(ecx, 2, no_umip)
+    BEHAVIOUR(umip_forbids_reading_the_tables_at_cpl_3)
     TRY
     ENTER_USER(2)
     sgdt [user_stack_top - 32]
@@ -117,6 +120,7 @@ no_smap:
 no_umip:
 
     NEEDS(ecx, 3, no_pku)
+    BEHAVIOUR(protection_keys_limit_accesses_to_user_pages)
     mov rax, cr4
     or rax, CR4_PKE
     mov cr4, rax

@@ -45,6 +45,7 @@ main:
     mov dword ptr [r8 + APIC_LVT_TIMER], VECTOR | 0x20000
     mov dword ptr [r8 + APIC_INITIAL], 100000
 
+    BEHAVIOUR(interrupts_within_a_repeated_store)
     interrupted at_stos, at_stos: rep stosb
     REQUIRE_EQ(rdi, TARGET + LENGTH)
     mov rdi, TARGET
@@ -52,9 +53,11 @@ main:
     mov al, 0x77
     repe scasb
     REQUIRE(je)
+    BEHAVIOUR(interrupts_within_a_repeated_move)
     interrupted at_movs, at_movs: rep movsb
     REQUIRE_EQ(rsi, SOURCE + LENGTH)
     REQUIRE_EQ(rdi, TARGET + LENGTH)
+    BEHAVIOUR(interrupts_within_a_repeated_comparison)
     /* Both are the same now: the comparison runs to its end as well. */
     interrupted at_cmps, at_cmps: repe cmpsb
     REQUIRE_EQ(rsi, SOURCE + LENGTH)
@@ -69,6 +72,7 @@ main:
     nop
     cli
 
+    BEHAVIOUR(a_repeated_store_writes_over_the_code_behind_it)
     /* A REP STOSB that runs over the instructions behind it, and ends just before those that follow. */
     mov ecx, 50
 1:  mov r14d, ecx
@@ -86,6 +90,7 @@ behind:
     dec ecx
     jnz 1b
 
+    BEHAVIOUR(a_routine_writes_its_own_continuation)
     /* A routine at the end of a page writes its own continuation at the start of the next one. */
     mov rsi, offset routine
     mov rdi, SCRATCH + 0x1000 - (routine_end - routine)

@@ -2,6 +2,7 @@
 #include "guest.h"
 
 main:
+    BEHAVIOUR(an_instruction_of_the_same_block_is_changed)
     /* The immediate of an instruction further on in the same block, again and again. */
     xor ebx, ebx
     xor ecx, ecx
@@ -15,6 +16,7 @@ patched:
     cmp ecx, 2000
     jne 1b
 
+    BEHAVIOUR(the_very_next_instruction_is_changed)
     /* The very next byte. */
     mov byte ptr [next_byte], 0x40 + 0x50 /* nop */
     mov byte ptr [next_byte], 0xf8 /* clc */
@@ -23,6 +25,7 @@ next_byte:
     nop
     REQUIRE(jnc)
 
+    BEHAVIOUR(a_function_is_written_anew)
     /* A function written to fresh memory, run, written again, run again. */
     mov ecx, 500
     mov rdi, SCRATCH
@@ -33,6 +36,7 @@ next_byte:
     REQUIRE_EQ(eax, ecx)
     loop 1b
 
+    BEHAVIOUR(code_is_replaced_by_a_repeated_move)
     /* By REP MOVSB over running code. */
     mov ecx, 100
 1:  push rcx
@@ -50,6 +54,7 @@ next_byte:
     pop rcx
     loop 1b
 
+    BEHAVIOUR(code_is_changed_through_another_mapping)
     /* Through another mapping of the same page. */
     mov qword ptr [SCRATCH_PTE(5)], SCRATCH + (P_ | W_ | U_)
     invlpg [SCRATCH + 0x5000]
@@ -62,6 +67,7 @@ next_byte:
     REQUIRE_EQ(eax, ecx)
     loop 1b
 
+    BEHAVIOUR(the_page_of_an_address_is_exchanged)
     /* The mapping changes, the linear address stays. */
     mov byte ptr [SCRATCH + 0x2000], 0xb8
     mov dword ptr [SCRATCH + 0x2001], 22
@@ -81,6 +87,7 @@ next_byte:
     REQUIRE_EQ(eax, 33)
     loop 1b
 
+    BEHAVIOUR(an_instruction_across_two_pages_is_changed)
     /* An instruction across two pages, of which the second one changes. */
     mov ebp, SCRATCH + 0xffd
     mov byte ptr [rbp], 0xb8
@@ -96,6 +103,7 @@ next_byte:
     REQUIRE_EQ(eax, edx)
     loop 1b
 
+    BEHAVIOUR(a_push_writes_over_the_instruction_behind_it)
     /* A push that writes over the instruction behind it. */
     mov rbp, rsp
     mov ecx, 100

@@ -16,6 +16,7 @@ main:
     inc rdi
     loop 1b
 
+    BEHAVIOUR(a_move_stops_where_its_destination_is_missing_and_goes_on)
     /* MOVSB up into the missing page. */
     PAGE1(0)
     mov rsi, SCRATCH
@@ -38,6 +39,7 @@ at_movsb:
     repe cmpsb
     REQUIRE(je)
 
+    BEHAVIOUR(an_element_across_the_edge_is_not_moved_in_part)
     /* MOVSQ whose element lies across the edge: it is not done in part. */
     PAGE1(0)
     mov rsi, SCRATCH
@@ -53,6 +55,7 @@ at_movsb:
     REQUIRE_EQ(ebx, [MISSING - 4])
     REQUIRE_EQ(qword ptr [got_cr2], MISSING)
 
+    BEHAVIOUR(a_downward_move_stops_where_its_destination_is_missing)
     /* Downwards, from a page above that is there into the missing one. */
     PAGE1(0)
     std
@@ -68,6 +71,7 @@ at_movsb:
     REQUIRE_EQ(qword ptr [got_cr2], MISSING + 0xfff)
     cld
 
+    BEHAVIOUR(a_move_stops_where_its_source_is_missing)
     /* The source faults: error code of a read. */
     mov rsi, MISSING - 7
     mov rdi, SCRATCH
@@ -78,6 +82,7 @@ at_movsb:
     REQUIRE_EQ(rcx, 93)
     REQUIRE_EQ(rdi, SCRATCH + 7)
 
+    BEHAVIOUR(stores_loads_scans_and_comparisons_stop_at_a_missing_page)
     /* STOSD, LODSW, SCASB, CMPSB. */
     mov rdi, MISSING - 40
     mov ecx, 100
@@ -112,6 +117,7 @@ at_movsb:
     REQUIRE_EQ(rcx, 96)
     REQUIRE_EQ(rsi, SCRATCH + 4)
 
+    BEHAVIOUR(a_count_of_zero_touches_nothing)
     /* A count of zero touches nothing; 32-bit addresses count in ECX and wrap. */
     mov rdi, MISSING
     xor ecx, ecx
@@ -125,6 +131,7 @@ at_movsb:
     PASSES
     REQUIRE_EQ(ecx, 0) /* whether the upper half stays depends on the processor */
 
+    BEHAVIOUR(a_move_goes_on_when_the_handler_has_mapped_the_page)
     /* The handler maps the page and returns: the instruction goes on by itself. */
     mov qword ptr [continue_at], offset map_page
     PAGE1(0)
@@ -136,6 +143,7 @@ at_movsb:
     REQUIRE_EQ(rdi, SCRATCH + 0x1800)
     REQUIRE_EQ(rcx, 0)
 
+    BEHAVIOUR(overlapping_moves_propagate_byte_by_byte)
     /* Overlapping moves propagate as byte-wise copies do. */
     mov byte ptr [SCRATCH], 0x5a
     mov rsi, SCRATCH

@@ -22,6 +22,7 @@ main:
     rdmsr
     or eax, EFER_SCE
     wrmsr
+    BEHAVIOUR(system_calls_and_their_return)
     /* Kernel CS 08, SS 10; user base 0x20 | 3: SYSRET gives SS 2b, CS 33 (64 bits) or 23. */
     WRITE_MSR(STAR, 0, 0x00230008)
     WRITE_MSR(LSTAR, offset from_syscall, 0)
@@ -64,6 +65,7 @@ from_syscall:
     REQUIRE_EQ(eax, 0x4c01)
     cld
 
+    BEHAVIOUR(sysret_to_an_address_that_is_not_canonical)
     /* SYSRET to an address that is not canonical: #GP at CPL 0. */
     TRY
     mov rcx, 0x800000000000
@@ -74,6 +76,7 @@ from_syscall:
     REQUIRE_EQ(dword ptr [got_cs], KERNEL_CS)
 #endif
 
+    BEHAVIOUR(sysenter_and_sysexit)
     /* SYSENTER: CS from the MSR, flags IF and VM cleared; SYSEXIT to CPL 3. */
 #ifndef QEMU
     TRY
@@ -117,6 +120,7 @@ from_sysenter:
     test dword ptr [flags_inside], 0x200
     REQUIRE(jz)
 
+    BEHAVIOUR(a_call_gate_switches_to_the_stack_of_the_tss)
     /* A 64-bit call gate from CPL 3: the stack of the TSS, SS null, the return address pushed. */
     mov rax, offset through_gate
     mov rdi, offset gdt + SPARE_SEL
@@ -157,6 +161,7 @@ through_gate:
     cmp qword ptr [got_rsp], offset user_stack_top
     REQUIRE(je)
 
+    BEHAVIOUR(a_bad_call_gate_faults_with_its_selector)
     /* The gate's DPL, its presence, and the code segment it names. */
     mov byte ptr [gdt + SPARE_SEL + 5], 0x8c
     TRY
@@ -180,6 +185,7 @@ through_gate:
     call fword ptr [gate_pointer]
     FAULTS(GP, CODE32_CS)
 
+    BEHAVIOUR(compatibility_mode_by_far_returns)
     /* Compatibility mode and back, by far returns; INTO and BOUND live there. */
     TRY
     push USER_DS

@@ -67,6 +67,7 @@ main32:
     ltr ax
     EQUAL(byte ptr [gdt + TSS_A + 5], 0x8b) /* busy */
 
+    BEHAVIOUR(a_call_nests_and_iret_comes_back)
     /* CALL: the new task is nested and linked, both are busy; IRET comes back. */
     mov eax, 0x11111111
     mov ecx, 0x22222222
@@ -90,13 +91,16 @@ main32:
     test eax, 0x4000
     REQUIRE32(jz)
     mov esp, ebp
+    BEHAVIOUR(a_task_goes_on_where_it_left)
     /* The task goes on where it left. */
     call TSS_B:0
     EQUAL(dword ptr [times], 2)
+    BEHAVIOUR(a_task_gate_switches_tasks)
     /* Through a task gate: the same. */
     call GATE_B:0
     EQUAL(dword ptr [times], 3)
 
+    BEHAVIOUR(a_jump_leaves_the_old_task_available)
     /* JMP: no nesting; the old task is available. */
     mov dword ptr [tss_c + T_EIP], offset task_c
     jmp TSS_C:0
@@ -106,12 +110,14 @@ back_from_c:
     EQUAL(byte ptr [gdt + TSS_C + 5], 0x89)
     EQUAL(byte ptr [gdt + TSS_A + 5], 0x8b)
 
+    BEHAVIOUR(an_interrupt_through_a_task_gate)
     /* An interrupt through a task gate. */
     mov dword ptr [idt + 0x1e * 8], TSS_B << 16
     mov dword ptr [idt + 0x1e * 8 + 4], 0x8500
     int 0x1e
     EQUAL(dword ptr [times], 4)
 
+    BEHAVIOUR(busy_absent_and_short_tasks_fault)
     /* To a busy task: #GP; to an absent one: #NP; to one too short: #TS. */
     mov dword ptr [resume], offset 1f
     jmp TSS_A:0
@@ -129,6 +135,7 @@ back_from_c:
 1:  EQUAL(dword ptr [got_vector], TS)
     EQUAL(dword ptr [got_error], TSS_C)
     mov word ptr [gdt + TSS_C], 103
+    BEHAVIOUR(a_nested_return_to_what_is_no_busy_task_faults)
     /* IRET with NT and a link to what is no busy TSS: #TS. */
     mov dword ptr [tss_a + T_LINK], TSS_B
     pushfd
@@ -141,6 +148,7 @@ back_from_c:
     pushfd
     and dword ptr [esp], ~0x4000
     popfd
+    BEHAVIOUR(a_bad_segment_faults_in_the_new_task)
     /* A bad segment in the new task is a fault in its context: #NP or #TS with that selector. */
     mov dword ptr [tss_c + T_DS], 0x1000
     mov dword ptr [resume], offset 1f

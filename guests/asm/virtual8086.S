@@ -46,6 +46,7 @@ main32:
     loop 1b
     lidt [idt32_pointer]
 
+    BEHAVIOUR(segments_are_paragraph_numbers)
     /* Segments are paragraph numbers: the code runs at LOW and sees what it should. */
     RUN(addressing, 0)
     EQUAL(dword ptr [got_vector], UD)
@@ -59,9 +60,11 @@ main32:
     test dword ptr [got_rflags], 0x20000
     REQUIRE32(jnz)
     EQUAL(word ptr [LOW + word_16 - low_begin], 0x1234)
+    BEHAVIOUR(the_monitor_gets_null_data_segments)
     /* The monitor's data segments are null. */
     EQUAL(dword ptr [handler_ds], 0)
 
+    BEHAVIOUR(sensitive_instructions_need_iopl_3)
     /* With IOPL below 3, CLI, STI, PUSHF, POPF, INT n, IRET are #GP(0); with IOPL 3 they work. */
     RUN(sensitive_cli, 0)
     EQUAL(dword ptr [got_vector], GP)
@@ -80,6 +83,7 @@ main32:
     EQUAL(dword ptr [got_vector], UD)
     RUN(sensitive_int, 0x3000)
     EQUAL(dword ptr [got_vector], 0x70)
+    BEHAVIOUR(limits_and_instructions_of_protected_mode_alone)
     /* Offsets beyond 0xffff are #GP (#SS for the stack); LAR and its like are #UD. */
 #ifndef QEMU /* which checks no limits */
     RUN(beyond, 0)

@@ -54,10 +54,12 @@
     .endm
 
 main:
+    BEHAVIOUR(data_breakpoints_of_each_length)
     lengths LENGTH_1, 1
     lengths LENGTH_2, 2
     lengths LENGTH_4, 4
     lengths LENGTH_8, 8
+    BEHAVIOUR(a_breakpoint_address_is_aligned_to_its_length)
     /* The address is aligned down to the length. */
     mov rax, SCRATCH + 0x47
     mov dr0, rax
@@ -66,6 +68,7 @@ main:
     mov [SCRATCH + 0x44], al
     nop
     FAULTS(DB, 0)
+    BEHAVIOUR(implicit_accesses_are_watched)
     /* Implicit accesses of an instruction are watched too: a push, a string's iteration. */
     lea rax, [rsp - 8]
     mov dr0, rax
@@ -77,6 +80,7 @@ after_push:
     FAULTS_AT(DB, 0, after_push)
     DR7_SET(0x400)
 
+    BEHAVIOUR(port_breakpoints)
     /* Ports, with CR4.DE: a trap, after the port was read. */
     mov rax, cr4
     or rax, CR4_DE
@@ -106,6 +110,7 @@ after_wide:
     FAULTS_AT(DB, 0, after_wide)
     DR7_SET(0x400)
 
+    BEHAVIOUR(a_data_breakpoint_of_mov_ss_waits_for_the_next_instruction)
     /* MOV SS with a watched operand: the trap waits until the next instruction is done. */
     DR6_CLEAR
     mov rax, SCRATCH + 0x80
@@ -122,6 +127,7 @@ after_shadow:
     DR6_IS(1)
     REQUIRE_EQ(ecx, 2)
     DR7_SET(0x400)
+    BEHAVIOUR(an_instruction_breakpoint_in_a_shadow_is_lost)
     /* An instruction breakpoint in that shadow is held back for good. */
     DR6_CLEAR
     mov rax, offset in_shadow
@@ -134,6 +140,7 @@ in_shadow:
     nop
     nop
     PASSES
+    BEHAVIOUR(rf_lets_an_instruction_run_once)
     /* Without the shadow it hits; RF from IRET's image lets the instruction run once. */
     TRY
     jmp in_shadow
@@ -155,6 +162,7 @@ resumed:
     pop rax
     test eax, 0x10000 /* PUSHF stores RF as zero */
     REQUIRE(jz)
+    BEHAVIOUR(two_breakpoints_at_once)
     /* Breakpoints on two of an instruction's kinds at once: DR6 says both. */
     DR6_CLEAR
     mov rax, SCRATCH
@@ -168,6 +176,7 @@ resumed:
     DR6_IS(9)
     DR7_SET(0x400)
 
+    BEHAVIOUR(a_step_over_a_branch_reports_its_target)
     /* Single step. After a taken branch: at its target. */
     DR6_CLEAR
     TRY
@@ -179,6 +188,7 @@ step_target:
     nop
     FAULTS_AT(DB, 0, step_target)
     DR6_IS(0x4000)
+    BEHAVIOUR(a_fault_comes_without_its_step)
     /* A fault before the instruction is done comes alone, with TF in its image. */
     DR6_CLEAR
     TRY
@@ -189,6 +199,7 @@ at_ud:
     DR6_IS(0)
     test dword ptr [got_rflags], 0x100
     REQUIRE(jnz)
+    BEHAVIOUR(int_n_is_no_step)
     /* INT n clears TF: no step before its handler's first instruction; the image has TF. */
     TRY
     TF_ON
@@ -207,6 +218,7 @@ after_int3:
 after_ss:
     nop
     FAULTS_AT(DB, 0, after_ss)
+    BEHAVIOUR(repeats_of_nothing_and_exits_are_steps)
     /* REP that does nothing is one step; CPUID and port instructions, which leave guest mode, are steps as others are. */
     xor ecx, ecx
     TRY
@@ -233,6 +245,7 @@ after_port:
 after_cli:
     nop
     FAULTS_AT(DB, 0, after_cli)
+    BEHAVIOUR(popf_and_iret_change_tf_after_their_step)
     /* POPF that clears TF is stepped itself; IRET that sets it lets one instruction run. */
     TRY
     push 2
@@ -255,6 +268,7 @@ after_iret:
     inc ecx
     FAULTS_AT(DB, 0, after_iret)
     REQUIRE_EQ(ecx, 6)
+    BEHAVIOUR(a_step_and_a_watched_write_are_one_exception)
     /* A step and a watched write at once: one exception, both bits. */
     DR6_CLEAR
     mov rax, SCRATCH

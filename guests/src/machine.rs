@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hypervisor::{HostParams, System, Vcpu, VcpuExit, Vm};
 use kvm_bindings::{kvm_pit_config, kvm_regs, kvm_segment, kvm_userspace_memory_region};
-use silicon::model::CpuModel;
+use silicon::model::{CpuModel, Feature};
 
 use crate::elf;
 
@@ -21,6 +21,8 @@ const SERIAL_STATUS: u16 = 0x3fd;
 const STATUS_EMPTY: u64 = 0x60;
 /// Debug-exit port.
 const EXIT_PORT: u16 = 0xf4;
+/// Where a program says which behaviour it is about to show.
+const BEHAVIOUR_PORT: u16 = 0xea;
 /// What EAX holds at a multiboot entry.
 const MULTIBOOT_MAGIC: u64 = 0x2bad_b002;
 
@@ -33,6 +35,8 @@ pub struct Report {
     pub status: Option<u32>,
     /// Why it ended without writing there.
     pub stopped: Option<String>,
+    /// Source lines of the behaviours that it came to, in its order.
+    pub behaviours: Vec<u16>,
 }
 
 /// Why a machine could not be made.
@@ -159,6 +163,7 @@ pub fn run_with(
     for segment in &image.segments {
         memory.write(segment.address, segment.bytes)?;
     }
+    let offers_deadline = model.features().has(Feature::TscDeadline);
     let system = System::new(model, HostParams::default());
     let vm = system.create_vm()?;
     vm.set_user_memory_region(kvm_userspace_memory_region {
@@ -173,7 +178,12 @@ pub fn run_with(
     let mut vcpus = Vec::new();
     for id in 0..cpus {
         let mut vcpu = vm.create_vcpu(id)?;
-        vcpu.set_cpuid2(&system.supported_cpuid())?;
+        let mut cpuid = system.supported_cpuid();
+        // KVM leaves it to a capability whether the local APIC's timer has this mode.
+        for leaf in cpuid.iter_mut().filter(|leaf| leaf.function == 1 && offers_deadline) {
+            leaf.ecx |= 1 << 24;
+        }
+        vcpu.set_cpuid2(&cpuid)?;
         if id == 0 {
             enter_protected_mode(&mut vcpu, image.entry)?;
         }
@@ -234,6 +244,9 @@ fn run_vcpu(vm: &Vm, mut vcpu: Vcpu, shared: &Shared, devices: &dyn Devices) {
             Ok(VcpuExit::Io { port: SERIAL, write: Some(value), .. }) => {
                 shared.report().console.push(char::from(value as u8));
             }
+            Ok(VcpuExit::Io { port: BEHAVIOUR_PORT, size: 2, write: Some(line) }) => {
+                shared.report().behaviours.push(line as u16);
+            }
             Ok(VcpuExit::Io { port: EXIT_PORT, write: Some(value), .. }) => {
                 shared.end(|report| report.status = Some(value));
             }
@@ -246,7 +259,7 @@ fn run_vcpu(vm: &Vm, mut vcpu: Vcpu, shared: &Shared, devices: &dyn Devices) {
                 vcpu.complete(devices.access(vm, Access { space: Space::Memory, address, size, write }));
             }
             Ok(exit) => stop(&vcpu, shared, format!("{exit:?}")),
-            Err(hypervisor::Error::Interrupted) => {}
+            Err(hypervisor::Error::Interrupted | hypervisor::Error::Again) => {}
             Err(error) => stop(&vcpu, shared, error.to_string()),
         }
     }

@@ -1,133 +1,306 @@
-//! Each guest program passes on the default processor, those of one vCPU on all models.
+//! Each behaviour that a guest program shows is a test of its own. A program runs once on each model that it can run
+//! on; all its tests look at that run. It is stopped by its first failure, so what comes after one is not shown either.
 
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use guests::{Program, machine};
+use guests::Program;
+use guests::machine::{self, Report};
 use silicon::model::CpuModel;
 
 /// Far more than any program takes on the slowest machine.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// The model that shows everything.
+const FULL: &str = "sapphire-rapids";
+/// One that lacks much: what it does not offer, a program passes over.
+const OLD: &str = "nehalem";
 
-fn check(program: Program, model: &str) {
-    let model = CpuModel::parse(model).expect(model);
-    let report = machine::run(program.image, program.cpus, model, PATIENCE).unwrap();
-    let good = report.status == Some(0) && (report.console == "PASS\n" || report.console.starts_with("SKIP"));
-    assert!(good, "asm/{}.S: {} {}", program.name, report.console, report.stopped.unwrap_or_default());
+type Run = Arc<OnceLock<Report>>;
+
+/// The run of `program` on `model`, made by the first test that asks.
+fn run(program: Program, model: &'static str) -> Run {
+    static RUNS: LazyLock<Mutex<HashMap<(&str, &str), Run>>> = LazyLock::new(Mutex::default);
+    let run = {
+        let mut runs = RUNS.lock().unwrap_or_else(PoisonError::into_inner);
+        runs.entry((program.name, model)).or_default().clone()
+    };
+    run.get_or_init(|| {
+        let model = CpuModel::parse(model).expect("a model");
+        machine::run(program.image, program.cpus, model, PATIENCE).expect("a machine")
+    });
+    run
 }
 
-fn passes(program: Program) {
-    check(program, "sapphire-rapids");
-    check(program, "nehalem");
+/// Checks that `program` came to the behaviour, and past it.
+fn shows(program: Program, behaviour: &str) {
+    let line = program.behaviours().find(|(_, name)| *name == behaviour).map(|(line, _)| line);
+    let line = line.unwrap_or_else(|| panic!("asm/{}.S has no BEHAVIOUR({behaviour})", program.name));
+    for model in [FULL, OLD] {
+        let run = run(program, model);
+        let report = run.get().expect("it has been run");
+        let passed = report.status == Some(0)
+            && (report.console == "PASS\n" || model == OLD && report.console.starts_with("SKIP"));
+        let reached = report.behaviours.contains(&line);
+        let failed_here = !passed && report.behaviours.last() == Some(&line);
+        let shown = if passed { reached || model == OLD } else { reached && !failed_here };
+        let what = if failed_here { "failed" } else { "was not reached" };
+        assert!(
+            shown,
+            "{behaviour} {what} on {model}: {} {}",
+            report.console,
+            report.stopped.as_deref().unwrap_or_default()
+        );
+    }
+}
+
+macro_rules! behaviours {
+    ($($module:ident $program:ident { $($name:ident)* })*) => {
+        $(mod $module {
+            $(#[test]
+            fn $name() {
+                super::shows(guests::$program, stringify!($name));
+            })*
+
+            #[test]
+            fn the_program_ends_well() {
+                super::ends_well(guests::$program);
+            }
+        })*
+
+        /// Program and behaviours, as above.
+        const TESTED: &[(Program, &[&str])] = &[$((guests::$program, &[$(stringify!($name)),*])),*];
+    };
+}
+
+fn ends_well(program: Program) {
+    for model in [FULL, OLD] {
+        let run = run(program, model);
+        let report = run.get().expect("it has been run");
+        let skipped = model == OLD && report.console.starts_with("SKIP");
+        assert!(report.status == Some(0) && (report.console == "PASS\n" || skipped), "{model}: {report:?}");
+    }
+}
+
+behaviours! {
+    exceptions EXCEPTIONS {
+        a_divide_error_reports_the_division
+        breakpoint_traps_report_the_next_instruction
+        undefined_opcodes
+        device_not_available_and_emulation
+        segment_loads_fault_with_their_selector
+        addresses_that_are_not_canonical
+        bad_gates_fault_with_their_idt_error_code
+        privileged_instructions_and_gates_at_cpl_3
+        alignment_checks_at_cpl_3
+        floating_point_exceptions_are_reported_where_they_belong
+        a_fault_while_a_fault_is_delivered_is_a_double_fault
+    }
+    pages PAGES {
+        pages_that_are_not_present
+        page_faults_at_cpl_3_have_the_user_bit
+        read_only_pages_and_write_protect
+        supervisor_pages_are_closed_to_the_user
+        a_right_must_be_given_at_every_level
+        execute_disable_forbids_fetches_alone
+        reserved_bits_of_an_entry
+        accessed_and_dirty_are_set_by_use
+        large_pages_have_accessed_dirty_and_reserved_bits
+        cached_translations_are_dropped_when_asked
+        an_entry_that_is_rewritten_is_walked_anew
+    }
+    protection PROTECTION {
+        smep_forbids_fetches_from_user_pages
+        smap_forbids_accesses_to_user_pages
+        umip_forbids_reading_the_tables_at_cpl_3
+        protection_keys_limit_accesses_to_user_pages
+    }
+    debug DEBUG {
+        a_single_step_traps_behind_the_next_instruction
+        each_iteration_of_a_repeated_move_is_a_step
+        mov_ss_holds_a_step_back
+        instruction_breakpoints_are_faults_that_rf_suppresses
+        data_breakpoints_are_traps
+        a_repeated_move_stops_at_a_data_breakpoint
+        general_detect
+        debug_register_aliases_and_privileges
+    }
+    strings STRINGS {
+        a_move_stops_where_its_destination_is_missing_and_goes_on
+        an_element_across_the_edge_is_not_moved_in_part
+        a_downward_move_stops_where_its_destination_is_missing
+        a_move_stops_where_its_source_is_missing
+        stores_loads_scans_and_comparisons_stop_at_a_missing_page
+        a_count_of_zero_touches_nothing
+        a_move_goes_on_when_the_handler_has_mapped_the_page
+        overlapping_moves_propagate_byte_by_byte
+    }
+    smc SELF_MODIFY {
+        an_instruction_of_the_same_block_is_changed
+        the_very_next_instruction_is_changed
+        a_function_is_written_anew
+        code_is_replaced_by_a_repeated_move
+        code_is_changed_through_another_mapping
+        the_page_of_an_address_is_exchanged
+        an_instruction_across_two_pages_is_changed
+        a_push_writes_over_the_instruction_behind_it
+    }
+    cross_modify CROSS_MODIFY {
+        announced_changes_are_executed_by_the_other_processor
+        unannounced_changes_are_seen_whole
+    }
+    syscalls SYSCALLS {
+        system_calls_and_their_return
+        sysret_to_an_address_that_is_not_canonical
+        sysenter_and_sysexit
+        a_call_gate_switches_to_the_stack_of_the_tss
+        a_bad_call_gate_faults_with_its_selector
+        compatibility_mode_by_far_returns
+    }
+    tasks TASKS {
+        a_call_nests_and_iret_comes_back
+        a_task_goes_on_where_it_left
+        a_task_gate_switches_tasks
+        a_jump_leaves_the_old_task_available
+        an_interrupt_through_a_task_gate
+        busy_absent_and_short_tasks_fault
+        a_nested_return_to_what_is_no_busy_task_faults
+        a_bad_segment_faults_in_the_new_task
+    }
+    modes MODES {
+        compatibility_mode_has_32_bit_operands
+        long_mode_is_left_for_protected_mode
+        protected_mode_of_16_bits_is_left_for_real_mode
+        real_mode_segments_are_paragraphs
+        real_mode_interrupts_use_the_vector_table
+        real_mode_addresses_wrap
+        a_real_mode_divide_error_reports_the_division
+        real_mode_far_calls_return
+        a_limit_loaded_in_protected_mode_stays_in_real_mode
+        protected_and_long_mode_again
+        control_register_combinations_that_are_refused
+    }
+    virtual8086 VIRTUAL_8086 {
+        segments_are_paragraph_numbers
+        the_monitor_gets_null_data_segments
+        sensitive_instructions_need_iopl_3
+        limits_and_instructions_of_protected_mode_alone
+    }
+    apic_timer APIC_TIMER {
+        one_shot_fires_once
+        a_masked_timer_counts_and_fires_nothing
+        an_initial_count_of_zero_stops_the_timer
+        periodic_fires_again_and_again
+        the_task_priority_holds_an_interrupt_back
+        the_higher_of_two_waiting_vectors_comes_first
+        tsc_deadline_fires_once_and_disarms
+    }
+    ipi IPI {
+        fixed_interrupts_reach_one_self_all_and_others
+        logical_destinations
+        interrupts_in_a_row_are_all_delivered
+        an_nmi_wakes_a_halted_processor
+        init_stops_and_sipi_starts_a_processor
+    }
+    nmi NMI {
+        an_nmi_is_delivered_once
+        nmis_do_not_nest_and_merge
+        an_iret_within_the_handler_opens_the_window
+        sti_holds_interrupts_for_one_instruction
+        an_interrupt_that_cannot_be_delivered_becomes_the_fault_alone
+        an_nmi_that_cannot_be_delivered_becomes_the_fault_alone
+    }
+    atomics ATOMICS {
+        each_processor_owns_its_bit_of_a_shared_word
+        locked_increments_are_atomic
+        locked_additions_are_atomic
+        exchange_and_add_is_atomic
+        compare_and_exchange_is_atomic
+        operations_across_cache_lines_are_atomic
+        operations_across_pages_are_atomic
+        compare_and_exchange_of_16_bytes_is_atomic
+        a_lock_by_exchange_excludes
+        locked_bytes_and_words_are_atomic
+        each_ticket_is_handed_out_once
+    }
+    pages64 PAGES_64 {
+        pages_of_1_gib
+        process_context_identifiers_need_a_clean_cr3
+        translations_belong_to_their_pcid
+        cr3_refuses_bits_beyond_the_physical_width
+        paging_cannot_be_left_with_pcids_on
+        invpcid_drops_what_it_names
+        invlpg_drops_global_pages
+        five_levels_are_turned_on_with_paging_off
+    }
+    watch WATCH {
+        data_breakpoints_of_each_length
+        a_breakpoint_address_is_aligned_to_its_length
+        implicit_accesses_are_watched
+        port_breakpoints
+        a_data_breakpoint_of_mov_ss_waits_for_the_next_instruction
+        an_instruction_breakpoint_in_a_shadow_is_lost
+        rf_lets_an_instruction_run_once
+        two_breakpoints_at_once
+        a_step_over_a_branch_reports_its_target
+        a_fault_comes_without_its_step
+        int_n_is_no_step
+        repeats_of_nothing_and_exits_are_steps
+        popf_and_iret_change_tf_after_their_step
+        a_step_and_a_watched_write_are_one_exception
+    }
+    exceptions32 EXCEPTIONS_32 {
+        faults_report_the_instruction_traps_the_next
+        floating_point_exceptions_of_32_bit_code
+        segment_registers_fault_with_the_selector
+        segment_limits
+        segment_types
+        the_limit_of_the_code_segment
+        bad_gates_of_32_bits
+        an_outer_level_gets_the_stack_of_the_tss
+        the_io_permission_bitmap
+        stack_limits_and_alignment_at_cpl_3
+        a_bad_stack_in_the_tss
+        a_call_gate_copies_parameters
+        a_conforming_segment_runs_at_the_callers_level
+        lar_lsl_verr_and_verw
+    }
+    pages32 PAGES_32 {
+        error_codes_without_execute_disable
+        accessed_and_dirty_of_32_bit_entries
+        pages_of_4_mib
+        the_page_size_bit_needs_cr4_pse
+        pae_refuses_reserved_bits_of_its_four_entries
+        pae_keeps_its_four_entries_until_cr3_is_loaded
+        pae_pages_of_2_mib
+        pae_execute_disable
+    }
+    repeat REPEAT {
+        interrupts_within_a_repeated_store
+        interrupts_within_a_repeated_move
+        interrupts_within_a_repeated_comparison
+        a_repeated_store_writes_over_the_code_behind_it
+        a_routine_writes_its_own_continuation
+    }
+    x2apic X2APIC {
+        fixed_interrupts_reach_one_self_all_and_others
+        logical_destinations
+        interrupts_in_a_row_are_all_delivered
+        an_nmi_wakes_a_halted_processor
+        init_stops_and_sipi_starts_a_processor
+        x2apic_registers_and_what_they_refuse
+        x2apic_is_left_through_the_disabled_state
+    }
 }
 
 #[test]
-fn exceptions_and_their_error_codes() {
-    passes(guests::EXCEPTIONS);
-}
-
-#[test]
-fn page_table_bits_and_page_fault_error_codes() {
-    passes(guests::PAGES);
-}
-
-#[test]
-fn smep_smap_umip_and_protection_keys() {
-    passes(guests::PROTECTION);
-}
-
-#[test]
-fn debug_traps_and_breakpoints() {
-    passes(guests::DEBUG);
-}
-
-#[test]
-fn string_instructions_that_fault_midway() {
-    passes(guests::STRINGS);
-}
-
-#[test]
-fn self_modifying_code() {
-    passes(guests::SELF_MODIFY);
-}
-
-#[test]
-fn cross_modifying_code_on_two_vcpus() {
-    passes(guests::CROSS_MODIFY);
-}
-
-#[test]
-fn system_calls_and_call_gates() {
-    passes(guests::SYSCALLS);
-}
-
-#[test]
-fn task_switches() {
-    passes(guests::TASKS);
-}
-
-#[test]
-fn mode_switches() {
-    passes(guests::MODES);
-}
-
-#[test]
-fn virtual_8086_mode() {
-    passes(guests::VIRTUAL_8086);
-}
-
-#[test]
-fn apic_timer_modes_and_priorities() {
-    passes(guests::APIC_TIMER);
-}
-
-#[test]
-fn interprocessor_interrupts_init_and_sipi() {
-    passes(guests::IPI);
-}
-
-#[test]
-fn nmi_windows_and_interrupt_shadows() {
-    passes(guests::NMI);
-}
-
-#[test]
-fn atomics_between_four_vcpus() {
-    passes(guests::ATOMICS);
-}
-
-#[test]
-fn x2apic_start_and_interrupts() {
-    passes(guests::X2APIC);
-}
-
-#[test]
-fn huge_pages_pcids_and_five_levels() {
-    passes(guests::PAGES_64);
-}
-
-#[test]
-fn breakpoints_on_ports_and_of_each_length_and_shadows() {
-    passes(guests::WATCH);
-}
-
-#[test]
-fn exceptions_limits_and_gates_in_32_bit_protected_mode() {
-    passes(guests::EXCEPTIONS_32);
-}
-
-#[test]
-fn paging_of_32_bits_and_pae() {
-    passes(guests::PAGES_32);
-}
-
-#[test]
-fn interrupts_within_repeated_string_instructions() {
-    passes(guests::REPEAT);
-}
-
-#[test]
-fn every_program_has_a_test() {
-    let here = include_str!("programs.rs").matches("passes(guests::").count() - 2;
-    let devices = include_str!("devices.rs").matches("passes(guests::").count();
-    assert_eq!(here + devices, guests::PROGRAMS.len());
+fn every_behaviour_of_every_program_has_a_test() {
+    for program in guests::PROGRAMS {
+        // Programs from one source, such as ipi and x2apic, share its behaviours.
+        let source: Vec<&str> = program.behaviours().map(|(_, name)| name).collect();
+        let tested = |name: &&str| TESTED.iter().any(|(_, names)| names.contains(name));
+        assert_eq!(source.iter().find(|name| !tested(name)), None, "asm/{}.S", program.name);
+    }
+    let with_devices = include_str!("devices.rs").matches("passes(guests::").count();
+    assert_eq!(TESTED.len() + with_devices, guests::PROGRAMS.len());
 }
