@@ -11,7 +11,7 @@ const BYTES: u32 = 1024;
 /// Values that a client gave before the guest asked for them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ReadAhead {
-    /// The instruction, and its port and width.
+    /// The instruction, by the number of those completed before it, and its port and width.
     of: Option<(u64, u64, u8)>,
     /// The last one first.
     values: Vec<u64>,
@@ -19,8 +19,8 @@ pub(super) struct ReadAhead {
 
 impl ReadAhead {
     /// The next value, if `access` is what the values were given for.
-    fn next(&mut self, rip: u64, access: &BusAccess) -> Option<u64> {
-        if self.of == Some((rip, access.address, access.size)) && access.write.is_none() {
+    fn next(&mut self, instruction: u64, access: &BusAccess) -> Option<u64> {
+        if self.of == Some((instruction, access.address, access.size)) && access.write.is_none() {
             return self.values.pop();
         }
         self.values.clear();
@@ -51,9 +51,9 @@ impl Vcpu {
 
     /// A value for a port read, if the client has given it already; else the read becomes an exit.
     pub(super) fn read_ahead(&mut self, access: &BusAccess) -> Option<u64> {
-        let rip = self.cpu.state.rip;
-        let value = self.read_ahead.next(rip, access);
-        self.read_ahead.of = Some((rip, access.address, access.size));
+        let instruction = self.cpu.instructions();
+        let value = self.read_ahead.next(instruction, access);
+        self.read_ahead.of = Some((instruction, access.address, access.size));
         value
     }
 }
@@ -80,6 +80,28 @@ mod tests {
         let mut data = [0; 6];
         vcpu.vm.memory().read(0x2ffc, &mut data);
         assert_eq!(data, [0x11, 0x11, 0x22, 0x22, 0x33, 0x33]);
+    }
+
+    #[test]
+    fn what_an_instruction_leaves_is_not_the_next_ones() {
+        // rep insb; jmp back
+        let mut program = Program::new(&[0xf3, 0x6c, 0xeb, 0xfc]);
+        let vcpu = &mut program.vcpu;
+        let mut regs = vcpu.regs();
+        (regs.rcx, regs.rdx, regs.rdi) = (2, 0x80, 0x2000);
+        vcpu.set_regs(&regs);
+        vcpu.run().unwrap();
+        // The client changes the count of the instruction that it answers.
+        regs.rcx = 1;
+        vcpu.set_regs(&regs);
+        vcpu.complete_port_reads(&[1, 2]);
+        vcpu.cpu_mut().controls.instruction_limit = vcpu.cpu_mut().instructions() + 2;
+        assert_eq!(vcpu.run().unwrap(), VcpuExit::Budget);
+        regs.rcx = 5;
+        vcpu.set_regs(&regs);
+        vcpu.cpu_mut().controls.instruction_limit = u64::MAX;
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { .. }));
+        assert_eq!(vcpu.regs().rcx, 5);
     }
 
     #[test]
