@@ -1,6 +1,6 @@
 //! QEMU with `-accel kvm` under `ring3 run` boots Debian's kernel on its three machines.
 
-use e2e::qemu::{Qemu, text};
+use e2e::qemu::{APPEND, Qemu, text};
 use e2e::{Guest, guest};
 
 const SCRIPT: &str = "echo BEGIN state
@@ -17,7 +17,7 @@ fn boots(name: &str, machine: &str, cpu: &str, cpus: u32, devices: &[&str]) -> S
     let Guest { kernel, initrd } = guest(name, "6.12", SCRIPT).unwrap();
     let (kernel, initrd, smp) = (text(&kernel), text(&initrd), cpus.to_string());
     let mut arguments = vec!["-m", "512", "-smp", &smp, "-kernel", &kernel, "-initrd", &initrd, "-no-reboot"];
-    arguments.extend(["-append", "console=ttyS0 panic=-1"]);
+    arguments.extend(["-append", APPEND]);
     arguments.extend(devices);
     let mut qemu = Qemu::start(name, machine, cpu, &arguments).unwrap();
     qemu.wait_for("END state", 1).unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use e2e::gdb::Gdb;
-use e2e::qemu::{Qemu, scratch, text};
+use e2e::qemu::{APPEND, Qemu, scratch, text};
 use e2e::{Guest, guest};
 use xtask::{packages, run};
 
@@ -28,7 +28,7 @@ fn ticks(console: &str) -> Vec<String> {
 }
 
 fn direct(guest: &Guest) -> [String; 6] {
-    let append = "console=ttyS0 panic=-1 loglevel=3".to_string();
+    let append = format!("{APPEND} loglevel=3");
     let (kernel, initrd) = (text(&guest.kernel), text(&guest.initrd));
     ["-kernel".into(), kernel, "-initrd".into(), initrd, "-append".into(), append]
 }
@@ -207,7 +207,8 @@ fn syslinux_disk(name: &str, guest: &Guest) -> PathBuf {
     let mkfs = packages::find("mkfs.fat").unwrap();
     run(Command::new(mkfs).arg("-C").arg(&disk).arg("65536")).unwrap();
     let config = scratch("syslinux.cfg");
-    let text = "DEFAULT linux\nPROMPT 0\nLABEL linux\n KERNEL vmlinuz\n APPEND initrd=initrd console=ttyS0 panic=-1\n";
+    let text =
+        format!("DEFAULT linux\nPROMPT 0\nLABEL linux\n KERNEL vmlinuz\n APPEND initrd=initrd {APPEND}\n");
     std::fs::write(&config, text).unwrap();
     let copy = |from: &Path, to: &str| {
         run(Command::new("mcopy").arg("-i").arg(&disk).arg(from).arg(format!("::/{to}"))).unwrap();
