@@ -84,6 +84,7 @@ capabilities! {
     MANUAL_DIRTY_LOG_PROTECT2 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   Value(MANUAL_DIRTY_LOG), enable Vm::set_manual_dirty_log;
     DIRTY_LOG_RING            KVM_CAP_DIRTY_LOG_RING              Value(BYTES_MAX), enable Vm::set_dirty_ring;
     DIRTY_LOG_RING_ACQ_REL    KVM_CAP_DIRTY_LOG_RING_ACQ_REL      Value(BYTES_MAX), enable Vm::set_dirty_ring;
+    PRE_FAULT_MEMORY          KVM_CAP_PRE_FAULT_MEMORY            Value(1);
     SET_TSS_ADDR              KVM_CAP_SET_TSS_ADDR                Value(1);
     SET_IDENTITY_MAP_ADDR     KVM_CAP_SET_IDENTITY_MAP_ADDR       Value(1);
     COALESCED_MMIO            KVM_CAP_COALESCED_MMIO              Value(RING_PAGE);

@@ -197,6 +197,7 @@ ioctls! {
     KVM_GET_DEVICE_ATTR            0xe2 In    kvm_device_attr             => Vcpu vcpu::get_device_attr;
     KVM_HAS_DEVICE_ATTR            0xe3 In    kvm_device_attr             => Vcpu vcpu::has_device_attr;
     KVM_GET_STATS_FD               0xce Value ()                          => Vcpu vcpu::get_stats_fd;
+    KVM_PRE_FAULT_MEMORY           0xd5 InOut kvm_pre_fault_memory        => Vcpu vcpu::pre_fault_memory;
 }
 
 /// The row for `number` on `object`.

@@ -4,8 +4,9 @@ use hypervisor::Vcpu;
 use hypervisor::vcpu::XSAVE_SIZE;
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_device_attr, kvm_enable_cap,
-    kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_sregs2, kvm_tpr_access_ctl, kvm_translation, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_sregs2, kvm_tpr_access_ctl, kvm_translation,
+    kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
 };
 
 use crate::error::Errno;
@@ -253,5 +254,14 @@ pub(crate) fn set_guest_debug(vcpu: &mut Vcpu, argument: Argument) -> Result<Rep
 pub(crate) fn translate(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
     let request: kvm_translation = argument.read()?;
     argument.write(&vcpu.translate(request.linear_address))?;
+    DONE
+}
+
+pub(crate) fn pre_fault_memory(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let mut range: kvm_pre_fault_memory = argument.read()?;
+    let result = vcpu.pre_fault_memory(&mut range);
+    // What is left is told in any case.
+    argument.write(&range)?;
+    result?;
     DONE
 }

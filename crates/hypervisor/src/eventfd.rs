@@ -112,6 +112,11 @@ fn identity(descriptor: RawFd) -> Result<u64, EventFdError> {
     field.and_then(|value| value.trim().parse().ok()).ok_or(EventFdError::Invalid)
 }
 
+/// Checks that `descriptor` is an open eventfd.
+pub(crate) fn check_eventfd(descriptor: RawFd) -> Result<(), EventFdError> {
+    identity(descriptor).map(|_| ())
+}
+
 // ---- irqfd
 
 /// An eventfd that raises a GSI.
@@ -433,7 +438,7 @@ impl IoEventFds {
         if request.flags & FLAG_DEASSIGN != 0 {
             return self.deassign(space, request.addr, request.len, value, request.fd);
         }
-        if request.flags & !FLAGS != 0 {
+        if request.flags & !FLAGS != 0 || space == IoSpace::VirtioCcw {
             return Err(EventFdError::Invalid);
         }
         self.assign(space, request.addr, request.len, value, request.fd)

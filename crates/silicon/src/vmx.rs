@@ -188,10 +188,11 @@ pub enum Exit {
         /// EDX:EAX.
         value: u64,
     },
-    /// The instruction at RIP cannot be executed in this machine state (an instruction fetch from MMIO).
+    /// The instruction at RIP cannot be executed in this machine state (an instruction fetch from MMIO, or a
+    /// page walk through it).
     /// The SDM has no such exit; KVM reports it as an emulation failure.
     FetchFailed {
-        /// Guest-physical address of the fetch.
+        /// Guest-physical address of the fetch, or of the paging-structure entry.
         gpa: u64,
     },
     /// The page-modification log is full (reason 62).

@@ -221,6 +221,7 @@ fn ioeventfd_requests() {
         ("no length with a value", kvm_ioeventfd { len: 0, ..request }, libc::EINVAL),
         ("overflow", kvm_ioeventfd { addr: u64::MAX, ..request }, libc::EINVAL),
         ("unknown flag", kvm_ioeventfd { flags: 1 << 5, ..request }, libc::EINVAL),
+        ("virtio-ccw", kvm_ioeventfd { flags: FLAG_VIRTIO_CCW, ..request }, libc::EINVAL),
         ("no descriptor", kvm_ioeventfd { fd: -1, datamatch: 8, ..request }, libc::EBADF),
     ];
     for (name, request, expected) in cases {

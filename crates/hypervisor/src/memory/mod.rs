@@ -298,6 +298,28 @@ impl Memory {
         }
     }
 
+    /// Has the host populate the memory behind at most `size` bytes, whole pages, from `gpa` on, as reads of it would;
+    /// how many bytes, which all belong to one slot. ENOENT if no slot has the first.
+    pub(crate) fn populate(&self, gpa: u64, size: u64) -> Result<u64, Error> {
+        let region = self.ept.find(gpa).ok_or(Error::NotFound("a slot of this address"))?;
+        let inside = gpa - region.gpa;
+        let size = size.min(region.size - inside);
+        let host = region.host + inside;
+        // SAFETY: populating changes no byte; an address without memory is an error.
+        let done =
+            unsafe { libc::madvise(host as *mut libc::c_void, size as usize, libc::MADV_POPULATE_READ) };
+        match std::io::Error::last_os_error() {
+            _ if done == 0 => Ok(size),
+            // A host kernel before 5.14: the guest's accesses will populate it.
+            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(size),
+            // What is not mapped is ENOMEM here and EFAULT to KVM.
+            error if error.raw_os_error() == Some(libc::ENOMEM) => {
+                Err(std::io::Error::from_raw_os_error(libc::EFAULT).into())
+            }
+            error => Err(error.into()),
+        }
+    }
+
     fn pieces(&self, gpa: u64, len: u64, write: bool, mut each: impl FnMut(u64, usize, usize)) -> bool {
         let mut done = 0;
         while done < len {

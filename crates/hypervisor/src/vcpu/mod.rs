@@ -12,6 +12,7 @@ mod hypercall;
 mod mce;
 mod msr;
 mod ports;
+mod pre_fault;
 mod registers;
 mod run;
 #[cfg(test)]

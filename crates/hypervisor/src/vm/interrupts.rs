@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY, kvm_ioeventfd, kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd,
-    kvm_msi, kvm_pit_config, kvm_pit_state, kvm_pit_state2,
+    KVM_IRQFD_FLAG_DEASSIGN, KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY, kvm_ioeventfd,
+    kvm_irq_routing_entry, kvm_irqchip, kvm_irqfd, kvm_msi, kvm_pit_config, kvm_pit_state, kvm_pit_state2,
 };
 
 use super::Vm;
 use crate::error::Error;
-use crate::eventfd::{IoEventFds, IoSpace, IrqFds};
+use crate::eventfd::{IoEventFds, IoSpace, IrqFds, check_eventfd};
 use crate::irqchip::bus::{Delivery, Msi};
 use crate::irqchip::pit::Pit;
 use crate::irqchip::{IrqChip, IrqChipKind};
@@ -140,8 +140,11 @@ impl Vm {
         Ok(chip.set_gsi_routing(entries)?)
     }
 
-    /// KVM_IRQFD.
+    /// KVM_IRQFD. EINVAL without in-kernel interrupt controllers, except that there is nothing to undo then.
     pub fn irqfd(&self, request: &kvm_irqfd) -> Result<(), Error> {
+        if self.irqchip().is_none() && request.flags & KVM_IRQFD_FLAG_DEASSIGN != 0 {
+            return Ok(check_eventfd(request.fd as i32)?);
+        }
         let chip = self.irqchip().ok_or(Error::Invalid("there are no interrupt controllers"))?;
         let _setup = self.setup();
         let irqfds = match self.irqfds.get() {

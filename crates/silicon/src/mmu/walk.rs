@@ -9,7 +9,7 @@ use crate::exception::{Abort, Exception};
 use crate::mmu::tlb::{Class, Leaf, PAGE_MASK};
 use crate::model::Feature;
 use crate::state::{cr0, cr4, efer};
-use crate::vmx::{BusAccess, Space};
+use crate::vmx::Exit;
 
 /// Bits of paging-structure entries (SDM vol. 3A, tables 5-5 to 5-20).
 mod entry {
@@ -357,13 +357,10 @@ impl Cpu {
         true
     }
 
-    /// Reads an entry for a walk. One that no memory backs is read over the bus as any other device would be.
+    /// Reads an entry for a walk. Tables that no memory backs cannot be walked: nobody answers for a device here, as
+    /// with EPT, where KVM gives up on such an access.
     fn read_entry(&mut self, gpa: u64, wide: bool) -> Result<u64, Abort> {
-        if let Some(value) = self.peek_entry(gpa, wide) {
-            return Ok(value);
-        }
-        let size = if wide { 8 } else { 4 };
-        self.bus(BusAccess { space: Space::Memory, address: gpa, size, write: None })
+        self.peek_entry(gpa, wide).ok_or_else(|| self.exit(Exit::FetchFailed { gpa }))
     }
 }
 

@@ -6,7 +6,7 @@ use crate::mmu::tlb::{Class, Leaf};
 use crate::mmu::walk::{Access, Kind};
 use crate::model::{Feature, Features};
 use crate::state::{CpuState, cr0, cr4, efer};
-use crate::vmx::{BusAccess, Exit, Space};
+use crate::vmx::Exit;
 
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
@@ -375,22 +375,11 @@ fn no_paging_is_the_identity_with_all_rights() {
 }
 
 #[test]
-fn tables_in_devices_are_read_over_the_bus() {
+fn tables_that_no_memory_backs_are_not_walked() {
     let mut m = Machine::long_mode();
     m.memory.write(PD, 0x8000_0000 | PWU);
     let result = m.cpu.walk(0x3000, WRITE);
-    let read = BusAccess { space: Space::Memory, address: 0x8000_0018, size: 8, write: None };
-    assert_eq!(m.exit(result), Exit::EptViolation(read));
-    m.cpu.complete_read(0x9000 | PWU);
-    m.cpu.replay.cursor = 0;
-    assert_eq!(page(walk(&mut m, 0x3000, WRITE)), Ok(0x9000));
-    // What reads as all ones has reserved bits set.
-    m.cpu.commit_bus();
-    let result = m.cpu.walk(0x3000, READ);
-    assert_eq!(m.exit(result), Exit::EptViolation(read));
-    m.cpu.complete_read(u64::MAX);
-    m.cpu.replay.cursor = 0;
-    assert_eq!(walk(&mut m, 0x3000, READ), Err(P_ | RSVD));
+    assert_eq!(m.exit(result), Exit::FetchFailed { gpa: 0x8000_0018 });
 }
 
 #[test]
