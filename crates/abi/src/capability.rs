@@ -125,6 +125,7 @@ capabilities! {
     XSAVE                     KVM_CAP_XSAVE                       Value(1);
     XSAVE2                    KVM_CAP_XSAVE2                      Of(|system| system.xsave_size() as u32);
     XCRS                      KVM_CAP_XCRS                        Value(1);
+    X86_GUEST_MODE            KVM_CAP_X86_GUEST_MODE              Value(1);
     IMMEDIATE_EXIT            KVM_CAP_IMMEDIATE_EXIT              Value(1);
     HALT_POLL                 KVM_CAP_HALT_POLL                   Value(1), enable Vm::set_halt_poll;
     X86_DISABLE_EXITS         KVM_CAP_X86_DISABLE_EXITS           Value(DISABLE_EXITS), enable Vm::disable_exits;
@@ -168,6 +169,7 @@ capabilities! {
     TSC_CONTROL               KVM_CAP_TSC_CONTROL                 Value(1);
     VM_TSC_CONTROL            KVM_CAP_VM_TSC_CONTROL              Value(1);
     KVMCLOCK_CTRL             KVM_CAP_KVMCLOCK_CTRL               Value(1);
+    STEAL_TIME                KVM_CAP_STEAL_TIME                  Value(1);
     ENFORCE_PV_FEATURE_CPUID  KVM_CAP_ENFORCE_PV_FEATURE_CPUID    Value(1);
 }
 

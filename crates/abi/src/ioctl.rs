@@ -164,6 +164,7 @@ ioctls! {
     KVM_INTERRUPT                  0x86 In    kvm_interrupt               => Vcpu vcpu::interrupt;
     KVM_GET_MSRS                   0x88 InOut kvm_msrs                    => Vcpu vcpu::get_msrs;
     KVM_SET_MSRS                   0x89 In    kvm_msrs                    => Vcpu vcpu::set_msrs;
+    KVM_SET_CPUID                  0x8a In    kvm_cpuid                   => Vcpu vcpu::set_cpuid;
     KVM_GET_FPU                    0x8c Out   kvm_fpu                     => Vcpu vcpu::get_fpu;
     KVM_SET_FPU                    0x8d In    kvm_fpu                     => Vcpu vcpu::set_fpu;
     KVM_GET_LAPIC                  0x8e Out   kvm_lapic_state             => Vcpu vcpu::get_lapic;
@@ -193,11 +194,11 @@ ioctls! {
     KVM_GET_SREGS2                 0xcc Out   kvm_sregs2                  => Vcpu vcpu::get_sregs2;
     KVM_SET_SREGS2                 0xcd In    kvm_sregs2                  => Vcpu vcpu::set_sregs2;
     KVM_GET_XSAVE2                 0xcf Out   kvm_xsave                   => Vcpu vcpu::get_xsave2;
+    KVM_PRE_FAULT_MEMORY           0xd5 InOut kvm_pre_fault_memory        => Vcpu vcpu::pre_fault_memory;
     KVM_SET_DEVICE_ATTR            0xe1 In    kvm_device_attr             => Vcpu vcpu::set_device_attr;
     KVM_GET_DEVICE_ATTR            0xe2 In    kvm_device_attr             => Vcpu vcpu::get_device_attr;
     KVM_HAS_DEVICE_ATTR            0xe3 In    kvm_device_attr             => Vcpu vcpu::has_device_attr;
     KVM_GET_STATS_FD               0xce Value ()                          => Vcpu vcpu::get_stats_fd;
-    KVM_PRE_FAULT_MEMORY           0xd5 InOut kvm_pre_fault_memory        => Vcpu vcpu::pre_fault_memory;
 }
 
 /// The row for `number` on `object`.
@@ -261,6 +262,8 @@ mod tests {
             ("KVM_GET_VCPU_EVENTS", 0x8040_ae9f),
             ("KVM_GET_XSAVE2", 0x9000_aecf),
             ("KVM_SET_XCRS", 0x4188_aea7),
+            ("KVM_PRE_FAULT_MEMORY", 0xc040_aed5),
+            ("KVM_SET_GUEST_DEBUG", 0x4048_ae9b),
             ("KVM_GET_SREGS2", 0x8140_aecc),
         ];
         for (name, number) in known {

@@ -3,10 +3,10 @@
 use hypervisor::Vcpu;
 use hypervisor::vcpu::XSAVE_SIZE;
 use kvm_bindings::{
-    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_device_attr, kvm_enable_cap,
-    kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_sregs2, kvm_tpr_access_ctl, kvm_translation,
-    kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_device_attr, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_sregs2, kvm_tpr_access_ctl,
+    kvm_translation, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
 };
 
 use crate::error::Errno;
@@ -263,5 +263,25 @@ pub(crate) fn pre_fault_memory(vcpu: &mut Vcpu, argument: Argument) -> Result<Re
     // What is left is told in any case.
     argument.write(&range)?;
     result?;
+    DONE
+}
+
+/// KVM_SET_CPUID: entries without subleaves.
+pub(crate) fn set_cpuid(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+    let count: u32 = argument.read()?;
+    if count > KVM_MAX_CPUID_ENTRIES as u32 {
+        return Err(Errno::TOO_BIG);
+    }
+    // struct kvm_cpuid_entry: function, EAX, EBX, ECX, EDX, padding.
+    let entries: Vec<[u32; 6]> = argument.read_slice(CPUID_ENTRIES, count as usize)?;
+    let wide = |&[function, eax, ebx, ecx, edx, _]: &[u32; 6]| kvm_cpuid_entry2 {
+        function,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    };
+    vcpu.set_cpuid2(&entries.iter().map(wide).collect::<Vec<_>>())?;
     DONE
 }

@@ -24,6 +24,8 @@ pub mod pv {
     pub const NOP_IO_DELAY: u8 = 1;
     /// kvmclock.
     pub const CLOCKSOURCE2: u8 = 3;
+    /// MSR_KVM_STEAL_TIME.
+    pub const STEAL_TIME: u8 = 5;
     /// A paravirtual halt that KVM_HC_KICK_CPU ends.
     pub const UNHALT: u8 = 7;
     /// KVM_HC_SEND_IPI.
@@ -38,11 +40,12 @@ pub mod pv {
     pub const SUPPORTED: u32 = 1 << CLOCKSOURCE
         | 1 << NOP_IO_DELAY
         | 1 << CLOCKSOURCE2
-        | 1 << CLOCKSOURCE_STABLE
+        | 1 << STEAL_TIME
         | 1 << UNHALT
         | 1 << SEND_IPI
         | 1 << POLL_CONTROL
-        | 1 << SCHED_YIELD;
+        | 1 << SCHED_YIELD
+        | 1 << CLOCKSOURCE_STABLE;
 }
 
 /// Features that KVM emulates whether the processor has them or not.

@@ -117,11 +117,19 @@ impl MsrState {
 
     /// RESET (not INIT): the registers that it sets (kernel: `kvm_vcpu_reset`).
     pub fn reset(&mut self) {
+        self.init();
         self.put(Slot::MiscEnable, MISC_ENABLE_RESET);
         self.put(Slot::Smbase, 0x3_0000);
         for slot in [Slot::MiscFeatures, Slot::SpecCtrl, Slot::FeatureControl, Slot::UmwaitControl] {
             self.put(slot, 0);
         }
+    }
+
+    /// INIT (and RESET): what the guest shares with us is its business no more (kernel: `kvm_vcpu_reset`).
+    pub fn init(&mut self) {
+        self.put(Slot::SystemTime, 0);
+        self.put(Slot::StealTime, 0);
+        self.clock_changed = true;
     }
 
     /// The value of a register that this structure keeps.
@@ -141,6 +149,11 @@ impl MsrState {
     /// MSR_KVM_WALL_CLOCK: address of the wall-clock structure.
     pub fn wall_clock(&self) -> u64 {
         self.get(Slot::WallClock)
+    }
+
+    /// MSR_KVM_STEAL_TIME: address of the structure, bit 0 enables it.
+    pub fn steal_time(&self) -> u64 {
+        self.get(Slot::StealTime)
     }
 
     /// IA32_MISC_ENABLE.

@@ -32,6 +32,7 @@ pub(super) enum Slot {
     HardwareConfiguration,
     SystemTime,
     WallClock,
+    StealTime,
     PollControl,
 }
 
@@ -255,6 +256,15 @@ static ROWS: &[Row] = &[
     row(0x4b56_4d01, "MSR_KVM_SYSTEM_TIME_NEW", Read::Slot(Slot::SystemTime), Write::Call(write_system_time))
         .pv(pv::CLOCKSOURCE2)
         .listed(),
+    row(
+        0x4b56_4d03,
+        "MSR_KVM_STEAL_TIME",
+        Read::Slot(Slot::StealTime),
+        // Bits 5:1 are reserved.
+        Write::Bits(Slot::StealTime, !0x3e),
+    )
+    .pv(pv::STEAL_TIME)
+    .listed(),
     row(
         0x4b56_4d05,
         "MSR_KVM_POLL_CONTROL",

@@ -15,6 +15,7 @@ mod ports;
 mod pre_fault;
 mod registers;
 mod run;
+mod steal;
 #[cfg(test)]
 mod testing;
 mod tsc;
@@ -41,6 +42,7 @@ use crate::vm::Vm;
 use debug::GuestDebug;
 use events::Events;
 use ports::ReadAhead;
+use steal::StealTime;
 
 pub use debug::{DebugExit, GUEST_DEBUG_FLAGS};
 pub use failure::InternalError;
@@ -141,6 +143,7 @@ pub struct Vcpu {
     unhalted: bool,
     debug: GuestDebug,
     read_ahead: ReadAhead,
+    steal: StealTime,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -162,8 +165,7 @@ impl Vcpu {
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
         let tsc_khz = vm.tsc_khz();
-        cpu.controls.tsc_offset = vm.initial_tsc_offset();
-        cpu.controls.tsc_multiplier = tsc::ratio(tsc_khz).ok_or(Error::Invalid("frequency of the TSC"))?;
+        vm.tsc_sync().begin(&mut cpu.controls, tsc_khz)?;
         let exits = |disabled: u32| vm.policy().disabled_exits() & disabled == 0;
         cpu.controls.hlt_exiting = exits(KVM_X86_DISABLE_EXITS_HLT);
         cpu.controls.mwait_exiting = exits(KVM_X86_DISABLE_EXITS_MWAIT);
@@ -203,6 +205,7 @@ impl Vcpu {
             unhalted: false,
             debug: GuestDebug::default(),
             read_ahead: ReadAhead::default(),
+            steal: StealTime::default(),
             has_run: false,
             tsc_khz,
             reset_state,

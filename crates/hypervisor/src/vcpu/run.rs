@@ -95,6 +95,14 @@ impl Vcpu {
             return Ok(self.step_exit());
         }
         self.has_run = true;
+        self.record_steal_time();
+        let result = self.run_guest();
+        self.note_preemption();
+        result
+    }
+
+    /// Guest mode and what exits from it that does not concern the client.
+    fn run_guest(&mut self) -> Result<VcpuExit, Error> {
         // The VMM may have written memory since the last call; between exits that stay here it has no turn.
         let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
         loop {
@@ -200,6 +208,7 @@ impl Vcpu {
             self.msr_pending = None;
             self.hypercall_pending = false;
             self.unhalted = false;
+            self.msrs.init();
             lapic.reset(true);
             self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
             if lapic.apic_base() & APIC_BASE_BSP != 0 {

@@ -2,6 +2,8 @@
 //! writes of IA32_TIME_STAMP_COUNTER, which KVM takes to mean the same counter on every vCPU.
 
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET};
+use silicon::clock::guest_tsc;
+use silicon::vmx::Controls;
 
 use super::Vcpu;
 use crate::error::Error;
@@ -15,26 +17,33 @@ const RATIO_ONE: u64 = 1 << 48;
 /// Frequencies that differ by less are not worth scaling, in parts per million (kernel: `tsc_tolerance_ppm`).
 const TOLERANCE_PPM: u64 = 250;
 
-/// The last TSC that a client wrote on any vCPU of a VM: what it writes on the next ones soon after, or as zero, means
-/// the same counter (kernel: `kvm_synchronize_tsc`).
+/// The last counter that was set on any vCPU of a VM: what a client writes on the next ones soon after, or as zero, means
+/// the same counter, and so does the creation of a vCPU (kernel: `kvm_synchronize_tsc`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TscSync {
     /// Offset of that vCPU's TSC.
     offset: u64,
+    /// Its frequency; zero before there is a vCPU.
     khz: u32,
     /// A client has written or set the counter, so that it is not the one of creation any more.
     written: bool,
 }
 
 impl TscSync {
-    /// The counter that all vCPUs begin with.
-    pub fn new(offset: u64, khz: u32) -> TscSync {
-        TscSync { offset, khz, written: false }
+    /// Sets the counter of a new vCPU: in step with the last one, or else near zero.
+    pub(super) fn begin(&mut self, controls: &mut Controls, khz: u32) -> Result<(), Error> {
+        controls.tsc_multiplier = ratio(khz).ok_or(Error::Invalid("frequency of the TSC"))?;
+        if self.khz != khz {
+            self.offset = guest_tsc(tsc::rdtsc(), controls.tsc_multiplier, 0).wrapping_neg();
+            self.khz = khz;
+        }
+        controls.tsc_offset = self.offset;
+        Ok(())
     }
 }
 
 /// Multiplier that makes the host's counter run at `khz`; `None` if there is none.
-pub(super) fn ratio(khz: u32) -> Option<u64> {
+fn ratio(khz: u32) -> Option<u64> {
     let host = u64::from(tsc::host_khz().max(1));
     let tolerance = host * TOLERANCE_PPM / 1_000_000;
     if u64::from(khz).abs_diff(host) <= tolerance {
@@ -112,7 +121,7 @@ impl Vcpu {
 
     /// Reads the host's counter `ticks` as the guest's.
     pub(super) fn guest_tsc(&self, ticks: u64) -> u64 {
-        silicon::clock::guest_tsc(ticks, self.cpu.controls.tsc_multiplier, self.cpu.controls.tsc_offset)
+        guest_tsc(ticks, self.cpu.controls.tsc_multiplier, self.cpu.controls.tsc_offset)
     }
 }
 
@@ -159,6 +168,8 @@ mod tests {
         let (first, second) = offsets(&vcpus);
         assert_eq!(first, second);
         assert_ne!(first, begin.0);
+        // A vCPU that comes later joins them.
+        assert_eq!(vm.create_vcpu(2).unwrap().tsc_offset(), first);
         // Farther away than a second: a counter of its own.
         vcpus[1].write_tsc(1 << 40);
         assert_ne!(vcpus[1].tsc_offset(), first);

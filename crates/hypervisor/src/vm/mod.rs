@@ -46,9 +46,8 @@ pub struct Vm {
     /// Counts the changes of the clock that vCPUs have to tell their guest.
     clock_changes: AtomicU32,
     setup: Mutex<Setup>,
+    /// The last counter that was set on a vCPU.
     tsc_sync: Mutex<TscSync>,
-    /// Offset of every vCPU's TSC from the host's at creation, so that guests start near zero and in step.
-    tsc_offset: u64,
     /// Frequency of the TSC of vCPUs yet to be created, in kHz.
     tsc_khz: AtomicU32,
 }
@@ -67,7 +66,6 @@ pub(crate) struct Setup {
 impl Vm {
     pub(crate) fn new(system: Arc<System>) -> Result<Arc<Vm>, Error> {
         let memory = Memory::new(system.model().features().physical_bits());
-        let tsc_offset = tsc::rdtsc().wrapping_neg();
         Ok(Arc::new(Vm {
             system,
             memory,
@@ -84,8 +82,7 @@ impl Vm {
             clock: Mutex::default(),
             clock_changes: AtomicU32::new(0),
             setup: Mutex::default(),
-            tsc_sync: Mutex::new(TscSync::new(tsc_offset, tsc::host_khz())),
-            tsc_offset,
+            tsc_sync: Mutex::default(),
             tsc_khz: AtomicU32::new(tsc::host_khz()),
         }))
     }
@@ -139,13 +136,8 @@ impl Vm {
         self.setup.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What clients last wrote to a vCPU's TSC.
     pub(crate) fn tsc_sync(&self) -> MutexGuard<'_, TscSync> {
         self.tsc_sync.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn initial_tsc_offset(&self) -> u64 {
-        self.tsc_offset
     }
 
     /// Handles of the vCPUs created so far, in creation order.
