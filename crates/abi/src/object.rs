@@ -56,12 +56,24 @@ pub struct VcpuObject {
     pub handle: Arc<VcpuHandle>,
     /// The `kvm_run` area.
     pub run: RunArea,
+    /// Bytes of the dirty ring behind it; zero if the VM has none.
+    dirty_ring: u32,
 }
 
 impl VcpuObject {
     /// The vCPU, once nobody else uses it: as in the kernel, calls on one vCPU wait for each other.
     pub(crate) fn lock(&self) -> MutexGuard<'_, LockedVcpu> {
         self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `length` bytes of the descriptor from `offset` on have a part of the dirty ring, which is only mapped shared
+    /// and not executable (kernel: `kvm_vcpu_mmap`; otherwise EINVAL).
+    pub fn has_dirty_ring(&self, offset: i64, length: usize) -> bool {
+        let ring = RING_OFFSET..RING_OFFSET + self.dirty_ring as usize;
+        match usize::try_from(offset) {
+            Ok(offset) => offset < ring.end && offset.saturating_add(length) > ring.start && !ring.is_empty(),
+            Err(_) => false,
+        }
     }
 
     /// Makes a KVM_RUN in progress, and each later one, return EINTR until [`VcpuObject::settle`]. Safe in a signal
@@ -136,7 +148,35 @@ impl Created {
         }
         let handle = vcpu.handle();
         let vcpu = Mutex::new(LockedVcpu { vcpu, answer: Answer::None });
-        let object = VcpuObject { vcpu, handle, run };
+        let object = VcpuObject { vcpu, handle, run, dirty_ring: dirty_ring.unwrap_or(0) };
         Ok(Created { object: Object::Vcpu(Arc::new(object)), fd })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hypervisor::HostParams;
+    use silicon::model::CpuModel;
+
+    #[test]
+    fn the_dirty_ring_lies_at_page_64() {
+        let vm = System::new(CpuModel::default(), HostParams::default()).create_vm().unwrap();
+        vm.set_dirty_ring(0x4000).unwrap();
+        let created = Created::vcpu(vm.create_vcpu(0).unwrap()).unwrap();
+        let Object::Vcpu(vcpu) = &created.object else { unreachable!() };
+        let cases = [
+            (0, 3 * 4096, false),
+            (0, 64 * 4096, false),
+            (0, 64 * 4096 + 1, true),
+            (64 * 4096, 0x4000, true),
+            (67 * 4096, 4096, true),
+            (68 * 4096, 4096, false),
+            (-4096, 4096, false),
+            (4096, usize::MAX, true),
+        ];
+        for (offset, length, expected) in cases {
+            assert_eq!(vcpu.has_dirty_ring(offset, length), expected, "{offset} {length}");
+        }
     }
 }

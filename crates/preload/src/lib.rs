@@ -14,6 +14,7 @@
 mod cancel;
 mod descriptor;
 mod ioctl;
+mod map;
 mod next;
 mod open;
 mod process;

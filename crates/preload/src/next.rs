@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use libc::{c_char, c_int, c_uint, c_ulong, c_void, mode_t, msghdr, pthread_t, ssize_t};
+use libc::{c_char, c_int, c_uint, c_ulong, c_void, mode_t, msghdr, off_t, pthread_t, size_t, ssize_t};
 
 /// A function found by name, behind this library in the search order.
 struct Symbol {
@@ -88,6 +88,23 @@ functions! {
     fn dup3(from: c_int, to: c_int, flags: c_int) -> c_int, -1;
     fn fcntl(fd: c_int, command: c_int, argument: *mut c_void) -> c_int, -1;
     fn fcntl64(fd: c_int, command: c_int, argument: *mut c_void) -> c_int, -1;
+
+    fn mmap(
+        address: *mut c_void,
+        length: size_t,
+        protection: c_int,
+        flags: c_int,
+        fd: c_int,
+        offset: off_t,
+    ) -> *mut c_void, libc::MAP_FAILED;
+    fn mmap64(
+        address: *mut c_void,
+        length: size_t,
+        protection: c_int,
+        flags: c_int,
+        fd: c_int,
+        offset: off_t,
+    ) -> *mut c_void, libc::MAP_FAILED;
 
     fn sendmsg(socket: c_int, message: *const msghdr, flags: c_int) -> ssize_t, -1;
 
