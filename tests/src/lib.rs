@@ -1,5 +1,5 @@
-//! End-to-end tests: unmodified Debian kernels and programs on `ring3 boot`. They need the release build of the
-//! command (`cargo build --release`), which `cargo xtask test` makes first.
+//! End-to-end tests: unmodified Debian kernels and programs on `ring3 boot`, KVM clients under `ring3 run`. They need the
+//! release build of the command (`cargo build --release --workspace`), which `cargo xtask test` makes first.
 
 pub mod gdb;
 pub mod qemu;

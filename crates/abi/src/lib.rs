@@ -12,6 +12,7 @@ pub mod ioctl;
 pub mod object;
 pub mod run;
 pub mod user;
+pub mod xcomp;
 
 mod exit;
 mod shared;

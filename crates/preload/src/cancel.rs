@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use hypervisor::VcpuHandle;
@@ -18,6 +18,15 @@ use crate::{interpose, next, process, raw};
 struct Runner {
     thread: pthread_t,
     vcpu: Weak<VcpuHandle>,
+}
+
+/// Calls of pthread_cancel that have begun, and those that have been made.
+static CANCELLATIONS: AtomicU32 = AtomicU32::new(0);
+
+/// Changes whenever a thread is cancelled.
+#[inline]
+pub(crate) fn count() -> u32 {
+    CANCELLATIONS.load(Ordering::Relaxed)
 }
 
 static RUNNERS: AtomicPtr<Mutex<Vec<Runner>>> = AtomicPtr::new(ptr::null_mut());
@@ -91,8 +100,10 @@ fn interrupt(thread: pthread_t) {
 
 interpose! {
     fn pthread_cancel(thread: pthread_t) -> c_int {
+        CANCELLATIONS.fetch_add(1, Ordering::SeqCst);
         // SAFETY: the client's argument.
         let result = unsafe { next::pthread_cancel(thread) };
+        CANCELLATIONS.fetch_add(1, Ordering::SeqCst);
         if result == 0 && !RUNNERS.load(Ordering::Relaxed).is_null() {
             let inside = Inside::enter();
             interrupt(thread);

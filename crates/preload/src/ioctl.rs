@@ -10,9 +10,10 @@ use abi::ioctl::KVMIO;
 use abi::{Argument, Created, Errno, Object, Reply, VcpuObject};
 use libc::{c_char, c_int, c_ulong, c_void};
 
+use crate::mask::SET_SIGNAL_MASK;
 use crate::table::Entry;
 use crate::thread::{Inside, Running};
-use crate::{cancel, interpose, next, process, raw, table};
+use crate::{cancel, interpose, mask, next, process, raw, table};
 
 /// KVM_RUN.
 const RUN: u32 = (KVMIO as u32) << 8 | 0x80;
@@ -65,7 +66,7 @@ fn call(inside: &Inside, fd: RawFd, number: u32, argument: Argument) -> Outcome 
         && let Object::Vcpu(vcpu) = &entry.object
         && entry.is_usable()
     {
-        return run(inside, &entry.object, vcpu, argument);
+        return run(inside, entry, vcpu, argument);
     }
     let entry = match table::verify(fd).map_or_else(|| inherited(fd), |entry| Some(Ok(entry))) {
         Some(Ok(entry)) => entry,
@@ -76,7 +77,8 @@ fn call(inside: &Inside, fd: RawFd, number: u32, argument: Argument) -> Outcome 
         return Outcome::Done(Err(Errno::IO));
     }
     match (number, &entry.object) {
-        (RUN, Object::Vcpu(vcpu)) => run(inside, &entry.object, vcpu, argument),
+        (RUN, Object::Vcpu(vcpu)) => run(inside, &entry, vcpu, argument),
+        (SET_SIGNAL_MASK, Object::Vcpu(_)) => finish(entry.run_mask.set(argument)),
         _ => finish(abi::ioctl(&entry.object, number, argument)),
     }
 }
@@ -91,8 +93,8 @@ fn finish(reply: Result<Reply, Errno>) -> Outcome {
     })
 }
 
-/// KVM_RUN, and its way out when a signal comes. `object` is the vCPU.
-fn run(inside: &Inside, object: &Object, vcpu: &VcpuObject, argument: Argument) -> Outcome {
+/// KVM_RUN on `entry`, which is `vcpu`, and its way out when a signal comes.
+fn run(inside: &Inside, entry: &Entry, vcpu: &VcpuObject, argument: Argument) -> Outcome {
     if cancel::note_vcpu(&vcpu.handle) {
         return Outcome::Again;
     }
@@ -101,7 +103,11 @@ fn run(inside: &Inside, object: &Object, vcpu: &VcpuObject, argument: Argument) 
         // It came after we had entered and before there was anything to interrupt.
         vcpu.interrupt();
     }
-    let reply = abi::ioctl(object, RUN, argument);
+    let enter = || abi::ioctl(&entry.object, RUN, argument);
+    let reply = match entry.run_mask.get() {
+        None => enter(),
+        Some(mask) => mask::run(inside, vcpu, mask, enter),
+    };
     drop(running);
     if matches!(reply, Err(Errno::INTERRUPTED)) || inside.deferred() {
         vcpu.settle();

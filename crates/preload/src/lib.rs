@@ -15,11 +15,15 @@ mod cancel;
 mod descriptor;
 mod ioctl;
 mod map;
+mod mask;
 mod next;
 mod open;
+mod path;
 mod process;
 mod raw;
 mod signal;
+mod stat;
+mod syscall;
 mod table;
 mod thread;
 
@@ -29,7 +33,7 @@ macro_rules! interpose {
         $(#[$attribute])*
         #[cfg_attr(not(test), unsafe(no_mangle))]
         #[cfg_attr(test, allow(dead_code, reason = "the C library's callers come here, tests call some"))]
-        unsafe extern "C-unwind" fn $name($($argument: $type),*) -> $result $body
+        pub(crate) unsafe extern "C-unwind" fn $name($($argument: $type),*) -> $result $body
     )*};
 }
 pub(crate) use interpose;

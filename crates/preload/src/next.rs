@@ -4,7 +4,10 @@
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use libc::{c_char, c_int, c_uint, c_ulong, c_void, mode_t, msghdr, off_t, pthread_t, size_t, ssize_t};
+use libc::{
+    FILE, c_char, c_int, c_uint, c_ulong, c_void, mode_t, msghdr, off_t, pthread_t, size_t, ssize_t, stat as Stat,
+    statx as Statx,
+};
 
 /// A function found by name, behind this library in the search order.
 struct Symbol {
@@ -78,6 +81,31 @@ functions! {
     fn __open64_2(path: *const c_char, flags: c_int) -> c_int, -1;
     fn __openat_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int, -1;
     fn __openat64_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int, -1;
+
+    fn fopen(path: *const c_char, mode: *const c_char) -> *mut FILE, std::ptr::null_mut();
+    fn fopen64(path: *const c_char, mode: *const c_char) -> *mut FILE, std::ptr::null_mut();
+
+    fn stat(path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn stat64(path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn lstat(path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn lstat64(path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn fstat(fd: c_int, out: *mut Stat) -> c_int, -1;
+    fn fstat64(fd: c_int, out: *mut Stat) -> c_int, -1;
+    fn fstatat(dir: c_int, path: *const c_char, out: *mut Stat, flags: c_int) -> c_int, -1;
+    fn fstatat64(dir: c_int, path: *const c_char, out: *mut Stat, flags: c_int) -> c_int, -1;
+    fn __xstat(version: c_int, path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn __xstat64(version: c_int, path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn __lxstat(version: c_int, path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn __lxstat64(version: c_int, path: *const c_char, out: *mut Stat) -> c_int, -1;
+    fn __fxstat(version: c_int, fd: c_int, out: *mut Stat) -> c_int, -1;
+    fn __fxstat64(version: c_int, fd: c_int, out: *mut Stat) -> c_int, -1;
+    fn __fxstatat(version: c_int, dir: c_int, path: *const c_char, out: *mut Stat, flags: c_int) -> c_int, -1;
+    fn __fxstatat64(version: c_int, dir: c_int, path: *const c_char, out: *mut Stat, flags: c_int) -> c_int, -1;
+    fn statx(dir: c_int, path: *const c_char, flags: c_int, mask: c_uint, out: *mut Statx) -> c_int, -1;
+    fn access(path: *const c_char, mode: c_int) -> c_int, -1;
+    fn eaccess(path: *const c_char, mode: c_int) -> c_int, -1;
+    fn euidaccess(path: *const c_char, mode: c_int) -> c_int, -1;
+    fn faccessat(dir: c_int, path: *const c_char, mode: c_int, flags: c_int) -> c_int, -1;
 
     fn ioctl(fd: c_int, number: c_ulong, argument: *mut c_void) -> c_int, -1;
 

@@ -1,102 +1,166 @@
-//! Opening files: `/dev/kvm`.
+//! Opening files: `/dev/kvm`, and the parameters of the kernel's modules.
 #![expect(unsafe_code, reason = "functions of the C library's")]
 
 use std::ffi::CStr;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use abi::Errno;
-use libc::{c_char, c_int, mode_t};
+use abi::{Created, Errno};
+use libc::{AT_FDCWD, FILE, c_char, c_int, mode_t};
 
-use crate::thread::Inside;
-use crate::{interpose, next, process, raw};
-
-/// A file that we answer for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Special {
-    /// `/dev/kvm`.
-    Kvm,
-}
-
-/// The path's bytes as far as they agree with one of ours: whoever asks for something else has no more of it read.
-///
-/// # Safety
-///
-/// `path` is null or points to a string.
-unsafe fn special(path: *const c_char) -> Option<Special> {
-    if path.is_null() {
-        return None;
-    }
-    // SAFETY: the caller's promise; no byte is read after the first that differs, and so none after the end.
-    let is = |text: &CStr| unsafe {
-        text.to_bytes_with_nul().iter().enumerate().all(|(i, byte)| *path.add(i).cast::<u8>() == *byte)
-    };
-    is(c"/dev/kvm").then_some(Special::Kvm)
-}
+use crate::path::{self, Special};
+use crate::thread::{self, Inside};
+use crate::{interpose, next, process, raw, table};
 
 /// Answers an open of one of our files; `None`: somebody else's file.
 ///
 /// # Safety
 ///
 /// `path` is null or points to a string.
-unsafe fn answer(path: *const c_char, flags: c_int) -> Option<c_int> {
+unsafe fn answer(dir: c_int, path: *const c_char, flags: c_int) -> Option<c_int> {
+    if thread::is_inside() {
+        return None;
+    }
     // SAFETY: the caller's promise.
-    let special = unsafe { special(path)? };
+    answered(|| match unsafe { path::special(dir, path) } {
+        Some(Special::Kvm) => Some(open_system(flags)),
+        Some(Special::Parameter(text)) => Some(open_parameter(&text, flags)),
+        Some(Special::Absent) => Some(Err(Errno::NOENT)),
+        Some(Special::Directory) | None => None,
+    })
+}
+
+/// A call of ours that may turn out to be none: its result as the C library gives it.
+pub(crate) fn answered(work: impl FnOnce() -> Option<Result<c_int, Errno>>) -> Option<c_int> {
     let inside = Inside::enter();
-    let open = || match special {
-        Special::Kvm => process::open_system(flags),
-    };
-    let result = catch_unwind(AssertUnwindSafe(open)).unwrap_or(Err(Errno::IO));
+    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or(Some(Err(Errno::IO)));
     inside.leave();
-    Some(result.unwrap_or_else(|errno| {
+    Some(result?.unwrap_or_else(|errno| {
         raw::set_errno(errno.0);
         -1
     }))
 }
 
+fn open_system(flags: c_int) -> Result<c_int, Errno> {
+    table::sweep();
+    let fd = table::adopt(Created::system(process::system()?)?)?;
+    apply_flags(fd, flags);
+    Ok(fd)
+}
+
+fn open_parameter(text: &str, flags: c_int) -> Result<c_int, Errno> {
+    if flags & libc::O_ACCMODE != libc::O_RDONLY {
+        return Err(Errno(libc::EACCES));
+    }
+    // SAFETY: the name ends with a zero byte.
+    let fd = unsafe { libc::memfd_create(c"parameter".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: the kernel has just given us this descriptor.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(text.as_bytes())?;
+    file.rewind()?;
+    let fd = file.into_raw_fd();
+    apply_flags(fd, flags);
+    Ok(fd)
+}
+
 /// Gives a new descriptor what the client's flags ask for.
-pub(crate) fn apply_flags(fd: c_int, flags: c_int) {
-    let descriptor_flags = if flags & libc::O_CLOEXEC != 0 { libc::FD_CLOEXEC } else { 0 };
-    // SAFETY: changes flags of a descriptor of ours.
-    unsafe { next::fcntl(fd, libc::F_SETFD, descriptor_flags as usize as *mut _) };
+fn apply_flags(fd: c_int, flags: c_int) {
+    if flags & libc::O_CLOEXEC == 0 {
+        // SAFETY: changes a flag of a descriptor of ours.
+        unsafe { next::fcntl(fd, libc::F_SETFD, std::ptr::null_mut()) };
+    }
 }
 
-macro_rules! opens {
-    ($(fn $name:ident($($argument:ident: $type:ty),*);)*) => {
-        interpose! {$(
-            fn $name($($argument: $type),*) -> c_int {
-                // SAFETY: the client's arguments, as it gave them.
-                unsafe { opens!(@path $($argument)*).unwrap_or_else(|| next::$name($($argument),*)) }
-            }
-        )*}
+/// The flags of open(2) that fopen(3) means by `mode`.
+fn flags_of(mode: &[u8]) -> c_int {
+    let access = match (mode.first(), mode.contains(&b'+')) {
+        (_, true) => libc::O_RDWR,
+        (Some(b'r'), _) => libc::O_RDONLY,
+        _ => libc::O_WRONLY,
     };
-    (@path $path:ident $flags:ident $($mode:ident)?) => { answer($path, $flags) };
+    access | if mode.contains(&b'e') { libc::O_CLOEXEC } else { 0 }
 }
 
-opens! {
-    fn open(path: *const c_char, flags: c_int, mode: mode_t);
-    fn open64(path: *const c_char, flags: c_int, mode: mode_t);
-    fn __open_2(path: *const c_char, flags: c_int);
-    fn __open64_2(path: *const c_char, flags: c_int);
+/// fopen(3) of one of our files.
+///
+/// # Safety
+///
+/// The arguments of fopen(3).
+unsafe fn answer_stream(path: *const c_char, mode: *const c_char) -> Option<*mut FILE> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let flags = flags_of(CStr::from_ptr(mode).to_bytes());
+        let fd = answer(AT_FDCWD, path, flags)?;
+        Some(if fd < 0 { std::ptr::null_mut() } else { libc::fdopen(fd, mode) })
+    }
 }
 
 interpose! {
+    fn open(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        // SAFETY: the client's arguments, here and below.
+        unsafe { answer(AT_FDCWD, path, flags).unwrap_or_else(|| next::open(path, flags, mode)) }
+    }
+
+    fn open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        // SAFETY: as above.
+        unsafe { answer(AT_FDCWD, path, flags).unwrap_or_else(|| next::open64(path, flags, mode)) }
+    }
+
+    fn __open_2(path: *const c_char, flags: c_int) -> c_int {
+        // SAFETY: as above.
+        unsafe { answer(AT_FDCWD, path, flags).unwrap_or_else(|| next::__open_2(path, flags)) }
+    }
+
+    fn __open64_2(path: *const c_char, flags: c_int) -> c_int {
+        // SAFETY: as above.
+        unsafe { answer(AT_FDCWD, path, flags).unwrap_or_else(|| next::__open64_2(path, flags)) }
+    }
+
     fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
-        // SAFETY: the client's arguments, as it gave them.
-        unsafe { answer(path, flags).unwrap_or_else(|| next::openat(dir, path, flags, mode)) }
+        // SAFETY: as above.
+        unsafe { answer(dir, path, flags).unwrap_or_else(|| next::openat(dir, path, flags, mode)) }
     }
 
     fn openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
         // SAFETY: as above.
-        unsafe { answer(path, flags).unwrap_or_else(|| next::openat64(dir, path, flags, mode)) }
+        unsafe { answer(dir, path, flags).unwrap_or_else(|| next::openat64(dir, path, flags, mode)) }
     }
 
     fn __openat_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
         // SAFETY: as above.
-        unsafe { answer(path, flags).unwrap_or_else(|| next::__openat_2(dir, path, flags)) }
+        unsafe { answer(dir, path, flags).unwrap_or_else(|| next::__openat_2(dir, path, flags)) }
     }
 
     fn __openat64_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
         // SAFETY: as above.
-        unsafe { answer(path, flags).unwrap_or_else(|| next::__openat64_2(dir, path, flags)) }
+        unsafe { answer(dir, path, flags).unwrap_or_else(|| next::__openat64_2(dir, path, flags)) }
+    }
+
+    fn fopen(path: *const c_char, mode: *const c_char) -> *mut FILE {
+        // SAFETY: as above.
+        unsafe { answer_stream(path, mode).unwrap_or_else(|| next::fopen(path, mode)) }
+    }
+
+    fn fopen64(path: *const c_char, mode: *const c_char) -> *mut FILE {
+        // SAFETY: as above.
+        unsafe { answer_stream(path, mode).unwrap_or_else(|| next::fopen64(path, mode)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_of_streams() {
+        assert_eq!(flags_of(b"r"), libc::O_RDONLY);
+        assert_eq!(flags_of(b"re"), libc::O_RDONLY | libc::O_CLOEXEC);
+        assert_eq!(flags_of(b"r+b"), libc::O_RDWR);
+        assert_eq!(flags_of(b"w"), libc::O_WRONLY);
     }
 }

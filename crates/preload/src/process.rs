@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Once, OnceLock};
 
 use abi::Errno;
 use hypervisor::{HostParams, System};
@@ -16,7 +16,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::raw::{self, Identity};
-use crate::{cancel, open, signal, table};
+use crate::{cancel, mask, signal, table};
 
 /// Environment variables that configure us; `ring3 run` sets them.
 mod variable {
@@ -39,6 +39,25 @@ static GENERATION: AtomicU32 = AtomicU32::new(0);
 #[inline]
 pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
+}
+
+/// The process that this memory belongs to; 0 until somebody asks.
+static PID: AtomicI32 = AtomicI32::new(0);
+
+/// Begins to watch for forks.
+fn watch_forks() {
+    static WATCHING: Once = Once::new();
+    WATCHING.call_once(|| {
+        PID.store(raw::pid(), Ordering::Relaxed);
+        // SAFETY: the handler lives as long as the process, which is as long as this library is loaded.
+        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    });
+}
+
+/// Whether this is a vfork(2) child, which has its parent's memory but nothing else of it.
+pub(crate) fn is_guest_in_memory() -> bool {
+    watch_forks();
+    PID.load(Ordering::Relaxed) != raw::pid()
 }
 
 /// A value that is made when it is first asked for and then stays for ever.
@@ -67,8 +86,7 @@ pub(crate) fn system() -> Result<Arc<System>, Errno> {
 
 fn start() -> Option<Arc<System>> {
     start_logging();
-    // SAFETY: the handler lives as long as the process, which is as long as this library is loaded.
-    unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    watch_forks();
     match configured() {
         Ok(system) => Some(system),
         Err(message) => {
@@ -105,8 +123,10 @@ fn as_clients_see_it(model: &str) -> String {
 /// In a forked child, before anything of the client's runs there.
 extern "C" fn forked() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
+    PID.store(raw::pid(), Ordering::Relaxed);
     table::forget_registry();
     cancel::forget_runners();
+    mask::forget_callers();
     signal::unlock();
 }
 
@@ -177,15 +197,6 @@ impl Write for Line<'_> {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// Opens `/dev/kvm`.
-pub(crate) fn open_system(flags: libc::c_int) -> Result<libc::c_int, Errno> {
-    table::sweep();
-    let created = abi::Created::system(system()?)?;
-    let fd = table::adopt(created)?;
-    open::apply_flags(fd, flags);
-    Ok(fd)
 }
 
 #[cfg(test)]

@@ -52,7 +52,6 @@ pub(crate) fn change_mask(how: c_int, set: SignalSet) -> SignalSet {
 }
 
 /// Signals that wait for this thread.
-#[cfg(test)]
 pub(crate) fn pending() -> SignalSet {
     let mut set: SignalSet = 0;
     // SAFETY: the set is on our stack.

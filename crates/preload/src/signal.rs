@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use libc::{SIG_DFL, SIG_IGN, c_int, c_void, sigaction as SigAction, sighandler_t, siginfo_t, ucontext_t};
 
 use crate::raw::{self, SignalSet};
-use crate::{interpose, next, thread};
+use crate::{interpose, next, process, thread};
 
 /// One more than the highest signal number.
 const SIGNALS: usize = 65;
@@ -110,6 +110,15 @@ pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut Sig
     };
     if thread::is_inside() {
         return new.map_or(0, |new| change_engine(signal, action, &new));
+    }
+    if process::is_guest_in_memory() {
+        // Its actions are its own, the table is its parent's.
+        let mut before = no_action();
+        let result = install(signal, new.as_ref(), &mut before);
+        if let Some(old) = old.filter(|_| result == 0) {
+            *old = before;
+        }
+        return result;
     }
     let mut locked = Locked::acquire();
     let client = locked.client(action);

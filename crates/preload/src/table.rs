@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use abi::{Created, Errno, Object};
 use arc_swap::{ArcSwapOption, Guard};
 
+use crate::mask::RunMask;
 use crate::process;
 use crate::raw::{self, Identity};
 
@@ -30,6 +31,8 @@ static TABLE: [OnceLock<Box<[Slot]>>; CHUNKS] = [const { OnceLock::new() }; CHUN
 pub(crate) struct Entry {
     /// The object.
     pub(crate) object: Object,
+    /// Signals during KVM_RUN, if it is a vCPU.
+    pub(crate) run_mask: RunMask,
     identity: Identity,
     /// Number of forks between the first process and the one that it belongs to.
     generation: u32,
@@ -123,7 +126,7 @@ pub(crate) fn adopt(created: Created) -> Result<RawFd, Errno> {
 pub(crate) fn enter(fd: RawFd, object: Object) -> Result<Arc<Entry>, Errno> {
     let identity = raw::identity(fd).ok_or(Errno(libc::EBADF))?;
     let (generation, pid) = (process::generation(), raw::pid());
-    let entry = Arc::new(Entry { object, identity, generation, pid });
+    let entry = Arc::new(Entry { object, run_mask: RunMask::default(), identity, generation, pid });
     registry().by_identity.insert(identity, Arc::downgrade(&entry));
     set(fd, Some(entry.clone()));
     Ok(entry)

@@ -8,13 +8,19 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fenc
 use abi::VcpuObject;
 use libc::c_int;
 
+use crate::cancel;
 use crate::raw::{self, SignalSet};
 
 /// PTHREAD_CANCEL_DISABLE.
 const CANCEL_DISABLE: c_int = 1;
+/// PTHREAD_CANCEL_DEFERRED.
+const CANCEL_DEFERRED: c_int = 0;
 
-unsafe extern "C" {
+unsafe extern "C-unwind" {
+    // Ends the thread, by unwinding, if it allows a cancellation that is due.
     fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+    // The same.
+    fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
 
 /// Written by the thread itself and read by its signal handlers; atomic only so that both may.
@@ -54,6 +60,8 @@ pub(crate) fn defer(signal: c_int) {
 /// The thread is inside while this exists.
 pub(crate) struct Inside {
     cancel_state: c_int,
+    /// How many threads had been cancelled when this one entered.
+    cancellations: u32,
     /// It belongs to one thread.
     _not_send: PhantomData<*const ()>,
 }
@@ -67,10 +75,11 @@ impl Inside {
             state.depth.store(depth + 1, Ordering::Relaxed);
         });
         compiler_fence(Ordering::SeqCst);
+        let cancellations = cancel::count();
         let mut cancel_state = 0;
         // SAFETY: the old state goes to our stack.
         unsafe { pthread_setcancelstate(CANCEL_DISABLE, &raw mut cancel_state) };
-        Inside { cancel_state, _not_send: PhantomData }
+        Inside { cancel_state, cancellations, _not_send: PhantomData }
     }
 
     /// Signals that have come since the thread entered.
@@ -97,8 +106,25 @@ impl Inside {
         if deferred != 0 {
             raw::change_mask(libc::SIG_UNBLOCK, deferred);
         }
-        // SAFETY: gives back the state that `enter` found.
-        unsafe { pthread_setcancelstate(self.cancel_state, ptr::null_mut()) };
+        if cancel::count() == self.cancellations {
+            // SAFETY: gives back the state that `enter` found.
+            unsafe { pthread_setcancelstate(self.cancel_state, ptr::null_mut()) };
+        } else {
+            self.end_if_cancelled();
+        }
+    }
+
+    /// Gives back the state that `enter` found; an asynchronous cancellation takes effect.
+    #[cold]
+    fn end_if_cancelled(&self) {
+        let mut kind = 0;
+        // SAFETY: old values go to our stack. The last call is the one that ends the thread: glibc up to 2.40
+        // forgets the result of a thread that ends in pthread_setcancelstate.
+        unsafe {
+            pthread_setcanceltype(CANCEL_DEFERRED, &raw mut kind);
+            pthread_setcancelstate(self.cancel_state, ptr::null_mut());
+            pthread_setcanceltype(kind, ptr::null_mut());
+        }
     }
 }
 

@@ -49,6 +49,12 @@ Exit status:
   6    internal error
   128+ a signal ended the machine (130 SIGINT, 143 SIGTERM)";
 
+const DOCTOR_LONG_ABOUT: &str = "\
+Says what will work on this machine: kernel, processor and which CPU models it allows, limits, and whether a given program \
+can be run. What will not work is marked '!!', with what to do about it.
+
+Exit status: 0 if all is well, 1 if something will not work.";
+
 const RUN_LONG_ABOUT: &str = "\
 Runs a program that uses KVM. Its opens of /dev/kvm and its ioctls go to ring3; everything else that it does is its own \
 affair. It has to be dynamically linked with the GNU C library, which any distribution's QEMU is.
@@ -80,6 +86,13 @@ pub(crate) enum Command {
     /// Run a KVM client, such as QEMU, with ring3 in place of /dev/kvm
     #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_EXAMPLES)]
     Run(RunArguments),
+    /// Say what will work on this machine, and what to do about what will not
+    #[command(long_about = DOCTOR_LONG_ABOUT)]
+    Doctor {
+        /// A KVM client that is to be run with ring3: whether it can be
+        #[arg(value_name = "BINARY")]
+        program: Option<OsString>,
+    },
 }
 
 /// `ring3 run …`

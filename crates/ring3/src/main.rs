@@ -2,6 +2,7 @@
 
 mod cli;
 mod client;
+mod doctor;
 mod run;
 mod status;
 
@@ -30,6 +31,11 @@ fn main() -> ExitCode {
             // Comes back only if it cannot be done.
             say(&format!("ring3: {}", run::run(&arguments)));
             status::BAD_INPUT
+        }
+        Command::Doctor { program } => {
+            let (report, well) = doctor::examine(program.as_deref());
+            let written = io::stdout().write_all(report.as_bytes());
+            if well && written.is_ok() { status::SUCCESS } else { status::NOT_WELL }
         }
     })
 }

@@ -1,10 +1,13 @@
-//! Exit statuses. Ours are even, so that none can be taken for one of a guest (`--exit-port`), which are odd.
+//! Exit statuses. Ours are even, so that none can be taken for one of a guest (`--exit-port`), which are odd;
+//! `ring3 doctor` has no guest and says 1.
 
 use vmm::Outcome;
 use vmm::host::events::HostEnd;
 
 /// The guest powered off or rebooted, or the person quit.
 pub(crate) const SUCCESS: u8 = 0;
+/// `ring3 doctor` has found something that will not work.
+pub(crate) const NOT_WELL: u8 = 1;
 /// Bad arguments or files.
 pub(crate) const BAD_INPUT: u8 = 2;
 /// Triple fault.

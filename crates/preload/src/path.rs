@@ -1,0 +1,133 @@
+//! Paths of files that we answer for.
+#![expect(unsafe_code, reason = "the client's strings")]
+
+use std::ffi::{CStr, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use abi::Errno;
+use hypervisor::modules::{self, Module};
+use libc::{c_char, c_int};
+
+use crate::process;
+
+/// What is at a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Special {
+    /// `/dev/kvm`.
+    Kvm,
+    /// A file below `/sys/module`, with what it says.
+    Parameter(String),
+    /// A directory there.
+    Directory,
+    /// Nothing, whatever the host has there.
+    Absent,
+}
+
+impl Special {
+    /// Whether it is there, and may be used in the ways of `mode` (access(2)).
+    pub(crate) fn access(&self, mode: c_int) -> Result<(), Errno> {
+        let refused = match self {
+            Special::Kvm => libc::X_OK,
+            Special::Parameter(_) => libc::W_OK | libc::X_OK,
+            Special::Directory => libc::W_OK,
+            Special::Absent => return Err(Errno::NOENT),
+        };
+        if mode & refused != 0 { Err(Errno(libc::EACCES)) } else { Ok(()) }
+    }
+}
+
+/// Whether a client's string begins with `text`; nothing is read of it after the first byte that differs.
+///
+/// # Safety
+///
+/// `path` points to a string.
+unsafe fn begins(path: *const c_char, text: &[u8]) -> bool {
+    // SAFETY: no byte is read after one that differs, and so none after the string's end.
+    text.iter().enumerate().all(|(i, byte)| unsafe { *path.add(i).cast::<u8>() } == *byte)
+}
+
+/// What we have at `path`, relative to the directory `dir`; `None` if it is none of our business.
+///
+/// # Safety
+///
+/// `path` is null or points to a string.
+#[inline]
+pub(crate) unsafe fn special(dir: c_int, path: *const c_char) -> Option<Special> {
+    if path.is_null() {
+        return None;
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        if begins(path, b"/dev/kvm\0") || begins(path, b"kvm\0") && is_dev(dir) {
+            Some(Special::Kvm)
+        } else if begins(path, b"/sys/module/kvm") {
+            below_modules(CStr::from_ptr(path.add(b"/sys/module/".len())).to_bytes())
+        } else {
+            None
+        }
+    }
+}
+
+/// Whether a directory's descriptor, or AT_FDCWD, is `/dev`.
+fn is_dev(dir: c_int) -> bool {
+    let link = if dir == libc::AT_FDCWD { "/proc/self/cwd".into() } else { format!("/proc/self/fd/{dir}") };
+    std::fs::read_link(link).is_ok_and(|target| target == Path::new("/dev"))
+}
+
+fn below_modules(path: &[u8]) -> Option<Special> {
+    let mut parts = path.split(|&byte| byte == b'/').filter(|part| !part.is_empty());
+    let module = match parts.next()? {
+        b"kvm" => Module::Kvm,
+        b"kvm_intel" => Module::KvmIntel,
+        // The processors that we model are Intel's.
+        b"kvm_amd" => return Some(Special::Absent),
+        _ => return None,
+    };
+    match (parts.next(), parts.next(), parts.next()) {
+        (None, ..) | (Some(b"parameters"), None, _) => Some(Special::Directory),
+        (Some(b"parameters"), Some(name), None) => {
+            let system = process::system().ok()?;
+            let name = OsStr::from_bytes(name).to_str()?;
+            let text = modules::parameter(system.host(), module, name);
+            Some(text.map_or(Special::Absent, Special::Parameter))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(path: &CStr) -> Option<Special> {
+        // SAFETY: a string.
+        unsafe { special(libc::AT_FDCWD, path.as_ptr()) }
+    }
+
+    #[test]
+    fn paths_that_are_ours() {
+        assert_eq!(at(c"/dev/kvm"), Some(Special::Kvm));
+        assert_eq!(at(c"/sys/module/kvm_intel/parameters/ept"), Some(Special::Parameter("Y\n".into())));
+        assert_eq!(at(c"/sys/module/kvm/parameters"), Some(Special::Directory));
+        assert_eq!(at(c"/sys/module/kvm/"), Some(Special::Directory));
+        assert_eq!(at(c"/sys/module/kvm/parameters/no_such"), Some(Special::Absent));
+        assert_eq!(at(c"/sys/module/kvm_amd/parameters/npt"), Some(Special::Absent));
+        for other in [c"", c"/dev/kv", c"/dev/kvm2", c"kvm", c"/sys/module/kvmgt", c"/dev/null"] {
+            assert_eq!(at(other), None, "{other:?}");
+        }
+        let dev = std::fs::File::open("/dev").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&dev);
+        // SAFETY: a string.
+        assert_eq!(unsafe { special(fd, c"kvm".as_ptr()) }, Some(Special::Kvm));
+    }
+
+    #[test]
+    fn nothing_is_written_to_parameters() {
+        let parameter = Special::Parameter(String::new());
+        assert_eq!(parameter.access(libc::R_OK), Ok(()));
+        assert_eq!(parameter.access(libc::W_OK), Err(Errno(libc::EACCES)));
+        assert_eq!(Special::Kvm.access(libc::R_OK | libc::W_OK), Ok(()));
+        assert_eq!(Special::Absent.access(libc::F_OK), Err(Errno::NOENT));
+    }
+}

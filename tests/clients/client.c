@@ -1,0 +1,653 @@
+/* A KVM client for the end-to-end tests: one behaviour per name, `client NAME`. Exit status 0: it holds.
+ * Nothing here knows that it does not talk to a kernel. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define CHECK(condition)                                                                     \
+    do {                                                                                     \
+        if (!(condition)) {                                                                  \
+            fprintf(stderr, "%s:%d: %s (errno %d: %s)\n", __FILE__, __LINE__, #condition,    \
+                    errno, strerror(errno));                                                 \
+            exit(1);                                                                         \
+        }                                                                                    \
+    } while (0)
+
+#define MEMORY 0x10000
+#define CODE 0x1000
+
+struct machine {
+    int kvm, vm, vcpu;
+    struct kvm_run *run;
+    unsigned char *memory;
+};
+
+/* A VM with one vCPU in real mode at CODE. */
+static struct machine machine(const void *code, size_t size)
+{
+    struct machine m;
+    m.kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    CHECK(m.kvm >= 0);
+    CHECK(ioctl(m.kvm, KVM_GET_API_VERSION, 0) == 12);
+    m.vm = ioctl(m.kvm, KVM_CREATE_VM, 0);
+    CHECK(m.vm >= 0);
+    m.memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(m.memory != MAP_FAILED);
+    memcpy(m.memory + CODE, code, size);
+    struct kvm_userspace_memory_region region = {
+        .slot = 0, .guest_phys_addr = 0, .memory_size = MEMORY, .userspace_addr = (unsigned long)m.memory
+    };
+    CHECK(ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+    m.vcpu = ioctl(m.vm, KVM_CREATE_VCPU, 0);
+    CHECK(m.vcpu >= 0);
+    int length = ioctl(m.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    CHECK(length >= (int)sizeof(struct kvm_run));
+    m.run = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, m.vcpu, 0);
+    CHECK(m.run != MAP_FAILED);
+    struct kvm_sregs sregs;
+    CHECK(ioctl(m.vcpu, KVM_GET_SREGS, &sregs) == 0);
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    CHECK(ioctl(m.vcpu, KVM_SET_SREGS, &sregs) == 0);
+    struct kvm_regs regs = { .rip = CODE, .rflags = 2, .rax = 0x41, .rdx = 0x3f8, .rsp = 0x8000 };
+    CHECK(ioctl(m.vcpu, KVM_SET_REGS, &regs) == 0);
+    return m;
+}
+
+/* out dx, al; hlt */
+static const unsigned char OUT_HLT[] = { 0xee, 0xf4 };
+/* jmp $ */
+static const unsigned char LOOP[] = { 0xeb, 0xfe };
+
+static struct machine looping(void) { return machine(LOOP, sizeof LOOP); }
+
+static void expect_out(struct machine *m)
+{
+    CHECK(ioctl(m->vcpu, KVM_RUN, 0) == 0);
+    CHECK(m->run->exit_reason == KVM_EXIT_IO);
+    CHECK(m->run->io.direction == KVM_EXIT_IO_OUT && m->run->io.port == 0x3f8 && m->run->io.size == 1);
+    CHECK(*((unsigned char *)m->run + m->run->io.data_offset) == 0x41);
+}
+
+static void exits(void)
+{
+    static const unsigned char code[] = {
+        0xee,                         /* out dx, al */
+        0xec,                         /* in al, dx */
+        0xbb, 0x00, 0x20,             /* mov bx, 0x2000 */
+        0x88, 0x07,                   /* mov [bx], al */
+        0x67, 0xa2, 0x00, 0x00, 0x02, 0x00, /* mov [0x20000], al */
+        0x67, 0xa0, 0x04, 0x00, 0x02, 0x00, /* mov al, [0x20004] */
+        0xf4,                         /* hlt */
+    };
+    struct machine m = machine(code, sizeof code);
+    /* Beyond 64 KiB in real mode needs a segment with a wide limit. */
+    struct kvm_sregs sregs;
+    CHECK(ioctl(m.vcpu, KVM_GET_SREGS, &sregs) == 0);
+    sregs.ds.limit = 0xffffffff;
+    sregs.ds.g = 1;
+    CHECK(ioctl(m.vcpu, KVM_SET_SREGS, &sregs) == 0);
+    expect_out(&m);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0);
+    CHECK(m.run->exit_reason == KVM_EXIT_IO && m.run->io.direction == KVM_EXIT_IO_IN);
+    *((unsigned char *)m.run + m.run->io.data_offset) = 0x5a;
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0);
+    CHECK(m.memory[0x2000] == 0x5a);
+    CHECK(m.run->exit_reason == KVM_EXIT_MMIO && m.run->mmio.is_write);
+    CHECK(m.run->mmio.phys_addr == 0x20000 && m.run->mmio.len == 1 && m.run->mmio.data[0] == 0x5a);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0);
+    CHECK(m.run->exit_reason == KVM_EXIT_MMIO && !m.run->mmio.is_write && m.run->mmio.phys_addr == 0x20004);
+    m.run->mmio.data[0] = 0x77;
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0);
+    CHECK(m.run->exit_reason == KVM_EXIT_HLT);
+    struct kvm_regs regs;
+    CHECK(ioctl(m.vcpu, KVM_GET_REGS, &regs) == 0);
+    CHECK((regs.rax & 0xff) == 0x77);
+}
+
+static void descriptors(void)
+{
+    struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+    /* Any duplicate will do, and the others may be closed. */
+    int copies[] = { dup(m.vcpu), fcntl(m.vcpu, F_DUPFD_CLOEXEC, 100), dup2(m.vcpu, 200), dup3(m.vcpu, 2000, O_CLOEXEC),
+                     syscall(SYS_dup, m.vcpu) };
+    close(m.vcpu);
+    errno = 0;
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EBADF);
+    for (size_t i = 0; i < sizeof copies / sizeof *copies; i++) {
+        struct kvm_regs regs;
+        CHECK(ioctl(copies[i], KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+    }
+    close_range(copies[2], ~0u, 0);
+    CHECK(ioctl(copies[2], KVM_RUN, 0) == -1 && errno == EBADF);
+    /* A number that means something else now. */
+    int null = open("/dev/null", O_RDWR);
+    CHECK(dup2(null, copies[1]) == copies[1]);
+    CHECK(ioctl(copies[1], KVM_RUN, 0) == -1 && errno == ENOTTY);
+    CHECK(fcntl(m.vm, F_GETFD) == FD_CLOEXEC);
+    m.vcpu = copies[0];
+    expect_out(&m);
+    close(m.vm);
+    close(m.kvm);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == KVM_EXIT_HLT);
+    CHECK(ioctl(copies[4], KVM_RUN, 1) == -1 && errno == EINVAL);
+}
+
+/* Duplicates and closes that nobody but the kernel sees. */
+static long kernel(long number, long a, long b)
+{
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "0"(number), "D"(a), "S"(b) : "rcx", "r11", "memory");
+    return result;
+}
+
+static void unseen_descriptors(void)
+{
+    struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+    int copy = kernel(SYS_dup, m.vcpu, 0);
+    CHECK(copy >= 0);
+    close(m.vcpu);
+    m.vcpu = copy;
+    expect_out(&m);
+    /* Closed behind our back, and the number used again. */
+    kernel(SYS_close, copy, 0);
+    CHECK(kernel(SYS_dup2, m.vm, copy) == copy);
+    struct kvm_regs regs;
+    CHECK(ioctl(copy, KVM_GET_REGS, &regs) == -1 && errno == ENOTTY);
+    CHECK(ioctl(copy, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == 1);
+}
+
+static void passed_descriptors(void)
+{
+    struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+    int ends[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    char byte = 0, control[CMSG_SPACE(sizeof(int))] = { 0 };
+    struct iovec data = { &byte, 1 };
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control
+    };
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(header), &m.vcpu, sizeof(int));
+    CHECK(sendmsg(ends[0], &message, 0) == 1);
+    close(m.vcpu);
+    int filler = open("/dev/null", O_RDONLY);
+    CHECK(recvmsg(ends[1], &message, 0) == 1);
+    memcpy(&m.vcpu, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+    CHECK(m.vcpu != filler);
+    expect_out(&m);
+}
+
+static void forked(void)
+{
+    struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+    pid_t child = fork();
+    if (child == 0) {
+        struct kvm_regs regs;
+        CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EIO);
+        CHECK(ioctl(m.vcpu, KVM_GET_REGS, &regs) == -1 && errno == EIO);
+        CHECK(ioctl(m.vm, KVM_CREATE_VCPU, 1) == -1 && errno == EIO);
+        close(m.vcpu);
+        close(m.vm);
+        struct machine own = machine(OUT_HLT, sizeof OUT_HLT);
+        expect_out(&own);
+        exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    expect_out(&m);
+    /* A vfork child has our memory, but not our descriptors. */
+    child = vfork();
+    if (child == 0) {
+        close(m.vcpu);
+        _exit(0);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == KVM_EXIT_HLT);
+}
+
+static struct machine shared;
+static volatile sig_atomic_t handled;
+static volatile unsigned long long rip_in_handler;
+
+/* Uses the vCPU, which a handler may: it does not run inside of KVM_RUN. */
+static void handler(int signal, siginfo_t *info, void *context)
+{
+    (void)context;
+    struct kvm_regs regs;
+    CHECK(info->si_signo == signal && info->si_pid == getpid());
+    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0);
+    rip_in_handler = regs.rip;
+    handled++;
+}
+
+static void install(int signal, void (*function)(int, siginfo_t *, void *), int flags)
+{
+    struct sigaction action = { .sa_sigaction = function, .sa_flags = flags | SA_SIGINFO }, shown;
+    CHECK(sigaction(signal, &action, NULL) == 0);
+    CHECK(sigaction(signal, NULL, &shown) == 0);
+    CHECK(shown.sa_sigaction == function && !((shown.sa_flags ^ action.sa_flags) & (SA_SIGINFO | SA_RESTART | SA_RESETHAND)));
+}
+
+static pthread_t target;
+static void *kick_later(void *signal)
+{
+    usleep(50000);
+    CHECK(pthread_kill(target, (int)(long)signal) == 0);
+    return NULL;
+}
+
+/* Sends `signal` to this thread when it has been in KVM_RUN for a moment. */
+static pthread_t kicker(int signal)
+{
+    pthread_t thread;
+    target = pthread_self();
+    CHECK(pthread_create(&thread, NULL, kick_later, (void *)(long)signal) == 0);
+    return thread;
+}
+
+static void signals(void)
+{
+    shared = looping();
+    install(SIGUSR1, handler, SA_RESTART);
+    install(SIGRTMIN + 3, handler, SA_NODEFER);
+    int signals[] = { SIGUSR1, SIGRTMIN + 3, SIGUSR1 };
+    for (int i = 0; i < 3; i++) {
+        pthread_t thread = kicker(signals[i]);
+        CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+        CHECK(handled == i + 1 && rip_in_handler == CODE);
+        CHECK(shared.run->exit_reason == KVM_EXIT_INTR);
+        pthread_join(thread, NULL);
+        sigset_t mask;
+        CHECK(pthread_sigmask(SIG_BLOCK, NULL, &mask) == 0);
+        CHECK(!sigismember(&mask, signals[i]));
+    }
+}
+
+/* Sent to a thread that is waiting for its vCPU. */
+static void signal_while_halted(void)
+{
+    static const unsigned char code[] = { 0xf4 };
+    struct machine m;
+    shared = machine(code, sizeof code);
+    m = shared;
+    close(m.vcpu);
+    m.vm = ioctl(m.kvm, KVM_CREATE_VM, 0);
+    CHECK(ioctl(m.vm, KVM_CREATE_IRQCHIP, 0) == 0);
+    struct kvm_userspace_memory_region region = {
+        .slot = 0, .guest_phys_addr = 0, .memory_size = MEMORY, .userspace_addr = (unsigned long)m.memory
+    };
+    CHECK(ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+    m.vcpu = ioctl(m.vm, KVM_CREATE_VCPU, 0);
+    struct kvm_sregs sregs;
+    CHECK(ioctl(m.vcpu, KVM_GET_SREGS, &sregs) == 0);
+    sregs.cs.base = sregs.cs.selector = 0;
+    CHECK(ioctl(m.vcpu, KVM_SET_SREGS, &sregs) == 0);
+    struct kvm_regs regs = { .rip = CODE, .rflags = 2 };
+    CHECK(ioctl(m.vcpu, KVM_SET_REGS, &regs) == 0);
+    shared = m;
+    install(SIGUSR1, handler, SA_RESTART);
+    pthread_t thread = kicker(SIGUSR1);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    CHECK(handled == 1 && rip_in_handler == CODE + 1);
+    pthread_join(thread, NULL);
+}
+
+static sigjmp_buf jump;
+static void jump_away(int signal, siginfo_t *info, void *context)
+{
+    (void)signal, (void)info, (void)context;
+    siglongjmp(jump, 1);
+}
+
+static void handler_that_jumps(void)
+{
+    shared = looping();
+    install(SIGUSR1, jump_away, 0);
+    for (volatile int i = 0; i < 3; i++) {
+        pthread_t thread = kicker(SIGUSR1);
+        if (sigsetjmp(jump, 1) == 0) {
+            ioctl(shared.vcpu, KVM_RUN, 0);
+            CHECK(0);
+        }
+        pthread_join(thread, NULL);
+    }
+    struct kvm_regs regs;
+    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+}
+
+static void once(int signal, siginfo_t *info, void *context)
+{
+    (void)signal, (void)info, (void)context;
+    handled++;
+}
+
+static void handler_for_one_time(void)
+{
+    shared = looping();
+    install(SIGWINCH, once, SA_RESETHAND);
+    pthread_t thread = kicker(SIGWINCH);
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    pthread_join(thread, NULL);
+    CHECK(handled == 1);
+    struct sigaction shown;
+    CHECK(sigaction(SIGWINCH, NULL, &shown) == 0 && shown.sa_handler == SIG_DFL);
+    /* signal(2) shows what was before, too. */
+    CHECK(signal(SIGWINCH, SIG_IGN) == SIG_DFL);
+    CHECK(signal(SIGWINCH, SIG_DFL) == SIG_IGN);
+}
+
+static void immediate_exit(void)
+{
+    struct machine m = looping();
+    m.run->immediate_exit = 1;
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+}
+
+/* As most VMMs do it: the handler sets immediate_exit. */
+static void exit_from_handler(int signal, siginfo_t *info, void *context)
+{
+    (void)signal, (void)info, (void)context;
+    shared.run->immediate_exit = 1;
+}
+
+static void immediate_exit_in_handler(void)
+{
+    shared = looping();
+    install(SIGUSR1, exit_from_handler, 0);
+    raise(SIGUSR1);
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    shared.run->immediate_exit = 0;
+    pthread_t thread = kicker(SIGUSR1);
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    pthread_join(thread, NULL);
+}
+
+static void set_signal_mask(int vcpu, int unblocked)
+{
+    struct {
+        struct kvm_signal_mask head;
+        unsigned char set[8];
+    } __attribute__((packed)) mask = { .head = { .len = 8 } };
+    unsigned long set = ~0ul & ~(1ul << (unblocked - 1));
+    memcpy(mask.set, &set, sizeof set);
+    CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, &mask) == 0);
+    mask.head.len = 16;
+    CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, &mask) == -1 && errno == EINVAL);
+    CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, 1) == -1 && errno == EFAULT);
+}
+
+static void signal_mask(void)
+{
+    shared = looping();
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+    set_signal_mask(shared.vcpu, SIGUSR1);
+    struct timespec now = { 0 };
+    /* One that is pending already, then one that comes; the action is to end the process. */
+    for (int i = 0; i < 3; i++) {
+        pthread_t thread = 0;
+        if (i == 0)
+            pthread_kill(pthread_self(), SIGUSR1);
+        else
+            thread = kicker(SIGUSR1);
+        CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+        siginfo_t info;
+        CHECK(sigtimedwait(&set, &info, &now) == SIGUSR1);
+        CHECK(sigtimedwait(&set, &info, &now) == -1 && errno == EAGAIN);
+        if (thread)
+            pthread_join(thread, NULL);
+    }
+    /* One that the mask blocks and the thread does not, waits for the end of KVM_RUN. */
+    install(SIGUSR2, handler, 0);
+    pthread_t first = kicker(SIGUSR2);
+    usleep(20000);
+    pthread_t second = kicker(SIGUSR1);
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    CHECK(sigtimedwait(&set, NULL, &now) == SIGUSR1);
+    CHECK(handled == 1);
+    pthread_join(first, NULL);
+    pthread_join(second, NULL);
+    CHECK(ioctl(shared.vcpu, KVM_SET_SIGNAL_MASK, NULL) == 0);
+}
+
+static void *run_for_ever(void *type)
+{
+    pthread_setcanceltype((int)(long)type, NULL);
+    int result = ioctl(shared.vcpu, KVM_RUN, 0);
+    CHECK(result == -1 && errno == EINTR);
+    pthread_testcancel();
+    CHECK(0);
+    return NULL;
+}
+
+static void cancel(int type, int first_runs)
+{
+    shared = looping();
+    for (int i = 0; i < 3; i++) {
+        pthread_t thread;
+        CHECK(pthread_create(&thread, NULL, run_for_ever, (void *)(long)type) == 0);
+        usleep(i ? 50000 : first_runs);
+        CHECK(pthread_cancel(thread) == 0);
+        void *result;
+        CHECK(pthread_join(thread, &result) == 0 && result == PTHREAD_CANCELED);
+    }
+    struct kvm_regs regs;
+    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+}
+
+static void cancel_deferred(void) { cancel(PTHREAD_CANCEL_DEFERRED, 50000); }
+static void cancel_asynchronous(void) { cancel(PTHREAD_CANCEL_ASYNCHRONOUS, 50000); }
+
+static volatile unsigned long fault_address;
+static void segv(int signal, siginfo_t *info, void *context)
+{
+    (void)context;
+    CHECK(signal == SIGSEGV);
+    fault_address = (unsigned long)info->si_addr;
+    siglongjmp(jump, 1);
+}
+
+static void own_faults(void)
+{
+    install(SIGSEGV, segv, SA_NODEFER);
+    shared = machine(OUT_HLT, sizeof OUT_HLT);
+    expect_out(&shared);
+    if (sigsetjmp(jump, 1) == 0) {
+        *(volatile int *)0x1234 = 1;
+        CHECK(0);
+    }
+    CHECK(fault_address == 0x1234);
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == 0 && shared.run->exit_reason == KVM_EXIT_HLT);
+}
+
+static void read_file(const char *path, char *text, size_t size)
+{
+    FILE *file = fopen(path, "r");
+    CHECK(file && fgets(text, size, file));
+    fclose(file);
+}
+
+static void files(void)
+{
+    struct stat by_path, by_fd;
+    CHECK(stat("/dev/kvm", &by_path) == 0 && S_ISCHR(by_path.st_mode));
+    CHECK(by_path.st_rdev == makedev(10, 232));
+    CHECK(access("/dev/kvm", R_OK | W_OK) == 0);
+    int kvm = openat(AT_FDCWD, "/dev/kvm", O_RDWR);
+    CHECK(fstat(kvm, &by_fd) == 0 && by_fd.st_rdev == by_path.st_rdev);
+    CHECK(fcntl(kvm, F_GETFD) == 0);
+    int dev = open("/dev", O_RDONLY | O_DIRECTORY);
+    int relative = openat(dev, "kvm", O_RDWR | O_CLOEXEC);
+    CHECK(fcntl(relative, F_GETFD) == FD_CLOEXEC);
+    CHECK(ioctl(relative, KVM_GET_API_VERSION, 0) == 12);
+
+    char text[16];
+    read_file("/sys/module/kvm/parameters/force_emulation_prefix", text, sizeof text);
+    CHECK(strcmp(text, "0\n") == 0);
+    read_file("/sys/module/kvm_intel/parameters/ept", text, sizeof text);
+    CHECK(strcmp(text, "Y\n") == 0);
+    CHECK(open("/sys/module/kvm_amd/parameters/npt", O_RDONLY) == -1 && errno == ENOENT);
+    CHECK(open("/sys/module/kvm/parameters/ignore_msrs", O_WRONLY) == -1 && errno == EACCES);
+    int ept = open("/sys/module/kvm_intel/parameters/ept", O_RDONLY);
+    CHECK(pread(ept, text, 1, 0) == 1 && text[0] == 'Y');
+}
+
+/* The same calls by syscall(2). */
+static void system_calls(void)
+{
+    int kvm = syscall(SYS_openat, AT_FDCWD, "/dev/kvm", O_RDWR, 0);
+    CHECK(kvm >= 0);
+    CHECK(syscall(SYS_ioctl, kvm, KVM_GET_API_VERSION, 0) == 12);
+    CHECK(syscall(SYS_close, kvm) == 0);
+    CHECK(syscall(SYS_ioctl, kvm, KVM_GET_API_VERSION, 0) == -1 && errno == EBADF);
+    /* Six arguments arrive. */
+    void *at = (void *)syscall(SYS_mmap, NULL, 4096L, (long)PROT_READ, (long)(MAP_PRIVATE | MAP_ANONYMOUS), -1L, 0L);
+    CHECK(at != MAP_FAILED && *(char *)at == 0);
+    CHECK(syscall(SYS_gettid) == getpid());
+    CHECK(syscall(SYS_read, -1, NULL, 0L) == -1 && errno == EBADF);
+    struct {
+        void (*handler)(int);
+        unsigned long flags;
+        void (*restorer)(void);
+        unsigned long mask;
+    } action = { SIG_IGN, 0, NULL, 0 }, old;
+    CHECK(syscall(SYS_rt_sigaction, SIGUSR1, &action, NULL, 8L) == 0);
+    CHECK(syscall(SYS_rt_sigaction, SIGUSR1, NULL, &old, 8L) == 0 && old.handler == SIG_IGN);
+    unsigned long supported = 0;
+    CHECK(syscall(SYS_arch_prctl, 0x1021L, &supported) == 0 && (supported & 3) == 3);
+    CHECK(syscall(SYS_arch_prctl, 0x1025L, 99L) == -1 && errno == EINVAL);
+    unsigned long fs = 0;
+    CHECK(syscall(SYS_arch_prctl, 0x1003L, &fs) == 0 && fs != 0);
+}
+
+/* What is no business of ours goes its way. */
+static void other_ioctls(void)
+{
+    int pipes[2], ready = -1;
+    CHECK(pipe(pipes) == 0 && write(pipes[1], "abc", 3) == 3);
+    CHECK(ioctl(pipes[0], FIONREAD, &ready) == 0 && ready == 3);
+    CHECK(ioctl(pipes[0], KVM_GET_API_VERSION, 0) == -1 && errno == ENOTTY);
+    CHECK(ioctl(-1, KVM_RUN, 0) == -1 && errno == EBADF);
+    CHECK(open("/dev/no-such-device", O_RDWR) == -1 && errno == ENOENT);
+}
+
+static void *sum_up(void *handled_by)
+{
+    (void)handled_by;
+    sigset_t mask;
+    pthread_sigmask(SIG_BLOCK, NULL, &mask);
+    return (void *)(long)sigismember(&mask, SIGUSR1);
+}
+
+/* Threads of the client's have the mask that it gave them; ours take none of its signals. */
+static void thread_masks(void)
+{
+    shared = machine(OUT_HLT, sizeof OUT_HLT);
+    install(SIGUSR1, once, 0);
+    expect_out(&shared);
+    pthread_t thread;
+    void *blocked;
+    CHECK(pthread_create(&thread, NULL, sum_up, NULL) == 0 && pthread_join(thread, &blocked) == 0);
+    CHECK(!blocked);
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+    int vm = ioctl(shared.kvm, KVM_CREATE_VM, 0);
+    CHECK(ioctl(vm, KVM_CREATE_IRQCHIP, 0) == 0);
+    kill(getpid(), SIGUSR1);
+    usleep(50000);
+    CHECK(handled == 0);
+    sigset_t pending;
+    CHECK(sigpending(&pending) == 0 && sigismember(&pending, SIGUSR1));
+}
+
+static int count_descriptors(void)
+{
+    int count = 0;
+    for (int fd = 0; fd < 4096; fd++)
+        count += fcntl(fd, F_GETFD) >= 0;
+    return count;
+}
+
+static void no_leaks(void)
+{
+    struct machine first = machine(OUT_HLT, sizeof OUT_HLT);
+    int before = 0;
+    for (int i = 0; i < 200; i++) {
+        struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+        expect_out(&m);
+        munmap(m.run, ioctl(m.kvm, KVM_GET_VCPU_MMAP_SIZE, 0));
+        munmap(m.memory, MEMORY);
+        close(m.vcpu);
+        close(m.vm);
+        close(m.kvm);
+        if (i == 0)
+            before = count_descriptors();
+    }
+    CHECK(count_descriptors() == before);
+    expect_out(&first);
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} behaviours[] = {
+    { "exits", exits },
+    { "descriptors", descriptors },
+    { "unseen_descriptors", unseen_descriptors },
+    { "passed_descriptors", passed_descriptors },
+    { "forked", forked },
+    { "signals", signals },
+    { "signal_while_halted", signal_while_halted },
+    { "handler_that_jumps", handler_that_jumps },
+    { "handler_for_one_time", handler_for_one_time },
+    { "immediate_exit", immediate_exit },
+    { "immediate_exit_in_handler", immediate_exit_in_handler },
+    { "signal_mask", signal_mask },
+    { "cancel_deferred", cancel_deferred },
+    { "cancel_asynchronous", cancel_asynchronous },
+    { "own_faults", own_faults },
+    { "files", files },
+    { "system_calls", system_calls },
+    { "other_ioctls", other_ioctls },
+    { "thread_masks", thread_masks },
+    { "no_leaks", no_leaks },
+};
+
+int main(int argc, char **argv)
+{
+    CHECK(argc == 2);
+    for (size_t i = 0; i < sizeof behaviours / sizeof *behaviours; i++) {
+        if (strcmp(behaviours[i].name, argv[1]) == 0) {
+            alarm(60); /* An end to what would hang. */
+            behaviours[i].run();
+            return 0;
+        }
+    }
+    fprintf(stderr, "no behaviour %s\n", argv[1]);
+    return 2;
+}
