@@ -147,6 +147,8 @@ static void descriptors(void)
     close(m.kvm);
     CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == KVM_EXIT_HLT);
     CHECK(ioctl(copies[4], KVM_RUN, 1) == -1 && errno == EINVAL);
+    /* The area stays, whatever is tried. */
+    CHECK(ftruncate(m.vcpu, 0) == -1);
 }
 
 /* Duplicates and closes that nobody but the kernel sees. */

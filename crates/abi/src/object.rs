@@ -3,7 +3,7 @@
 //! Each object gets a descriptor of the kernel's own: a memfd, whose inode identifies the object whoever duplicates or
 //! passes the descriptor. A vCPU's memfd *is* its `kvm_run` area, so the client's mmap(2) needs nobody's help.
 
-#![expect(unsafe_code, reason = "memfd_create and ftruncate")]
+#![expect(unsafe_code, reason = "memfd_create, ftruncate and seals")]
 
 use std::ffi::CStr;
 use std::ops::{Deref, DerefMut};
@@ -109,9 +109,9 @@ impl DerefMut for LockedVcpu {
     }
 }
 
-/// An anonymous file of `size` bytes.
+/// An anonymous file of `size` bytes, for ever: what we have mapped must not go away because a client truncates it.
 pub(crate) fn memfd(name: &CStr, size: u64) -> Result<OwnedFd, Errno> {
-    let flags = libc::MFD_CLOEXEC;
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: `name` ends with a zero byte; no other memory is involved.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
@@ -121,6 +121,11 @@ pub(crate) fn memfd(name: &CStr, size: u64) -> Result<OwnedFd, Errno> {
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: no memory is involved.
     if size != 0 && unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: no memory is involved.
+    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
         return Err(std::io::Error::last_os_error().into());
     }
     Ok(fd)

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use libc::{c_int, c_uint, c_void, msghdr, ssize_t};
 
 use crate::thread::{self, Inside};
-use crate::{interpose, next, raw, table};
+use crate::{interpose, next, process, raw, table};
 
 /// CLOSE_RANGE_CLOEXEC.
 const CLOSE_RANGE_CLOEXEC: c_int = 1 << 2;
@@ -20,7 +20,9 @@ fn inside(work: impl FnOnce()) {
 
 /// A call that makes `new` the same as `old`.
 fn duplicated(old: c_int, new: c_int) -> c_int {
-    if new >= 0 && new != old && (table::is_ours(old) || table::is_ours(new)) && !thread::is_inside() {
+    let concerns_us = new >= 0 && new != old && (table::is_ours(old) || table::is_ours(new));
+    // (The descriptors of a vfork(2) child are its own, the table is its parent's.)
+    if concerns_us && !thread::is_inside() && !process::is_guest_in_memory() {
         inside(|| {
             let entry = table::find(old).clone();
             table::set(new, entry);

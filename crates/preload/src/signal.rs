@@ -5,9 +5,7 @@
 //! makes KVM_RUN return; when the thread leaves, the mask is as it was and the kernel delivers the signal where the
 //! client may do anything in its handler. So KVM_RUN returns EINTR after the handler has run, as from the kernel.
 //! Faults of the thread's own cannot wait: those go to the handler at once.
-//!
-//! The engine has a handler too: a guest's unmasked floating-point exception traps in an instruction that the host
-//! runs for it (SIGFPE). What is installed by a thread that is inside is the engine's, and gets its faults.
+//! The engine itself has no handlers.
 #![expect(unsafe_code, reason = "sigaction, and calls of handlers")]
 
 use std::cell::UnsafeCell;
@@ -32,8 +30,6 @@ struct Action {
     handler: AtomicUsize,
     /// The handler is to be called once (`SA_RESETHAND`).
     once: AtomicBool,
-    /// The engine's handler for its own faults, or 0.
-    engine: AtomicUsize,
     /// What the client thinks that is installed; `None` while it has not asked for anything.
     client: UnsafeCell<Option<SigAction>>,
 }
@@ -42,12 +38,7 @@ struct Action {
 unsafe impl Sync for Action {}
 
 static ACTIONS: [Action; SIGNALS] = [const {
-    Action {
-        handler: AtomicUsize::new(SIG_DFL),
-        once: AtomicBool::new(false),
-        engine: AtomicUsize::new(0),
-        client: UnsafeCell::new(None),
-    }
+    Action { handler: AtomicUsize::new(SIG_DFL), once: AtomicBool::new(false), client: UnsafeCell::new(None) }
 }; SIGNALS];
 
 /// Permission to use what the client thinks. Signals are blocked meanwhile, for handlers may call sigaction too.
@@ -108,9 +99,6 @@ pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut Sig
         raw::set_errno(libc::EINVAL);
         return -1;
     };
-    if thread::is_inside() {
-        return new.map_or(0, |new| change_engine(signal, action, &new));
-    }
     if process::is_guest_in_memory() {
         // Its actions are its own, the table is its parent's.
         let mut before = no_action();
@@ -129,11 +117,6 @@ pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut Sig
             action.once.store(new.sa_flags & libc::SA_RESETHAND != 0, Ordering::Relaxed);
             action.handler.store(new.sa_sigaction, Ordering::Release);
             install(signal, Some(&in_front_of(&new)), &mut before)
-        }
-        // The engine's handler stays in place, and does for the client what no handler would.
-        Some(new) if action.engine.load(Ordering::Relaxed) != 0 => {
-            action.handler.store(new.sa_sigaction, Ordering::Release);
-            0
         }
         Some(new) => install(signal, Some(&new), &mut before),
     };
@@ -154,31 +137,6 @@ fn install(signal: c_int, new: Option<&SigAction>, old: &mut SigAction) -> c_int
     unsafe { next::sigaction(signal, new.map_or(ptr::null(), ptr::from_ref), old) }
 }
 
-/// The engine wants its own faults, or does not any more.
-fn change_engine(signal: c_int, action: &'static Action, new: &SigAction) -> c_int {
-    let mut locked = Locked::acquire();
-    let client = locked.client(action);
-    let mut before = no_action();
-    if client.is_none() {
-        // Inherited from whoever started us: nothing, or to be ignored.
-        if install(signal, None, &mut before) != 0 {
-            return -1;
-        }
-        action.handler.store(before.sa_sigaction, Ordering::Release);
-        *client = Some(before);
-    }
-    let theirs = client.unwrap_or(before);
-    if is_function(new.sa_sigaction) {
-        action.engine.store(new.sa_sigaction, Ordering::Release);
-        let mut front = in_front_of(&theirs);
-        front.sa_flags |= new.sa_flags & libc::SA_ONSTACK;
-        return install(signal, Some(&front), &mut before);
-    }
-    action.engine.store(0, Ordering::Release);
-    let theirs = if is_function(theirs.sa_sigaction) { in_front_of(&theirs) } else { theirs };
-    install(signal, Some(&theirs), &mut before)
-}
-
 /// Whether the signal is the thread's own doing, at the very instruction that it is at.
 fn is_fault(signal: c_int, code: c_int) -> bool {
     let kind = matches!(
@@ -195,33 +153,18 @@ unsafe extern "C-unwind" fn trampoline(signal: c_int, info: *mut siginfo_t, cont
     let Some(action) = ACTIONS.get(signal as usize) else { return };
     // SAFETY: the kernel passes a siginfo.
     let fault = is_fault(signal, unsafe { (*info).si_code });
-    let mut handler = action.handler.load(Ordering::Acquire);
-    if thread::is_inside() {
-        let engine = action.engine.load(Ordering::Acquire);
-        if !fault {
-            // SAFETY: the kernel's own structures.
-            unsafe { put_back(signal, info, context.cast()) };
-            return;
-        }
-        if engine != 0 {
-            handler = engine;
-        }
-    } else if action.once.load(Ordering::Relaxed) && action.once.swap(false, Ordering::Relaxed) {
-        let default = no_action();
-        change(signal, Some(default), None);
+    if thread::is_inside() && !fault {
+        // SAFETY: the kernel's own structures.
+        unsafe { put_back(signal, info, context.cast()) };
+        return;
     }
-    match handler {
-        SIG_IGN if !fault => {}
-        SIG_DFL | SIG_IGN => {
-            let mut before = no_action();
-            install(signal, Some(&no_action()), &mut before);
-            if !fault {
-                // SAFETY: the kernel's own structure.
-                unsafe { raw::queue_to_self(signal, info) };
-            }
-        }
-        // SAFETY: the client's handler, or the engine's. One that takes a single argument does not see the others.
-        handler => unsafe { mem::transmute::<usize, Handler>(handler)(signal, info, context) },
+    if action.once.load(Ordering::Relaxed) && action.once.swap(false, Ordering::Relaxed) {
+        change(signal, Some(no_action()), None);
+    }
+    let handler = action.handler.load(Ordering::Acquire);
+    if is_function(handler) {
+        // SAFETY: the client's handler. One that takes a single argument does not see the others.
+        unsafe { mem::transmute::<usize, Handler>(handler)(signal, info, context) };
     }
 }
 

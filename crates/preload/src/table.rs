@@ -117,6 +117,9 @@ pub(crate) fn verify(fd: RawFd) -> Option<Arc<Entry>> {
 /// Enters a new object; gives its descriptor, which from now on belongs to the client.
 pub(crate) fn adopt(created: Created) -> Result<RawFd, Errno> {
     let Created { object, fd } = created;
+    if matches!(object, Object::Vm(_)) {
+        sweep();
+    }
     let fd = fd.into_raw_fd();
     enter(fd, object)?;
     Ok(fd)
