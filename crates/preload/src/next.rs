@@ -5,8 +5,8 @@ use std::ffi::CStr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libc::{
-    FILE, c_char, c_int, c_uint, c_ulong, c_void, mode_t, msghdr, off_t, pthread_t, size_t, ssize_t, stat as Stat,
-    statx as Statx,
+    FILE, c_char, c_int, c_uint, c_ulong, c_void, mode_t, msghdr, off_t, pthread_t, size_t, ssize_t,
+    stat as Stat, statx as Statx,
 };
 
 /// A function found by name, behind this library in the search order.
