@@ -208,6 +208,7 @@ static void forked(void)
         CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EIO);
         CHECK(ioctl(m.vcpu, KVM_GET_REGS, &regs) == -1 && errno == EIO);
         CHECK(ioctl(m.vm, KVM_CREATE_VCPU, 1) == -1 && errno == EIO);
+        CHECK(ioctl(m.kvm, KVM_CREATE_VM, 0) >= 0);
         close(m.vcpu);
         close(m.vm);
         struct machine own = machine(OUT_HLT, sizeof OUT_HLT);
@@ -225,6 +226,26 @@ static void forked(void)
     }
     CHECK(waitpid(child, &status, 0) == child && status == 0);
     CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == KVM_EXIT_HLT);
+}
+
+/* /dev/kvm stays what it is over exec(2); a VM belongs to the program that made it. */
+static void inherited(void)
+{
+    struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+    int kvm = open("/dev/kvm", O_RDWR);
+    char first[16], second[16];
+    snprintf(first, sizeof first, "%d", kvm);
+    snprintf(second, sizeof second, "%d", dup(m.vm));
+    execl("/proc/self/exe", "client", "after_exec", first, second, NULL);
+    CHECK(0);
+}
+
+static int after_exec(int kvm, int vm)
+{
+    CHECK(ioctl(kvm, KVM_GET_API_VERSION, 0) == 12);
+    CHECK(ioctl(vm, KVM_CREATE_VCPU, 1) == -1 && errno == EIO);
+    CHECK(ioctl(ioctl(kvm, KVM_CREATE_VM, 0), KVM_CREATE_VCPU, 0) >= 0);
+    return 0;
 }
 
 static struct machine shared;
@@ -356,6 +377,50 @@ static void handler_for_one_time(void)
     /* signal(2) shows what was before, too. */
     CHECK(signal(SIGWINCH, SIG_IGN) == SIG_DFL);
     CHECK(signal(SIGWINCH, SIG_DFL) == SIG_IGN);
+}
+
+/* None of many signals is lost, wherever each one meets the thread. */
+enum { STORM = 3000 };
+static volatile sig_atomic_t arrived, last;
+
+static void count(int signal, siginfo_t *info, void *context)
+{
+    (void)signal, (void)context;
+    last = info->si_value.sival_int;
+    /* What comes before KVM_RUN does not interrupt it. */
+    if (++arrived == STORM)
+        shared.run->immediate_exit = 1;
+}
+
+static void *storm(void *unused)
+{
+    (void)unused;
+    union sigval value;
+    for (value.sival_int = 1; value.sival_int <= STORM; value.sival_int++) {
+        while (pthread_sigqueue(target, SIGRTMIN + 1, value) == EAGAIN)
+            usleep(100);
+        if (value.sival_int % 16 == 0)
+            usleep(200);
+    }
+    return NULL;
+}
+
+static void signal_storm(void)
+{
+    shared = looping();
+    install(SIGRTMIN + 1, count, 0);
+    target = pthread_self();
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, storm, NULL) == 0);
+    for (int i = 0; arrived < STORM; i++) {
+        struct kvm_regs regs;
+        if (i % 2)
+            CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0);
+        else
+            CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    }
+    pthread_join(thread, NULL);
+    CHECK(arrived == STORM && last > 0);
 }
 
 static void immediate_exit(void)
@@ -623,7 +688,9 @@ static const struct {
     { "unseen_descriptors", unseen_descriptors },
     { "passed_descriptors", passed_descriptors },
     { "forked", forked },
+    { "inherited", inherited },
     { "signals", signals },
+    { "signal_storm", signal_storm },
     { "signal_while_halted", signal_while_halted },
     { "handler_that_jumps", handler_that_jumps },
     { "handler_for_one_time", handler_for_one_time },
@@ -642,6 +709,8 @@ static const struct {
 
 int main(int argc, char **argv)
 {
+    if (argc == 4 && strcmp(argv[1], "after_exec") == 0)
+        return after_exec(atoi(argv[2]), atoi(argv[3]));
     CHECK(argc == 2);
     for (size_t i = 0; i < sizeof behaviours / sizeof *behaviours; i++) {
         if (strcmp(behaviours[i].name, argv[1]) == 0) {

@@ -43,7 +43,7 @@ pub fn foreign_to_host() -> impl Iterator<Item = Feature> {
     let highest = __cpuid(0).eax;
     let differs = move |c: &Component| {
         let host = (highest >= 0xd).then(|| __cpuid_count(0xd, c.bit.into()));
-        !host.is_some_and(|h| (h.eax, h.ebx) == (c.size, c.offset))
+        host.is_none_or(|h| (h.eax, h.ebx) != (c.size, c.offset))
     };
     COMPONENTS.iter().filter(move |c| differs(c)).map(|c| c.feature)
 }
