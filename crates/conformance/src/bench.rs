@@ -2,7 +2,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use iced_x86::MemorySize;
 use silicon::model::Features;
 
 use crate::compare::{self, Difference};
@@ -67,7 +66,7 @@ impl Bench {
             self.guest = Guest::new(self.features.clone(), host::selectors(), self.components);
             self.guest.prepare(&self.contents);
         }
-        self.compare_memory(&mut difference, partial_store(case, &host.0));
+        self.compare_memory(&mut difference);
         Outcome { host, guest, difference }
     }
 
@@ -81,16 +80,15 @@ impl Bench {
         }
     }
 
-    /// Compares the windows and puts the initial contents back. With `partial`, bytes that end a page may differ.
-    fn compare_memory(&mut self, difference: &mut Difference, partial: bool) {
+    /// Compares the windows and puts the initial contents back.
+    fn compare_memory(&mut self, difference: &mut Difference) {
         for (address, initial) in self.contents.pages() {
             let host = self.host.bytes(*address, PAGE as usize);
             let guest = self.guest.bytes(*address, PAGE as usize);
             if host == guest && host == &initial[..] {
                 continue;
             }
-            let end = PAGE as usize - if partial { LONGEST_PARTIAL } else { 0 };
-            if host[..end] != guest[..end] {
+            if host != guest {
                 let first = host.iter().zip(guest).position(|(h, g)| h != g).unwrap_or(0);
                 let name = format!("memory at {:#x}+", address + first as u64);
                 compare::bytes(&mut difference.defined, &name, &host[first..], &guest[first..]);
@@ -101,16 +99,6 @@ impl Bench {
             }
         }
     }
-}
-
-/// Bytes of an x87 operand that can lie before the missing page.
-const LONGEST_PARTIAL: usize = 9;
-
-/// Whether the instruction stored ten bytes across a page that is missing. How much of the first page is written
-/// then differed between cases on the host, by a rule that we do not know.
-fn partial_store(case: &Case, event: &Event) -> bool {
-    let size = case.instruction.memory_size();
-    matches!(event, Event::Fault { vector: 14, .. }) && matches!(size, MemorySize::Float80 | MemorySize::Bcd)
 }
 
 /// Cuts `bytes` at `address` at page boundaries.

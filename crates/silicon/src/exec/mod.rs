@@ -28,6 +28,8 @@ mod misc_system;
 mod mov;
 pub mod msr;
 mod muldiv;
+#[cfg(test)]
+mod offer_tests;
 mod operand;
 mod segment_load;
 mod shift;

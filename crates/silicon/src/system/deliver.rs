@@ -108,6 +108,10 @@ impl Cpu {
     /// Delivers `event`, and whatever faults its delivery meets in turn: contributory faults become #DF,
     /// a fault in that a triple fault. Iterative, so that no guest can make the host recurse.
     ///
+    /// Interrupts and NMIs are benign (SDM vol. 3A, 6.15): a fault in their delivery is delivered in their place, for
+    /// the interrupted instruction, and they are lost for the processor as they are on hardware, where the APIC has
+    /// handed them over. Only an intercepted fault hands them to the hypervisor, as IDT-vectoring information.
+    ///
     /// A benign fault that its own delivery causes again (#AC for a user-mode handler on an odd stack) goes on for
     /// ever. Hypervisors intercept it for that reason; here a kick ends it, with RIP at the faulting instruction.
     pub(crate) fn deliver(&mut self, event: Event) -> Result<(), Exit> {
