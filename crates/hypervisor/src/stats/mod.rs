@@ -88,6 +88,10 @@ impl Default for Reasons {
 statistics! {
     /// What one vCPU has done.
     VcpuStats VCPU_TABLE [reasons: Reasons];
+    /// Times that polling (KVM_CAP_HALT_POLL) made a sleep needless.
+    successful_polls "halt_successful_poll" Count;
+    /// Times that the vCPU polled before it slept.
+    polls "halt_attempted_poll" Count;
     /// Times the vCPU left HLT because something had come for it.
     wakeups "halt_wakeup" Count;
     /// Time that it slept in HLT.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use silicon::cpu::Requests;
 
@@ -65,24 +65,40 @@ impl VcpuHandle {
         self.interrupted.load(Ordering::SeqCst)
     }
 
-    /// Sleeps until `ready` holds or KVM_RUN has to return. `ready` is asked again after every wake-up.
-    pub(crate) fn sleep_until(&self, mut ready: impl FnMut() -> bool) {
+    /// Sleeps until `ready` holds or KVM_RUN has to return. `ready` is asked again after every wake-up, and all the time
+    /// for the first `poll` nanoseconds (KVM_CAP_HALT_POLL).
+    pub(crate) fn sleep_until(&self, poll: u32, mut ready: impl FnMut() -> bool) {
         self.sleeping.store(true, Ordering::SeqCst);
         self.stats.blocking.store(1, Ordering::Relaxed);
         let since = Instant::now();
+        let (mut waited, mut polling) = (false, poll != 0);
         loop {
             // A kick posts its request before it counts: what is not seen below changes the count that we wait on.
             let seen = self.kicks.load(Ordering::SeqCst);
             if self.interrupted() || ready() {
                 break;
             }
-            if self.requests.take(Requests::KICK) == 0 {
+            if polling && !waited {
+                self.stats.polls.count();
+            }
+            waited = true;
+            polling &= since.elapsed() < Duration::from_nanos(poll.into());
+            if self.requests.take(Requests::KICK) != 0 {
+                continue;
+            }
+            if polling {
+                std::hint::spin_loop();
+            } else {
                 futex(&self.kicks, libc::FUTEX_WAIT, seen);
             }
         }
         self.sleeping.store(false, Ordering::SeqCst);
         self.stats.blocking.store(0, Ordering::Relaxed);
-        self.stats.slept(since.elapsed(), !self.interrupted());
+        if waited && polling {
+            self.stats.successful_polls.count();
+        } else if waited {
+            self.stats.slept(since.elapsed(), !self.interrupted());
+        }
     }
 }
 

@@ -138,7 +138,9 @@ impl Vcpu {
         let (msrs, mut env) = self.msrs();
         msrs.write(index, value, host, &mut env)?;
         if std::mem::take(&mut self.msrs.wall_clock_changed) {
-            self.vm.clock().write_wall_clock(self.vm.memory(), self.msrs.wall_clock());
+            // The lock is not held while guest memory is written.
+            let clock = *self.vm.clock();
+            clock.write_wall_clock(self.vm.memory(), self.msrs.wall_clock());
         }
         Ok(())
     }

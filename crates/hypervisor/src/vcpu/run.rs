@@ -164,7 +164,7 @@ impl Vcpu {
             return Error::Interrupted;
         }
         let lapic = self.lapic.clone();
-        self.handle.sleep_until(|| lapic.as_deref().is_none_or(Lapic::has_events));
+        self.handle.sleep_until(0, || lapic.as_deref().is_none_or(Lapic::has_events));
         self.take_apic_events();
         if self.handle.interrupted() { Error::Interrupted } else { Error::Again }
     }
@@ -244,7 +244,8 @@ impl Vcpu {
             }
             _ => true,
         };
-        self.handle.sleep_until(|| runnable() || lapic.is_some_and(Lapic::has_events));
+        let poll = if halted { self.vm.policy().halt_poll_ns() } else { 0 };
+        self.handle.sleep_until(poll, || runnable() || lapic.is_some_and(Lapic::has_events));
         // An NMI that has just come is taken from the events first; the next round finds it here.
         if halted && runnable() {
             self.mp_state = KVM_MP_STATE_RUNNABLE;
