@@ -285,3 +285,6 @@ pub(crate) fn set_cpuid(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Er
     vcpu.set_cpuid2(&entries.iter().map(wide).collect::<Vec<_>>())?;
     DONE
 }
+
+#[cfg(test)]
+mod tests;
