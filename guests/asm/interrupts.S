@@ -36,6 +36,7 @@ main:
     OUTB(0xa1, 0xff & ~(1 << 2))
     ALLOW(1 << 3 | 1 << 5)
 
+    BEHAVIOUR(an_edge_interrupts_once_for_each_rise)
     /* Edge: once for each rise. */
     LINE(5, 1)
     WINDOW
@@ -48,6 +49,7 @@ main:
     WINDOW
     REQUIRE_EQ(COUNT(0x25), 2)
     LINE(5, 0)
+    BEHAVIOUR(a_masked_line_waits)
     /* Masked, it waits. */
     ALLOW(1 << 3)
     LINE(5, 1)
@@ -57,6 +59,7 @@ main:
     WINDOW
     REQUIRE_EQ(COUNT(0x25), 3)
     LINE(5, 0)
+    BEHAVIOUR(a_waiting_interrupt_wakes_hlt)
     /* IF clear: it waits too, and wakes HLT as soon as STI's shadow is over. */
     LINE(5, 1)
     sti
@@ -64,6 +67,7 @@ main:
     cli
     REQUIRE_EQ(COUNT(0x25), 4)
     LINE(5, 0)
+    BEHAVIOUR(the_lower_line_comes_first)
     /* The lower number first. */
     mov dword ptr [order], 0
     LINE(5, 1)
@@ -72,6 +76,7 @@ main:
     REQUIRE_EQ(dword ptr [order], 0x2325)
     LINE(5, 0)
     LINE(3, 0)
+    BEHAVIOUR(a_line_in_service_holds_lower_ones_back)
     /* Until its end, 3 holds back 5; the in-service register shows it. */
     mov qword ptr [on_interrupt], offset nothing
     LINE(3, 1)
@@ -94,11 +99,13 @@ main:
     LINE(3, 0)
     LINE(5, 0)
     mov qword ptr [on_interrupt], offset end_pic
+    BEHAVIOUR(interrupts_of_the_second_8259)
     /* Through the second 8259. */
     LINE(10, 1)
     WINDOW
     REQUIRE_EQ(COUNT(0x2a), 1)
     LINE(10, 0)
+    BEHAVIOUR(a_level_interrupts_until_its_line_is_low)
     /* Level: again after each end until the line is low. */
     mov edx, 0x4d0
     mov al, 1 << 5
@@ -111,6 +118,7 @@ main:
     WINDOW
     REQUIRE_EQ(COUNT(0x25), 9)
 
+    BEHAVIOUR(counter_0_of_the_8254)
     /* The 8254's counter 0: again and again in mode 2, once in mode 0. */
     mov qword ptr [on_interrupt], offset end_pic
     OUTB(0x43, 0x34)
@@ -140,6 +148,7 @@ main:
     OUTB(0x21, 0xff)
     OUTB(0xa1, 0xff)
 
+    BEHAVIOUR(the_io_apic_begins_masked)
     /* The I/O APIC has 24 pins, all masked. */
     mov ecx, IOAPIC
     mov dword ptr [rcx], 1
@@ -150,6 +159,7 @@ main:
     mov dword ptr [rcx], 0x10 + 2 * 10
     test dword ptr [rcx + 16], MASKED
     REQUIRE(jnz)
+    BEHAVIOUR(an_edge_at_the_io_apic)
     /* Edge. */
     mov qword ptr [on_interrupt], offset end_apic
     REDIRECT(10, 0x51)
@@ -165,6 +175,7 @@ main:
     REQUIRE_EQ(COUNT(0x51), 2)
     LINE(10, 0)
     REDIRECT(10, MASKED)
+    BEHAVIOUR(a_level_at_the_io_apic_and_its_remote_irr)
     /* Level: remote IRR from delivery to EOI, again until the line is low. */
     mov qword ptr [on_interrupt], offset end_apic_level
     mov dword ptr [rounds], 3
@@ -176,6 +187,7 @@ main:
     mov ecx, IOAPIC
     test dword ptr [rcx + 16], REMOTE_IRR
     REQUIRE(jz)
+    BEHAVIOUR(a_pin_unmasked_with_its_line_high_interrupts)
     /* Masked while the line is high: it comes when the mask goes. */
     REDIRECT(11, 0x52 | LEVEL | MASKED)
     mov dword ptr [rounds], 1
@@ -185,6 +197,7 @@ main:
     REDIRECT(11, 0x52 | LEVEL)
     WINDOW
     REQUIRE_EQ(COUNT(0x52), 4)
+    BEHAVIOUR(the_task_priority_holds_its_class_back)
     /* The task priority holds back its class and those below. */
     mov qword ptr [on_interrupt], offset end_apic
     REDIRECT(10, 0x51)
@@ -201,6 +214,7 @@ main:
     WINDOW
     REQUIRE_EQ(dword ptr [order], 0x6151)
     LINE(12, 0)
+    BEHAVIOUR(delivery_mode_nmi_ignores_if)
     /* Delivery mode NMI: with IF clear, at once. */
     REDIRECT(12, 0x400)
     mov qword ptr [continue_at], offset nmi

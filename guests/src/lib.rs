@@ -77,7 +77,7 @@ programs! {
     ATOMICS "atomics" 4 "atomics";
     /// Ports and memory-mapped registers: wants the devices of `tests/devices.rs`.
     BUS "bus" 1 "bus";
-    /// The 8259s, the 8254 and the I/O APIC: wants the devices of `tests/devices.rs`.
+    /// The 8259s, the 8254 and the I/O APIC: wants the devices of `tests/programs.rs`.
     INTERRUPTS "interrupts" 1 "interrupts";
     /// 1 GiB pages, PCIDs, five levels.
     PAGES_64 "pages64" 1 "pages64";

@@ -1,5 +1,4 @@
-//! Guest programs that talk with devices: each access is reported exactly once, in order, in its own size; interrupt
-//! lines are raised and lowered when the program asks for it.
+//! A guest program that talks with devices: each access is reported exactly once, in order, in its own size.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -145,22 +144,4 @@ fn every_access_is_reported_once_and_in_order() {
         log.into_iter().partition(|access| access.space == Space::Port);
     assert_eq!(ports, expected_ports());
     assert_eq!(registers, expected_registers());
-}
-
-/// Port 0x500 moves interrupt lines: the line in the low byte, its level in bit 8.
-struct Lines;
-
-impl Devices for Lines {
-    fn access(&self, vm: &Vm, access: Access) -> u64 {
-        if let Access { space: Space::Port, address: 0x500, write: Some(value), .. } = access {
-            vm.irq_line(value as u32 & 0xff, value & 0x100 != 0)
-                .expect("the machine has interrupt controllers");
-        }
-        0
-    }
-}
-
-#[test]
-fn interrupts_of_the_pic_the_pit_and_the_io_apic() {
-    passes(guests::INTERRUPTS, &Lines);
 }

@@ -6,7 +6,8 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use guests::Program;
-use guests::machine::{self, Report};
+use guests::machine::{self, Access, Devices, Report, Space};
+use hypervisor::Vm;
 use silicon::model::CpuModel;
 
 /// Far more than any program takes on the slowest machine.
@@ -18,6 +19,19 @@ const OLD: &str = "nehalem";
 
 type Run = Arc<OnceLock<Report>>;
 
+/// Port 0x500 moves interrupt lines: the line in the low byte, its level in bit 8.
+struct Lines;
+
+impl Devices for Lines {
+    fn access(&self, vm: &Vm, access: Access) -> u64 {
+        if let Access { space: Space::Port, address: 0x500, write: Some(value), .. } = access {
+            vm.irq_line(value as u32 & 0xff, value & 0x100 != 0)
+                .expect("the machine has interrupt controllers");
+        }
+        0
+    }
+}
+
 /// The run of `program` on `model`, made by the first test that asks.
 fn run(program: Program, model: &'static str) -> Run {
     static RUNS: LazyLock<Mutex<HashMap<(&str, &str), Run>>> = LazyLock::new(Mutex::default);
@@ -27,7 +41,7 @@ fn run(program: Program, model: &'static str) -> Run {
     };
     run.get_or_init(|| {
         let model = CpuModel::parse(model).expect("a model");
-        machine::run(program.image, program.cpus, model, PATIENCE).expect("a machine")
+        machine::run_with(program.image, program.cpus, model, PATIENCE, &Lines).expect("a machine")
     });
     run
 }
@@ -281,6 +295,22 @@ behaviours! {
         interrupts_within_a_repeated_comparison
         a_repeated_store_writes_over_the_code_behind_it
         a_routine_writes_its_own_continuation
+    }
+    interrupts INTERRUPTS {
+        an_edge_interrupts_once_for_each_rise
+        a_masked_line_waits
+        a_waiting_interrupt_wakes_hlt
+        the_lower_line_comes_first
+        a_line_in_service_holds_lower_ones_back
+        interrupts_of_the_second_8259
+        a_level_interrupts_until_its_line_is_low
+        counter_0_of_the_8254
+        the_io_apic_begins_masked
+        an_edge_at_the_io_apic
+        a_level_at_the_io_apic_and_its_remote_irr
+        a_pin_unmasked_with_its_line_high_interrupts
+        the_task_priority_holds_its_class_back
+        delivery_mode_nmi_ignores_if
     }
     x2apic X2APIC {
         fixed_interrupts_reach_one_self_all_and_others
