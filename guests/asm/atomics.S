@@ -35,6 +35,13 @@ main:
     BEHAVIOUR(compare_and_exchange_of_16_bytes_is_atomic)
     REQUIRE_EQ(dword ptr [by_cmpxchg16b], edx)
     REQUIRE_EQ(dword ptr [by_cmpxchg16b + 8], edx)
+    BEHAVIOUR(compare_and_exchange_of_8_bytes_is_atomic)
+    REQUIRE_EQ([by_cmpxchg8b], rdx)
+    BEHAVIOUR(locked_decrements_and_subtractions_are_atomic)
+    REQUIRE_EQ(dword ptr [by_subtraction], -2 * ROUNDS * (OTHERS + 1))
+    BEHAVIOUR(locked_logic_is_atomic)
+    REQUIRE_EQ(dword ptr [by_xor], 0)
+    REQUIRE_EQ(dword ptr [by_or_and], 0x80000000)
     BEHAVIOUR(a_lock_by_exchange_excludes)
     REQUIRE_EQ(dword ptr [by_spinlock], edx)
     REQUIRE_EQ(dword ptr [by_bts], 0)
@@ -79,6 +86,27 @@ work:
     lea rcx, [rdx + 1]
     lock cmpxchg16b [by_cmpxchg16b]
     jne 2b
+    mov eax, [by_cmpxchg8b]
+    mov edx, [by_cmpxchg8b + 4]
+2:  mov ebx, eax
+    mov ecx, edx
+    add ebx, 1
+    adc ecx, 0
+    lock cmpxchg8b [by_cmpxchg8b]
+    jne 2b
+    lock dec dword ptr [by_subtraction]
+    lock sub dword ptr [by_subtraction], 1
+    /* Each processor toggles, sets and clears bits of its own; nobody touches bit 31, which is set from the start. */
+    mov ecx, r15d
+    mov eax, 1
+    shl eax, cl
+    lock xor [by_xor], eax
+    lock or [by_or_and], eax
+    mov dword ptr [source_line], __LINE__
+    test [by_or_and], eax
+    jz fail
+    not eax
+    lock and [by_or_and], eax
     /* A lock by XCHG around a plain increment. */
 2:  mov eax, 1
     xchg [spinlock], eax
@@ -114,6 +142,10 @@ by_byte: .quad 0
 by_word: .quad 0
 by_bts: .quad 0
 by_spinlock: .quad 0
+by_cmpxchg8b: .quad 0
+by_subtraction: .quad 0
+by_xor: .quad 0
+by_or_and: .quad 0x80000000
 tickets: .quad 0
     .balign 16
 by_cmpxchg16b: .quad 0, 0

@@ -1,5 +1,5 @@
 /* The 8259s, the 8254 and the I/O APIC: edge and level, masks, priorities, end of interrupt. A word written to port 0x500
-   moves a line: its number, and its level in bit 8 (tests/devices.rs). */
+   moves a line: its number, and its level in bit 8 (tests/programs.rs). */
 #include "guest.h"
 #include "smp.h"
 

@@ -233,6 +233,9 @@ behaviours! {
         operations_across_cache_lines_are_atomic
         operations_across_pages_are_atomic
         compare_and_exchange_of_16_bytes_is_atomic
+        compare_and_exchange_of_8_bytes_is_atomic
+        locked_decrements_and_subtractions_are_atomic
+        locked_logic_is_atomic
         a_lock_by_exchange_excludes
         locked_bytes_and_words_are_atomic
         each_ticket_is_handed_out_once

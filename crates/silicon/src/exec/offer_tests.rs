@@ -1,8 +1,7 @@
 //! What CPUID offers is executed: every form of every offered instruction group has a handler.
 
 use iced_x86::{
-    Code, Decoder, Encoder, Instruction, Mnemonic, OpCodeInfo, OpCodeOperandKind, OpKind,
-    Register,
+    Code, Decoder, Encoder, Instruction, Mnemonic, OpCodeInfo, OpCodeOperandKind, OpKind, Register,
 };
 
 use crate::code::lower::LowerCtx;
