@@ -318,8 +318,17 @@ impl Vcpu {
         self.cpu.state = (*self.reset_state).clone();
         self.cpu.injection = None;
         self.events = Events::default();
+        self.forget_accesses();
         self.msrs.reset();
         self.cpu.refresh_mode();
         self.cpu.paging_changed();
+    }
+
+    /// What the client has been asked for is not wanted any more.
+    pub(super) fn forget_accesses(&mut self) {
+        self.user_access = false;
+        self.msr_pending = None;
+        self.hypercall_pending = false;
+        self.read_ahead = ReadAhead::default();
     }
 }

@@ -204,9 +204,7 @@ impl Vcpu {
         if events.init {
             self.cpu.init_reset();
             self.events = Events { external: self.events.external, ..Events::default() };
-            self.user_access = false;
-            self.msr_pending = None;
-            self.hypercall_pending = false;
+            self.forget_accesses();
             self.unhalted = false;
             self.msrs.init();
             lapic.reset(true);
@@ -278,5 +276,113 @@ impl Vcpu {
             cr8: self.cr8(),
             apic_base: self.apic_base(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Program, vm};
+    use super::*;
+
+    const WINDOW: RunRequest = RunRequest { immediate_exit: false, interrupt_window: true, cr8: 0 };
+    const IMMEDIATE: RunRequest = RunRequest { immediate_exit: true, interrupt_window: false, cr8: 0 };
+
+    #[test]
+    fn a_vcpu_without_init_only_waits_for_it() {
+        let vm = vm();
+        vm.create_irqchip().unwrap();
+        let _first = vm.create_vcpu(0).unwrap();
+        let mut second = vm.create_vcpu(1).unwrap();
+        assert!(second.awaits_init());
+        assert!(matches!(second.run_request(IMMEDIATE), Err(Error::Interrupted)));
+        second.lapic.as_ref().unwrap().post_init();
+        assert!(matches!(second.run(), Err(Error::Again)));
+        assert_eq!(second.mp_state().mp_state, KVM_MP_STATE_INIT_RECEIVED);
+        second.lapic.as_ref().unwrap().post_sipi(0x12);
+        assert_eq!(second.mp_state().mp_state, KVM_MP_STATE_RUNNABLE, "asking takes it");
+        assert_eq!((second.sregs().cs.base, second.regs().rip), (0x1_2000, 0));
+    }
+
+    #[test]
+    fn the_window_opens_after_the_shadow_of_sti() {
+        // sti; nop; nop; hlt
+        let mut program = Program::new(&[0xfb, 0x90, 0x90, 0xf4]);
+        let vcpu = &mut program.vcpu;
+        assert!(!vcpu.run_state().ready_for_interrupt);
+        assert_eq!(vcpu.run_request(WINDOW).unwrap(), VcpuExit::IrqWindowOpen);
+        assert_eq!(vcpu.regs().rip, Program::CODE + 2);
+        assert!(vcpu.run_state().ready_for_interrupt && vcpu.run_state().interrupt_flag);
+        vcpu.interrupt(0x20).unwrap();
+        assert!(!vcpu.run_state().ready_for_interrupt, "one is on its way");
+        assert_eq!(vcpu.run().unwrap(), VcpuExit::Hlt);
+        assert_eq!(vcpu.regs().rip, 0x501, "in the handler");
+    }
+
+    #[test]
+    fn an_immediate_exit_completes_the_access_and_nothing_else() {
+        // in al, 0x10; nop; hlt
+        let mut program = Program::new(&[0xe4, 0x10, 0x90, 0xf4]);
+        let vcpu = &mut program.vcpu;
+        assert!(matches!(vcpu.run_request(IMMEDIATE), Err(Error::Interrupted)));
+        assert_eq!(vcpu.regs().rip, Program::CODE, "nothing has run");
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { port: 0x10, size: 1, write: None }));
+        vcpu.complete(0x5a);
+        assert!(matches!(vcpu.run_request(IMMEDIATE), Err(Error::Interrupted)));
+        assert_eq!((vcpu.regs().rip, vcpu.regs().rax), (Program::CODE + 2, 0x5a));
+        vcpu.handle().interrupt();
+        assert!(matches!(vcpu.run(), Err(Error::Interrupted)));
+        vcpu.handle().settle();
+        assert_eq!(vcpu.run().unwrap(), VcpuExit::Hlt);
+    }
+
+    #[test]
+    fn an_access_that_leaves_memory_is_split_at_the_page() {
+        // mov [0xfe], eax; hlt
+        let mut program = Program::new(&[0x66, 0xa3, 0xfe, 0x00, 0xf4]);
+        let vcpu = &mut program.vcpu;
+        let mut sregs = vcpu.sregs();
+        sregs.ds.base = 0xff00;
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut regs = vcpu.regs();
+        regs.rax = 0x4433_2211;
+        vcpu.set_regs(&regs);
+        let mut outside = 0u64;
+        loop {
+            match vcpu.run().unwrap() {
+                VcpuExit::Mmio { gpa, size, write: Some(value) } => {
+                    assert!(gpa >= 0x1_0000 && gpa + u64::from(size) <= 0x1_0002);
+                    outside |= value << (8 * (gpa - 0x1_0000));
+                }
+                exit => break assert_eq!(exit, VcpuExit::Hlt),
+            }
+        }
+        let mut inside = [0; 2];
+        vcpu.vm.memory().read(0xfffe, &mut inside);
+        assert_eq!((inside, outside), ([0x11, 0x22], 0x4433));
+    }
+
+    #[test]
+    fn eois_that_the_clients_ioapic_waits_for() {
+        let vm = vm();
+        vm.split_irqchip(24).unwrap();
+        let mut program = Program::on(vm, &[0xf4]);
+        program.vcpu.lapic.as_ref().unwrap().post_ioapic_eoi(0x31);
+        assert_eq!(program.vcpu.run().unwrap(), VcpuExit::IoapicEoi { vector: 0x31 });
+    }
+
+    #[test]
+    fn a_paravirtual_kick_ends_a_halt() {
+        let vm = vm();
+        vm.create_irqchip().unwrap();
+        // hlt; out 0x10, al
+        let mut program = Program::on(vm, &[0xf4, 0xe6, 0x10]);
+        let lapic = program.vcpu.lapic.clone().unwrap();
+        let kick = crate::irqchip::bus::Message {
+            mode: crate::irqchip::bus::DeliveryMode::RemoteRead,
+            ..crate::irqchip::bus::Message::from_icr(1 << 14, 0)
+        };
+        program.vcpu.vm.irqchip().unwrap().bus().deliver(None, &kick);
+        assert!(lapic.has_events());
+        assert!(matches!(program.vcpu.run().unwrap(), VcpuExit::Io { port: 0x10, .. }));
     }
 }
