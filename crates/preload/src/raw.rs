@@ -101,6 +101,13 @@ pub(crate) fn write(fd: c_int, bytes: &[u8]) -> isize {
     unsafe { syscall(libc::SYS_write, [fd as usize, bytes.as_ptr() as usize, bytes.len(), 0]) }
 }
 
+/// Closes a descriptor without anybody's knowledge.
+#[cfg(test)]
+pub(crate) fn close(fd: c_int) {
+    // SAFETY: no memory is involved; a test's own descriptor.
+    unsafe { syscall(libc::SYS_close, [fd as usize, 0, 0, 0]) };
+}
+
 /// Sets `errno`.
 pub(crate) fn set_errno(value: c_int) {
     // SAFETY: the C library gives the address of this thread's.

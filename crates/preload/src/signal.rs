@@ -235,3 +235,80 @@ interpose! {
         simple(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER, false)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::thread::Inside;
+    use std::sync::atomic::AtomicI32;
+
+    static VALUE: AtomicI32 = AtomicI32::new(0);
+
+    extern "C" fn handler(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
+        // SAFETY: the kernel passes a siginfo.
+        VALUE.fetch_add(unsafe { (*info).si_code }, Ordering::SeqCst);
+    }
+
+    fn action(handler: sighandler_t, flags: c_int) -> SigAction {
+        let mut action = no_action();
+        (action.sa_sigaction, action.sa_flags) = (handler, flags);
+        action
+    }
+
+    fn shown(signal: c_int) -> SigAction {
+        let mut shown = no_action();
+        assert_eq!(change(signal, None, Some(&mut shown)), 0);
+        shown
+    }
+
+    /// Sends this thread a signal that says that it is from `SI_QUEUE`, which is -1.
+    fn send(signal: c_int) {
+        // SAFETY: all bytes zero is a valid value.
+        let mut info: siginfo_t = unsafe { mem::zeroed() };
+        (info.si_signo, info.si_code) = (signal, libc::SI_QUEUE);
+        // SAFETY: a siginfo of ours.
+        unsafe { raw::queue_to_self(signal, &raw const info) };
+    }
+
+    #[test]
+    fn handlers_wait_until_the_thread_is_outside() {
+        let handler = handler as *const () as sighandler_t;
+        assert_eq!(change(libc::SIGUSR2, Some(action(handler, libc::SA_NODEFER)), None), 0);
+        let mask = raw::change_mask(libc::SIG_BLOCK, 0);
+        send(libc::SIGUSR2);
+        assert_eq!(VALUE.load(Ordering::SeqCst), libc::SI_QUEUE);
+        let inside = Inside::enter();
+        assert!(!inside.deferred());
+        send(libc::SIGUSR2);
+        assert!(inside.deferred());
+        assert_eq!(VALUE.load(Ordering::SeqCst), libc::SI_QUEUE);
+        inside.leave();
+        assert_eq!(VALUE.load(Ordering::SeqCst), 2 * libc::SI_QUEUE, "with what was said of it");
+        assert_eq!(raw::change_mask(libc::SIG_BLOCK, 0), mask, "the mask is as before");
+    }
+
+    #[test]
+    fn the_client_sees_its_own_actions() {
+        assert_eq!(shown(libc::SIGURG).sa_sigaction, SIG_DFL);
+        let handler = handler as *const () as sighandler_t;
+        let mut old = no_action();
+        assert_eq!(change(libc::SIGURG, Some(action(handler, libc::SA_RESETHAND)), Some(&mut old)), 0);
+        assert_eq!(old.sa_sigaction, SIG_DFL);
+        let now = shown(libc::SIGURG);
+        assert_eq!((now.sa_sigaction, now.sa_flags), (handler, libc::SA_RESETHAND));
+        send(libc::SIGURG);
+        assert_eq!(shown(libc::SIGURG).sa_sigaction, SIG_DFL, "it was for one time");
+        assert_eq!(simple(libc::SIGURG, SIG_IGN, libc::SA_RESTART, true), SIG_DFL);
+        assert_eq!(simple(libc::SIGURG, SIG_DFL, libc::SA_RESTART, true), SIG_IGN);
+        for wrong in [0, -1, 65, libc::SIGKILL] {
+            assert_eq!(change(wrong, Some(no_action()), None), -1, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn faults_do_not_wait() {
+        assert!(is_fault(libc::SIGSEGV, 1) && is_fault(libc::SIGSYS, 1) && is_fault(libc::SIGBUS, 4));
+        assert!(!is_fault(libc::SIGSEGV, libc::SI_USER) && !is_fault(libc::SIGSEGV, libc::SI_TKILL));
+        assert!(!is_fault(libc::SIGBUS, MEMORY_FAILED_ELSEWHERE) && !is_fault(libc::SIGIO, 1));
+    }
+}

@@ -218,3 +218,80 @@ fn open_descriptors() -> impl Iterator<Item = RawFd> {
     let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raw::close;
+
+    /// Numbers of descriptors are the process's: one test at a time.
+    fn alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn vm() -> RawFd {
+        let system = process::system().unwrap();
+        adopt(Created::vm(system.create_vm().unwrap()).unwrap()).unwrap()
+    }
+
+    fn duplicate(fd: RawFd) -> RawFd {
+        // The C library's own, which the table does not see.
+        let file = std::fs::File::open(format!("/proc/self/fd/{fd}")).unwrap();
+        file.into_raw_fd()
+    }
+
+    #[test]
+    fn an_object_goes_with_its_last_descriptor() {
+        let _alone = alone();
+        let (fd, other) = (vm(), duplicate(0));
+        let object = Arc::downgrade(&find(fd).clone().unwrap());
+        set(other, find(fd).clone());
+        let entry = take(fd);
+        close(fd);
+        discard(entry);
+        assert!(!is_ours(fd) && is_ours(other) && object.strong_count() != 0);
+        let entry = take(other);
+        close(other);
+        discard(entry);
+        assert_eq!(object.strong_count(), 0);
+    }
+
+    #[test]
+    fn a_duplicate_that_nobody_saw_keeps_the_object() {
+        let _alone = alone();
+        let fd = vm();
+        let copy = duplicate(fd);
+        let entry = take(fd);
+        close(fd);
+        discard(entry);
+        assert!(is_ours(copy), "found when the last that was known was closed");
+        set(copy, None);
+        close(copy);
+    }
+
+    #[test]
+    fn a_number_that_was_used_again_is_noticed() {
+        let _alone = alone();
+        let fd = vm();
+        let object = Arc::downgrade(&verify(fd).unwrap());
+        close(fd);
+        assert!(verify(fd).is_none() && !is_ours(fd));
+        assert_eq!(object.strong_count(), 0);
+        let (fd, object) = {
+            let fd = vm();
+            (fd, Arc::downgrade(&verify(fd).unwrap()))
+        };
+        close(fd);
+        sweep();
+        assert_eq!(object.strong_count(), 0);
+    }
+
+    #[test]
+    fn numbers_beyond_the_table_are_nobodys() {
+        for fd in [-1, RawFd::MAX, (CHUNK * CHUNKS) as RawFd] {
+            assert!(find(fd).is_none() && take(fd).is_none() && verify(fd).is_none());
+            set(fd, None);
+        }
+    }
+}
