@@ -20,10 +20,11 @@ use crate::{interpose, next, process, raw, table};
 ///
 /// `path` is null or points to a string.
 unsafe fn answer(dir: c_int, path: *const c_char, flags: c_int) -> Option<c_int> {
-    if thread::is_inside() {
+    // SAFETY: the caller's promise.
+    if !unsafe { path::may_be_special(path) } || thread::is_inside() {
         return None;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: as above.
     answered(|| match unsafe { path::special(dir, path) } {
         Some(Special::Kvm) => Some(open_system(flags)),
         Some(Special::Parameter(text)) => Some(open_parameter(&text, flags)),

@@ -11,6 +11,13 @@ use libc::{c_char, c_int};
 
 use crate::process;
 
+/// The device.
+const KVM: &[u8] = b"/dev/kvm\0";
+/// The device, as seen from its directory.
+const RELATIVE: &[u8] = b"kvm\0";
+/// Modules whose parameters we answer for begin with this.
+const MODULES: &[u8] = b"/sys/module/kvm";
+
 /// What is at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Special {
@@ -47,21 +54,32 @@ unsafe fn begins(path: *const c_char, text: &[u8]) -> bool {
     text.iter().enumerate().all(|(i, byte)| unsafe { *path.add(i).cast::<u8>() } == *byte)
 }
 
-/// What we have at `path`, relative to the directory `dir`; `None` if it is none of our business.
+/// Whether [`special`] is worth asking: no more than a few bytes are looked at.
 ///
 /// # Safety
 ///
 /// `path` is null or points to a string.
 #[inline]
+pub(crate) unsafe fn may_be_special(path: *const c_char) -> bool {
+    // SAFETY: the caller's promise.
+    let begins = |text| unsafe { begins(path, text) };
+    !path.is_null() && (begins(KVM) || begins(RELATIVE) || begins(MODULES))
+}
+
+/// What we have at `path`, relative to the directory `dir`; `None` if it is none of our business.
+///
+/// # Safety
+///
+/// `path` is null or points to a string.
 pub(crate) unsafe fn special(dir: c_int, path: *const c_char) -> Option<Special> {
     if path.is_null() {
         return None;
     }
     // SAFETY: the caller's promise.
     unsafe {
-        if begins(path, b"/dev/kvm\0") || begins(path, b"kvm\0") && is_dev(dir) {
+        if begins(path, KVM) || begins(path, RELATIVE) && is_dev(dir) {
             Some(Special::Kvm)
-        } else if begins(path, b"/sys/module/kvm") {
+        } else if begins(path, MODULES) {
             below_modules(CStr::from_ptr(path.add(b"/sys/module/".len())).to_bytes())
         } else {
             None
@@ -102,7 +120,10 @@ mod tests {
 
     fn at(path: &CStr) -> Option<Special> {
         // SAFETY: a string.
-        unsafe { special(libc::AT_FDCWD, path.as_ptr()) }
+        let (special, asked) =
+            unsafe { (special(libc::AT_FDCWD, path.as_ptr()), may_be_special(path.as_ptr())) };
+        assert!(asked || special.is_none());
+        special
     }
 
     #[test]

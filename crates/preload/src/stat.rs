@@ -27,7 +27,8 @@ fn mode_of(special: &Special) -> Result<(u32, (u32, u32)), Errno> {
 ///
 /// `path` is null or a string, `out` has room for the structure.
 unsafe fn stat_path(dir: c_int, path: *const c_char, out: *mut Stat) -> Option<c_int> {
-    if thread::is_inside() {
+    // SAFETY: the caller's promise.
+    if !unsafe { path::may_be_special(path) } || thread::is_inside() {
         return None;
     }
     answered(|| {
@@ -49,7 +50,8 @@ unsafe fn stat_path(dir: c_int, path: *const c_char, out: *mut Stat) -> Option<c
 ///
 /// As for [`stat_path`].
 unsafe fn statx_path(dir: c_int, path: *const c_char, out: *mut Statx) -> Option<c_int> {
-    if thread::is_inside() {
+    // SAFETY: the caller's promise.
+    if !unsafe { path::may_be_special(path) } || thread::is_inside() {
         return None;
     }
     answered(|| {
@@ -97,7 +99,8 @@ unsafe fn correct(fd: c_int, result: c_int, out: *mut Stat) -> c_int {
 ///
 /// `path` is null or a string.
 unsafe fn access_path(dir: c_int, path: *const c_char, mode: c_int) -> Option<c_int> {
-    if thread::is_inside() {
+    // SAFETY: the caller's promise.
+    if !unsafe { path::may_be_special(path) } || thread::is_inside() {
         return None;
     }
     // SAFETY: the caller's promise.
