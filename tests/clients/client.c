@@ -72,8 +72,10 @@ static struct machine machine(const void *code, size_t size)
 
 /* out dx, al; hlt */
 static const unsigned char OUT_HLT[] = { 0xee, 0xf4 };
-/* jmp $ */
-static const unsigned char LOOP[] = { 0xeb, 0xfe };
+/* Counts for ever, so that one can see that it runs: inc word [COUNTER]; jmp CODE */
+#define COUNTER 0x2000
+static const unsigned char LOOP[] = { 0xff, 0x06, 0x00, 0x20, 0xeb, 0xfa };
+#define IN_LOOP(rip) ((rip) == CODE || (rip) == CODE + 4)
 
 static struct machine looping(void) { return machine(LOOP, sizeof LOOP); }
 
@@ -271,19 +273,33 @@ static void install(int signal, void (*function)(int, siginfo_t *, void *), int 
     CHECK(shown.sa_sigaction == function && !((shown.sa_flags ^ action.sa_flags) & (SA_SIGINFO | SA_RESTART | SA_RESETHAND)));
 }
 
-static pthread_t target;
-static void *kick_later(void *signal)
+static unsigned short counter(void) { return *(volatile unsigned short *)(shared.memory + COUNTER); }
+
+/* Until the guest has gone on: its thread is in KVM_RUN then. */
+static void wait_for_guest(unsigned short before)
 {
-    usleep(50000);
-    CHECK(pthread_kill(target, (int)(long)signal) == 0);
+    while (counter() == before)
+        usleep(1000);
+}
+
+static pthread_t target;
+static unsigned short counter_before;
+
+/* Sends one signal, or two: the second is in the second byte. */
+static void *kick_later(void *signals)
+{
+    wait_for_guest(counter_before);
+    for (long rest = (long)signals; rest; rest >>= 8)
+        CHECK(pthread_kill(target, rest & 0xff) == 0);
     return NULL;
 }
 
-/* Sends `signal` to this thread when it has been in KVM_RUN for a moment. */
+/* Sends `signal` to this thread once it is in KVM_RUN. */
 static pthread_t kicker(int signal)
 {
     pthread_t thread;
     target = pthread_self();
+    counter_before = counter();
     CHECK(pthread_create(&thread, NULL, kick_later, (void *)(long)signal) == 0);
     return thread;
 }
@@ -297,7 +313,7 @@ static void signals(void)
     for (int i = 0; i < 3; i++) {
         pthread_t thread = kicker(signals[i]);
         CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
-        CHECK(handled == i + 1 && rip_in_handler == CODE);
+        CHECK(handled == i + 1 && IN_LOOP(rip_in_handler));
         CHECK(shared.run->exit_reason == KVM_EXIT_INTR);
         pthread_join(thread, NULL);
         sigset_t mask;
@@ -309,7 +325,7 @@ static void signals(void)
 /* Sent to a thread that is waiting for its vCPU. */
 static void signal_while_halted(void)
 {
-    static const unsigned char code[] = { 0xf4 };
+    static const unsigned char code[] = { 0xff, 0x06, 0x00, 0x20, 0xf4 }; /* inc word [COUNTER]; hlt */
     struct machine m;
     shared = machine(code, sizeof code);
     m = shared;
@@ -331,7 +347,7 @@ static void signal_while_halted(void)
     install(SIGUSR1, handler, SA_RESTART);
     pthread_t thread = kicker(SIGUSR1);
     CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
-    CHECK(handled == 1 && rip_in_handler == CODE + 1);
+    CHECK(handled == 1 && (rip_in_handler == CODE + 4 || rip_in_handler == CODE + 5));
     pthread_join(thread, NULL);
 }
 
@@ -355,7 +371,7 @@ static void handler_that_jumps(void)
         pthread_join(thread, NULL);
     }
     struct kvm_regs regs;
-    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0 && IN_LOOP(regs.rip));
 }
 
 static void once(int signal, siginfo_t *info, void *context)
@@ -489,14 +505,11 @@ static void signal_mask(void)
     }
     /* One that the mask blocks and the thread does not, waits for the end of KVM_RUN. */
     install(SIGUSR2, handler, 0);
-    pthread_t first = kicker(SIGUSR2);
-    usleep(20000);
-    pthread_t second = kicker(SIGUSR1);
+    pthread_t thread = kicker(SIGUSR2 | SIGUSR1 << 8);
     CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
     CHECK(sigtimedwait(&set, NULL, &now) == SIGUSR1);
     CHECK(handled == 1);
-    pthread_join(first, NULL);
-    pthread_join(second, NULL);
+    pthread_join(thread, NULL);
     CHECK(ioctl(shared.vcpu, KVM_SET_SIGNAL_MASK, NULL) == 0);
 }
 
@@ -510,23 +523,23 @@ static void *run_for_ever(void *type)
     return NULL;
 }
 
-static void cancel(int type, int first_runs)
+static void cancel(int type)
 {
     shared = looping();
     for (int i = 0; i < 3; i++) {
         pthread_t thread;
         CHECK(pthread_create(&thread, NULL, run_for_ever, (void *)(long)type) == 0);
-        usleep(i ? 50000 : first_runs);
+        wait_for_guest(counter());
         CHECK(pthread_cancel(thread) == 0);
         void *result;
         CHECK(pthread_join(thread, &result) == 0 && result == PTHREAD_CANCELED);
     }
     struct kvm_regs regs;
-    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+    CHECK(ioctl(shared.vcpu, KVM_GET_REGS, &regs) == 0 && IN_LOOP(regs.rip));
 }
 
-static void cancel_deferred(void) { cancel(PTHREAD_CANCEL_DEFERRED, 50000); }
-static void cancel_asynchronous(void) { cancel(PTHREAD_CANCEL_ASYNCHRONOUS, 50000); }
+static void cancel_deferred(void) { cancel(PTHREAD_CANCEL_DEFERRED); }
+static void cancel_asynchronous(void) { cancel(PTHREAD_CANCEL_ASYNCHRONOUS); }
 
 static volatile unsigned long fault_address;
 static void segv(int signal, siginfo_t *info, void *context)
@@ -714,7 +727,7 @@ int main(int argc, char **argv)
     CHECK(argc == 2);
     for (size_t i = 0; i < sizeof behaviours / sizeof *behaviours; i++) {
         if (strcmp(behaviours[i].name, argv[1]) == 0) {
-            alarm(60); /* An end to what would hang. */
+            alarm(300); /* An end to what would hang. */
             behaviours[i].run();
             return 0;
         }
