@@ -1,6 +1,6 @@
 //! What is done on each exit from guest mode (kernel: the exit handlers of arch/x86/kvm/vmx/vmx.c).
 
-use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS};
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS, KVM_X86_QUIRK_OUT_7E_INC_RIP};
 use silicon::exception::Exception;
 use silicon::model::Feature;
 use silicon::state::reg;
@@ -8,6 +8,9 @@ use silicon::vmx::{BusAccess, Exit};
 
 use super::{Vcpu, VcpuExit};
 use crate::eventfd::IoSpace;
+
+/// The port whose OUT is complete when the client hears of it.
+const PORT_SMI: u16 = 0x7e;
 
 impl Vcpu {
     /// Acts on an exit: `Some` if it concerns user space.
@@ -83,6 +86,11 @@ impl Vcpu {
             return None;
         }
         self.user_access = true;
+        if port == PORT_SMI && access.write.is_some() && self.vm.has_quirk(KVM_X86_QUIRK_OUT_7E_INC_RIP) {
+            // Clients rely on RIP being behind this one (kernel: `kvm_fast_pio_out`).
+            self.complete(0);
+            let _ = self.finish_access();
+        }
         Some(VcpuExit::Io { port, size: access.size, write: access.write.map(|v| v as u32) })
     }
 

@@ -170,7 +170,7 @@ impl Vcpu {
     }
 
     /// Executes the one instruction whose access has just been answered; `Some` if it makes another one.
-    fn finish_access(&mut self) -> Option<VcpuExit> {
+    pub(super) fn finish_access(&mut self) -> Option<VcpuExit> {
         if !self.cpu.access_pending() {
             return None;
         }
@@ -333,6 +333,22 @@ mod tests {
         assert!(matches!(vcpu.run(), Err(Error::Interrupted)));
         vcpu.handle().settle();
         assert_eq!(vcpu.run().unwrap(), VcpuExit::Hlt);
+    }
+
+    #[test]
+    fn one_port_is_written_before_the_client_hears_of_it() {
+        // out 0x7e, al; out 0x7f, al; hlt
+        let code = [0xe6, 0x7e, 0xe6, 0x7f, 0xf4];
+        for (quirks, first) in [(0, 2), (u64::from(kvm_bindings::KVM_X86_QUIRK_OUT_7E_INC_RIP), 0)] {
+            let mut program = Program::new(&code);
+            let vcpu = &mut program.vcpu;
+            vcpu.vm.disable_quirks(quirks).unwrap();
+            assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { port: 0x7e, .. }));
+            assert_eq!(vcpu.regs().rip, Program::CODE + first);
+            assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { port: 0x7f, .. }));
+            assert_eq!(vcpu.regs().rip, Program::CODE + 2);
+            assert_eq!(vcpu.run().unwrap(), VcpuExit::Hlt);
+        }
     }
 
     #[test]
