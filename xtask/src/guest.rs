@@ -1,6 +1,8 @@
 //! Runs `ring3 boot` and collects what the guest's console says.
+#![expect(unsafe_code, reason = "kill(2) of a process group")]
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -118,10 +120,15 @@ fn reader(from: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<S
     })
 }
 
-/// Runs a command for at most `limit`: `None` if it had to be killed then.
+/// Runs a command for at most `limit`: `None` if it had to be killed then. Whatever it has started and left behind is
+/// killed as well.
 pub fn within(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>, Error> {
-    let mut child = command.spawn().map_err(|e| Error::Guest(format!("{command:?}: {e}")))?;
-    wait(&mut child, limit)
+    let mut child =
+        command.process_group(0).spawn().map_err(|e| Error::Guest(format!("{command:?}: {e}")))?;
+    let status = wait(&mut child, limit);
+    // SAFETY: no memory is involved; the group is the child's own.
+    unsafe { libc::kill(-(child.id() as libc::pid_t), libc::SIGKILL) };
+    status
 }
 
 fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>, Error> {

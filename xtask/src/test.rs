@@ -39,6 +39,7 @@ fn steps(quick: bool) -> Vec<Step> {
     let step = |title, cargo: &[&'static str], slow| Step { title, cargo: cargo.to_vec(), slow };
     let cases = if quick { &CONFORMANCE_QUICK } else { &CONFORMANCE };
     let images = if quick { &IMAGES_QUICK } else { &IMAGES };
+    let seconds = if quick { "5" } else { "60" };
     vec![
         step("formatting", &["fmt", "--all", "--check"], false),
         step("lints", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"], false),
@@ -46,6 +47,32 @@ fn steps(quick: bool) -> Vec<Step> {
         step("unit tests", &["test", "--quiet", "--release", "--workspace", "--exclude", "e2e"], false),
         generator("instruction conformance", "conformance", cases),
         generator("robustness", "robustness", images),
+        step(
+            "random ioctls",
+            &[
+                "run",
+                "--release",
+                "--quiet",
+                "--package",
+                "robustness",
+                "--bin",
+                "ioctls",
+                "--",
+                "--seconds",
+                seconds,
+            ],
+            false,
+        ),
+        step(
+            "kvm-ioctls' tests",
+            &["run", "--release", "--quiet", "--package", "xtask", "--", "kvm-ioctls"],
+            true,
+        ),
+        step(
+            "KVM selftests",
+            &["run", "--release", "--quiet", "--package", "xtask", "--", "selftests", "--passing"],
+            true,
+        ),
         step("Linux guests", &["test", "--quiet", "--release", "--package", "e2e"], true),
     ]
 }

@@ -54,6 +54,11 @@ impl fmt::Display for Verdict {
 /// What is expected, or what came out, by test.
 pub(crate) type Results = BTreeMap<String, Outcome>;
 
+/// The table of `doc`.
+pub(crate) fn expected(doc: &Path) -> Result<Results, Error> {
+    Ok(parse(&at(doc, std::fs::read_to_string(doc))?))
+}
+
 /// Prints the results, and compares them with the table of `doc` or (`update`) writes them there. `complete`: every
 /// test of the table was to run.
 pub(crate) fn conclude(doc: &Path, results: Results, update: bool, complete: bool) -> Result<(), Error> {

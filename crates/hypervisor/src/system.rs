@@ -39,10 +39,12 @@ impl System {
         &self.host
     }
 
-    /// vCPUs that run well at the same time (KVM_CAP_NR_VCPUS): one for each processor of the host.
+    /// vCPUs that run well at the same time (KVM_CAP_NR_VCPUS): one for each processor of the host, but four on any; VMMs
+    /// take it as advice, and that many have been tried on two.
     pub fn vcpus_recommended(&self) -> u32 {
+        const ANYWHERE: u32 = 4;
         let host = std::thread::available_parallelism().map_or(1, |n| n.get());
-        u32::try_from(host).unwrap_or(VCPUS_MAX).min(VCPUS_MAX)
+        u32::try_from(host).unwrap_or(VCPUS_MAX).clamp(ANYWHERE, VCPUS_MAX)
     }
 
     /// Extended-state components that a guest can have (KVM_X86_XCOMP_GUEST_SUPP), as in XCR0.

@@ -104,7 +104,8 @@ impl Vcpu {
     /// KVM_TRANSLATE: the page tables as the guest's kernel reads through them. As with KVM, `writeable` is always set
     /// and `usermode` never.
     pub fn translate(&mut self, linear_address: u64) -> kvm_translation {
-        let found = self.cpu.translate(linear_address);
+        // All ones is KVM's "no such address" (`INVALID_GPA`), also where it is what a linear address maps to.
+        let found = self.cpu.translate(linear_address).filter(|(gpa, ..)| *gpa != u64::MAX);
         kvm_translation {
             linear_address,
             physical_address: found.map_or(u64::MAX, |(gpa, ..)| gpa),
