@@ -39,8 +39,9 @@ pub struct Arena(u64);
 impl Arena {
     /// Maps one, for as long as the process lives.
     pub fn new() -> Option<Arena> {
-        let (protection, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // Populated, so that what guests touch of it is not taken for growth.
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
         // SAFETY: new mappings at addresses of the kernel's choice; the last page is part of the first one.
         unsafe {
             let at = libc::mmap(std::ptr::null_mut(), ARENA + PAGE as usize, protection, flags, -1, 0);
@@ -231,10 +232,15 @@ impl Session {
         if rng.percent(2) {
             command ^= 1 << rng.below(32);
         }
+        if command != row.number() && MEMORY_REGION.contains(&(command as u8)) {
+            return None;
+        }
         // Each thread has its own part of the first half, so that structures race only when they are meant to.
         let part = ARENA as u64 / 2 / THREADS / PAGE * PAGE;
-        let owner = if rng.percent(95) { number } else { rng.below(THREADS) };
-        let buffer = self.arena.0 + owner * part + rng.below(64) * 16;
+        let region = MEMORY_REGION.contains(&(command as u8));
+        let owner = if region || rng.percent(95) { number } else { rng.below(THREADS) };
+        // Memory regions have a place that nobody else writes: what they were tamed to stays so.
+        let buffer = self.arena.0 + owner * part + if region { part / 2 } else { 0 } + rng.below(64) * 16;
         let argument = match (row.direction, rng.below(40)) {
             (_, 0) => rng.next(),
             (_, 1) => 0,
@@ -249,7 +255,7 @@ impl Session {
         let length = row.size as u64 + 512;
         if argument == buffer {
             self.arena.scribble(rng, buffer, length);
-            if MEMORY_REGION.contains(&row.nr) {
+            if region {
                 self.tame_region(rng, buffer);
             }
         }
