@@ -358,6 +358,48 @@ static void jump_away(int signal, siginfo_t *info, void *context)
     siglongjmp(jump, 1);
 }
 
+static void once(int signal, siginfo_t *info, void *context);
+static volatile int first_is_back;
+
+static void *run_first(void *unused)
+{
+    (void)unused;
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    first_is_back = 1;
+    return NULL;
+}
+
+static void *run_second(void *unused)
+{
+    (void)unused;
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+    return NULL;
+}
+
+/* Two threads want the same vCPU: a signal for the one that waits is not lost when the other one leaves. */
+static void signal_while_waiting(void)
+{
+    shared = looping();
+    install(SIGUSR1, once, 0);
+    for (int i = 0; i < 20; i++) {
+        pthread_t first, second;
+        first_is_back = 0;
+        CHECK(pthread_create(&first, NULL, run_first, NULL) == 0);
+        wait_for_guest(counter());
+        CHECK(pthread_create(&second, NULL, run_second, NULL) == 0);
+        usleep(i * 200);
+        pthread_kill(second, SIGUSR1);
+        if (!first_is_back)
+            pthread_kill(first, SIGUSR1);
+        /* One that comes before its thread is in KVM_RUN interrupts nothing. */
+        while (pthread_tryjoin_np(second, NULL) != 0) {
+            pthread_kill(second, SIGUSR1);
+            usleep(1000);
+        }
+        pthread_join(first, NULL);
+    }
+}
+
 static void handler_that_jumps(void)
 {
     shared = looping();
@@ -705,6 +747,7 @@ static const struct {
     { "signals", signals },
     { "signal_storm", signal_storm },
     { "signal_while_halted", signal_while_halted },
+    { "signal_while_waiting", signal_while_waiting },
     { "handler_that_jumps", handler_that_jumps },
     { "handler_for_one_time", handler_for_one_time },
     { "immediate_exit", immediate_exit },

@@ -60,6 +60,7 @@ behaviours! {
     signals,
     signal_storm,
     signal_while_halted,
+    signal_while_waiting,
     handler_that_jumps,
     handler_for_one_time,
     immediate_exit,

@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::os::fd::{IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use abi::ioctl::KVMIO;
 use abi::{Argument, Created, Errno, Object, Reply, VcpuObject};
@@ -98,6 +99,7 @@ fn run(inside: &Inside, entry: &Entry, vcpu: &VcpuObject, argument: Argument) ->
     if cancel::note_vcpu(&vcpu.handle) {
         return Outcome::Again;
     }
+    entry.runners.fetch_add(1, Ordering::SeqCst);
     let running = Running::begin(vcpu);
     if inside.deferred() {
         // It came after we had entered and before there was anything to interrupt.
@@ -111,7 +113,12 @@ fn run(inside: &Inside, entry: &Entry, vcpu: &VcpuObject, argument: Argument) ->
     drop(running);
     if matches!(reply, Err(Errno::INTERRUPTED)) || inside.deferred() {
         vcpu.settle();
+        if entry.runners.load(Ordering::SeqCst) > 1 {
+            // Another thread waits for the vCPU, and the interruption may have been meant for it.
+            vcpu.interrupt();
+        }
     }
+    entry.runners.fetch_sub(1, Ordering::SeqCst);
     finish(reply)
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{IntoRawFd, RawFd};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use abi::{Created, Errno, Object};
@@ -33,6 +33,8 @@ pub(crate) struct Entry {
     pub(crate) object: Object,
     /// Signals during KVM_RUN, if it is a vCPU.
     pub(crate) run_mask: RunMask,
+    /// Threads in KVM_RUN, if it is a vCPU: one that runs it, and others that wait for that.
+    pub(crate) runners: AtomicU32,
     identity: Identity,
     /// Number of forks between the first process and the one that it belongs to.
     generation: u32,
@@ -129,7 +131,14 @@ pub(crate) fn adopt(created: Created) -> Result<RawFd, Errno> {
 pub(crate) fn enter(fd: RawFd, object: Object) -> Result<Arc<Entry>, Errno> {
     let identity = raw::identity(fd).ok_or(Errno(libc::EBADF))?;
     let (generation, pid) = (process::generation(), raw::pid());
-    let entry = Arc::new(Entry { object, run_mask: RunMask::default(), identity, generation, pid });
+    let entry = Arc::new(Entry {
+        object,
+        run_mask: RunMask::default(),
+        runners: AtomicU32::new(0),
+        identity,
+        generation,
+        pid,
+    });
     registry().by_identity.insert(identity, Arc::downgrade(&entry));
     set(fd, Some(entry.clone()));
     Ok(entry)
