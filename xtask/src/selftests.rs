@@ -18,8 +18,8 @@ use crate::verdicts::{self, Outcome, Results, Verdict, conclude};
 pub(crate) struct Options {
     /// Only tests whose name contains one of these.
     only: Vec<String>,
-    /// Tests that run at the same time.
-    #[arg(long, default_value_t = 2)]
+    /// Tests that run at the same time. Some compare what two of their threads see within milliseconds.
+    #[arg(long, default_value_t = 1)]
     jobs: usize,
     /// Seconds that a test may take (the kernel's own harness gives 120).
     #[arg(long, default_value_t = 240)]

@@ -130,7 +130,9 @@ impl Vcpu {
             self.prepare_events();
             self.update_msr_exiting();
             let exit = self.enter(enter);
-            enter = Cpu::resume;
+            // A serializing instruction sees all code that was written before it (SDM vol. 3A, 9.3), by whomever.
+            let serializes = matches!(exit, Exit::Cpuid | Exit::Wbinvd | Exit::Invd);
+            enter = if serializes { Cpu::run } else { Cpu::resume };
             if let Some(user) = self.handle_exit(exit) {
                 self.debug.stepped = false;
                 return Ok(user);

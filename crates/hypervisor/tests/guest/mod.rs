@@ -46,6 +46,11 @@ impl Guest {
         vcpu
     }
 
+    /// Where guest-physical address `gpa` lies in this process.
+    pub(crate) fn host(&self, gpa: u64) -> u64 {
+        self.memory[self.memory.as_ptr().align_offset(4096)..].as_ptr() as u64 + gpa
+    }
+
     /// The byte at a guest-physical address.
     pub(crate) fn byte(&self, gpa: u64) -> u8 {
         let mut byte = [0];
