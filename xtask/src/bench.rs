@@ -86,6 +86,7 @@ fn exits(options: &Options) -> Result<(), Error> {
             "mmio" => "MMIO write, KVM_RUN to KVM_RUN",
             "cpuid" => "CPUID, inside KVM_RUN",
             "wake" => "irqfd to the halted guest's handler",
+            "kick" => "signal to KVM_RUN's return from an endless loop",
             other => other,
         }
         .to_string()

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::register_signal_handler;
 
 const MEMORY: usize = 0x1_0000;
 /// Where guest code begins.
@@ -49,6 +50,8 @@ const CPUID_LOOP: &[u8] = &[
     0xeb,
     0xf1,
 ];
+/// JMP to itself.
+const ENDLESS: &[u8] = &[0xeb, 0xfe];
 /// Sets the 8259 up (vectors from 0x20, only line 5 unmasked), then halts for ever with interrupts enabled.
 const HALT_LOOP: &[u8] = &[
     0xb0, 0x11, 0xe6, 0x20, // ICW1
@@ -168,11 +171,47 @@ fn time_wake(kvm: &Kvm) -> Outcome<f64> {
     Ok(median(times))
 }
 
+/// From a signal to the thread that runs a guest which never leaves by itself, to KVM_RUN's return.
+fn time_kick(kvm: &Kvm) -> Outcome<f64> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(libc::SIGUSR1, nothing)?;
+    let (_vm, mut vcpu) = machine(kvm, ENDLESS, false)?;
+    // SAFETY: no preconditions.
+    let runner = unsafe { libc::pthread_self() };
+    let ((ask, asked), (tell, told)) = (mpsc::channel::<()>(), mpsc::channel());
+    let kicker = std::thread::spawn(move || {
+        while asked.recv().is_ok() {
+            // Long enough for the guest to run; how long does not enter the measurement.
+            std::thread::sleep(Duration::from_micros(200));
+            let now = Instant::now();
+            // SAFETY: the thread that asks lives until this one has ended.
+            let sent = unsafe { libc::pthread_kill(runner, libc::SIGUSR1) } == 0;
+            if !sent || tell.send(now).is_err() {
+                break;
+            }
+        }
+    });
+    let mut times = Vec::new();
+    for _ in 0..500 {
+        ask.send(())?;
+        match vcpu.run() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => return Err(format!("unexpected exit: {other:?}").into()),
+        }
+        let left = Instant::now();
+        times.push(left.saturating_duration_since(told.recv()?).as_nanos() as f64);
+    }
+    drop(ask);
+    let _ = kicker.join();
+    Ok(median(times))
+}
+
 fn main() -> Outcome<()> {
     let kvm = Kvm::new()?;
     println!("port {:.0}", time_exits(&kvm, PORT_LOOP, EXITS, 1)?);
     println!("mmio {:.0}", time_exits(&kvm, MMIO_LOOP, EXITS, 1)?);
     println!("cpuid {:.0}", time_exits(&kvm, CPUID_LOOP, 20, CPUIDS.into())?);
     println!("wake {:.0}", time_wake(&kvm)?);
+    println!("kick {:.0}", time_kick(&kvm)?);
     Ok(())
 }
