@@ -34,6 +34,11 @@ fn debian_6_12_boots_with_4_vcpus() {
 }
 
 #[test]
+fn debian_6_12_boots_with_8_vcpus() {
+    boots("6.12", 8);
+}
+
+#[test]
 fn debian_6_1_boots_with_1_vcpu() {
     boots("6.1", 1);
 }
