@@ -27,8 +27,14 @@ impl ReadAhead {
         None
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.values.is_empty()
+    /// How many values are left.
+    pub(super) fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether values are left for the instruction that follows `instruction` completed ones.
+    pub(super) fn is_for(&self, instruction: u64) -> bool {
+        !self.values.is_empty() && self.of.is_some_and(|(of, ..)| of == instruction)
     }
 }
 
@@ -102,6 +108,24 @@ mod tests {
         vcpu.cpu_mut().controls.instruction_limit = u64::MAX;
         assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { .. }));
         assert_eq!(vcpu.regs().rcx, 5);
+    }
+
+    /// Values that were left over had the instructions behind theirs run for ever, with no way out of KVM_RUN.
+    #[test]
+    fn an_immediate_exit_does_not_run_on_for_values_that_are_left_over() {
+        // rep insb; dec ecx; a32 rep movsb
+        let mut program = Program::new(&[0xf3, 0x6c, 0x66, 0x49, 0x67, 0xf3, 0xa4]);
+        let vcpu = &mut program.vcpu;
+        let mut regs = vcpu.regs();
+        (regs.rcx, regs.rdx, regs.rdi) = (2, 0x80, 0x2000);
+        vcpu.set_regs(&regs);
+        vcpu.run().unwrap();
+        regs.rcx = 1;
+        vcpu.set_regs(&regs);
+        vcpu.complete_port_reads(&[1, 2]);
+        let request = super::super::RunRequest { immediate_exit: true, ..Default::default() };
+        assert!(matches!(vcpu.run_request(request), Err(crate::Error::Interrupted)));
+        assert_eq!((vcpu.regs().rcx, vcpu.regs().rip), (0, Program::CODE + 2));
     }
 
     #[test]

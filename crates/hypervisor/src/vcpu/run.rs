@@ -178,15 +178,20 @@ impl Vcpu {
         }
         let limit = std::mem::replace(&mut self.cpu.controls.instruction_limit, 0);
         let mut result = None;
+        let mut first = true;
         loop {
+            let ahead = self.read_ahead.len();
             match self.enter(Cpu::run) {
                 Exit::Budget => {}
                 exit => result = self.handle_exit(exit),
             }
-            // What the client has given ahead is part of the answer.
-            if result.is_some() || self.read_ahead.is_empty() && !self.cpu.access_pending() {
+            // What the client has given ahead is part of the answer, as long as its instruction asks for it.
+            let asked = first || self.cpu.access_pending() || self.read_ahead.len() != ahead;
+            let more = asked && self.read_ahead.is_for(self.cpu.instructions());
+            if result.is_some() || !more && !self.cpu.access_pending() {
                 break;
             }
+            first = false;
             self.cpu.controls.instruction_limit = self.cpu.instructions() + 1;
         }
         self.cpu.controls.instruction_limit = limit;
