@@ -57,6 +57,8 @@ impl Vcpu {
         let wanted = self.vm.policy().exits_on_emulation_failure();
         if !wanted {
             self.events.raise(Exception::UD);
+            // What it had read from the client has no use any more, and must not hold the exception back.
+            self.cpu.abandon_access();
             if self.cpu.state.cpl != 0 {
                 return None;
             }
@@ -103,6 +105,21 @@ fn internal_error(suberror: u32, words: &[u64], gpa: u64) -> VcpuExit {
 mod tests {
     use super::super::testing::Program;
     use super::*;
+
+    /// A REP MOVSB from a device that lost its page tables took #UD for ever: what it had read kept it from delivery, and
+    /// KVM_RUN from returning.
+    #[test]
+    fn an_instruction_that_cannot_go_on_forgets_what_it_has_read() {
+        // in al, 0x10
+        let mut program = Program::new(&[0xe4, 0x10]);
+        let vcpu = &mut program.vcpu;
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { .. }));
+        vcpu.complete(1);
+        assert!(vcpu.cpu.access_pending());
+        vcpu.cpu.state.cpl = 3;
+        assert_eq!(vcpu.fetch_failed(0xdead_0000), None);
+        assert!(!vcpu.cpu.access_pending());
+    }
 
     fn run(program: &mut Program) -> InternalError {
         match program.vcpu.run().unwrap() {
