@@ -244,8 +244,9 @@ impl Session {
         let argument = match (row.direction, rng.below(40)) {
             (_, 0) => rng.next(),
             (_, 1) => 0,
-            // The structure ends beyond the arena.
-            (_, 2) => self.arena.range().end - rng.below(64),
+            // The structure ends beyond the arena. (A shorter one may lie within its end, which guests write: a memory
+            // region there would be of their making.)
+            (_, 2) => self.arena.range().end - rng.below(if region { 24 } else { 64 }),
             (_, 3) => 0xffff_8000_0000_0000 | rng.next() >> 17,
             (Direction::Value, 4) => rng.below(1 << 20),
             (Direction::Value, 5..12) => rng.below(8),
