@@ -11,8 +11,8 @@ use xtask::guest::{alarms, ring3};
 use xtask::{Error, guest_dir, packages};
 
 /// Kernel command line. QEMU 7.2 does not know the newer bits of IA32_ARCH_CAPABILITIES, so its guests take the processor
-/// for a vulnerable one; Debian's 6.12 then warns of its own ITS mitigation (a page that it makes writable while it is
-/// executable) and of RETBleed, on any hypervisor.
+/// for a vulnerable one. Debian's 6.12 then warns of its own ITS mitigation (`set_memory_rw` of a page that is
+/// executable, in arch/x86/kernel/alternative.c) and of RETBleed, which would hide warnings that are of our making.
 pub const APPEND: &str = "console=ttyS0 panic=-1 mitigations=off";
 
 /// How long anything may take before it counts as hung; far more than any machine needs.
