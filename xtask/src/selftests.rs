@@ -61,7 +61,12 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
 
 /// Builds the tests once and gives their directory.
 fn build() -> Result<PathBuf, Error> {
-    packages::require(&[("cc", "gcc"), ("make", "make"), ("xz", "xz-utils")])?;
+    packages::require(&[
+        ("cc", "gcc"),
+        ("/usr/include/stdio.h", "libc6-dev"),
+        ("make", "make"),
+        ("xz", "xz-utils"),
+    ])?;
     let source = packages::kernel_source()?;
     let dir = source.join("tools/testing/selftests/kvm");
     let done = dir.join(".ring3-built");

@@ -80,6 +80,7 @@ fn steps(quick: bool) -> Vec<Step> {
 pub(crate) fn run(options: &Options) -> Result<(), Error> {
     packages::require(&[
         ("cc", "gcc"),
+        ("/usr/include/stdio.h", "libc6-dev"),
         ("mke2fs", "e2fsprogs"),
         ("xz", "xz-utils"),
         ("dpkg-deb", "dpkg"),
