@@ -54,6 +54,9 @@ const EMULATED: [Feature; 3] = [Feature::X2apic, Feature::TscAdjust, Feature::Ar
 /// the deadline timer on an in-kernel APIC, HT on the topology).
 const LEFT_TO_THE_CLIENT: [Feature; 3] = [Feature::Monitor, Feature::TscDeadline, Feature::Ht];
 
+/// Features of the processor that are not for guests: nothing here answers for their registers.
+const WITHHELD: [Feature; 3] = [Feature::CoreCapability, Feature::BusLockDetect, Feature::UcLockDisable];
+
 /// Why KVM_SET_CPUID2 refuses a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CpuidError {
@@ -95,7 +98,7 @@ fn paravirtual() -> [CpuidEntry; 2] {
 pub fn supported(model: &CpuModel) -> Vec<kvm_cpuid_entry2> {
     let mut table = model.cpuid(&Identity::default());
     EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
-    LEFT_TO_THE_CLIENT.iter().for_each(|&feature| set_bit(&mut table, feature, false));
+    WITHHELD.iter().chain(&LEFT_TO_THE_CLIENT).for_each(|&feature| set_bit(&mut table, feature, false));
     // No topology, and clocks are the client's to tell.
     table.retain(|e| !(matches!(e.leaf, 0xb | 0x1f) && e.subleaf != 0));
     for entry in &mut table {
@@ -143,6 +146,7 @@ pub fn for_machine(model: &CpuModel, identity: &Identity) -> Vec<kvm_cpuid_entry
     set_bit(&mut table, Feature::TscDeadline, true);
     set_bit(&mut table, Feature::Hypervisor, true);
     set_bit(&mut table, Feature::Monitor, false);
+    WITHHELD.iter().for_each(|&feature| set_bit(&mut table, feature, false));
     table.iter_mut().filter(|e| e.leaf == 5).for_each(|e| e.values = CpuidValues::default());
     table.extend(paravirtual());
     table.iter().map(entry).collect()

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use iced_x86::Decoder;
+
+use crate::bus_lock::{LockedAccess, TestCtrl};
 use crate::clock::Clock;
 use crate::code::CodeCache;
 use crate::code::op::Op;
@@ -91,6 +94,12 @@ pub struct Counters {
     pub blocks_invalidated: u64,
     /// Software-TLB refills by a page walk.
     pub page_walks: u64,
+    /// Bus locks taken, whether or not anything detects them.
+    pub bus_locks: u64,
+    /// Locked accesses refused by split-lock detection.
+    pub split_lock_faults: u64,
+    /// Locked accesses refused by UC-lock disable.
+    pub uc_lock_faults: u64,
 }
 
 /// A logical processor executing guest code.
@@ -126,6 +135,20 @@ pub struct Cpu {
     pub pending_debug: u64,
     /// The event whose delivery the last exit interrupted: the VMCS's IDT-vectoring information.
     pub idt_vectoring: Option<Event>,
+    /// The physical MSR_TEST_CTRL: that of the thread that the CPU is loaded on. Read at each locked access that is split or
+    /// goes to memory that is not write-back.
+    pub test_ctrl: TestCtrl,
+    /// The locked accesses of the next instruction go through atomically although [`Cpu::test_ctrl`] would refuse them: all
+    /// other CPUs of the VM stand still meanwhile. They are bus locks all the same: BLD and bus-lock detection report them.
+    /// The hypervisor sets it before an entry; it ends when the instruction at RIP completes or faults, or when an event is
+    /// delivered, and outlasts exits that repeat the instruction (ports, MMIO).
+    pub permit_locked_access: bool,
+    /// The locked access that the last exception refused, set with [`Exit::Exception`] when #AC or #GP is from split-lock
+    /// detection or UC-lock disable; `None` for those of any other cause. RIP is at the instruction, which has changed nothing.
+    pub refused_lock: Option<LockedAccess>,
+    /// Bit 26 of the exit reason: a bus lock was taken since the entry and [`Controls::bus_lock_detection`] is on. Set with
+    /// every [`Exit::BusLock`], and with another exit that came in its place, which is then the only report.
+    pub exit_bus_lock: bool,
     /// A fault met in a new task before its first instruction.
     pub(crate) deferred: Option<Exception>,
     /// A single-step trap follows the running instruction.
@@ -162,6 +185,10 @@ impl Cpu {
             port_reads: 0,
             pending_debug: 0,
             idt_vectoring: None,
+            test_ctrl: TestCtrl::default(),
+            permit_locked_access: false,
+            refused_lock: None,
+            exit_bus_lock: false,
             deferred: None,
             trap_after: false,
             current_op: 0,
@@ -278,6 +305,21 @@ impl Cpu {
         self.replay.cursor = 0;
         self.replay.waiting = None;
         self.instruction_skipped();
+    }
+
+    /// The bytes of the instruction at RIP, for messages: read without effects on the guest, and fewer than the instruction
+    /// has (none perhaps) where memory ends or is not mapped.
+    pub fn instruction_bytes(&mut self) -> Vec<u8> {
+        let start = self.code_linear();
+        let wide = self.state.code_size == CodeSize::Bits64;
+        let at = |i: u64| if wide { start.wrapping_add(i) } else { start.wrapping_add(i) & 0xffff_ffff };
+        let mut bytes: Vec<u8> = (0..15).map_while(|i| self.peek_byte(at(i))).collect();
+        let bits = self.state.code_size.bits();
+        let length = Decoder::new(bits, &bytes, self.features.decoder_options()).decode().len();
+        if length != 0 {
+            bytes.truncate(length);
+        }
+        bytes
     }
 
     /// Instruction pointer of `op`, which must belong to the running block.

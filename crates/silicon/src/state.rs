@@ -281,6 +281,9 @@ pub struct CpuState {
     pub dr6: u64,
     /// Debug control.
     pub dr7: u64,
+    /// IA32_DEBUGCTL. The hypervisor keeps RDMSR and WRMSR; silicon acts on BLD alone
+    /// ([`debugctl`](crate::bus_lock::debugctl)).
+    pub debugctl: u64,
     /// XSAVE feature enables.
     pub xcr0: u64,
     /// IA32_XSS.
@@ -351,6 +354,7 @@ impl CpuState {
             dr: [0; 4],
             dr6: 0xffff_0ff0,
             dr7: 0x400,
+            debugctl: 0,
             xcr0: 1,
             xss: 0,
             pkru: 0,

@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::model::Features;
-use crate::model::msrs::{Kept, MSRS, MsrRow, Scope};
+use crate::bus_lock::TestCtrl;
+use crate::model::msrs::{Kept, MSR_TEST_CTRL, MSRS, MsrRow, Scope};
+use crate::model::{CpuModel, Feature, Features};
 
 /// How many sockets, cores in each, and threads in each core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,18 +78,30 @@ pub enum MsrFault {
     },
 }
 
+/// What the registers of a machine depend on.
+struct Machine<'a> {
+    features: &'a Features,
+    test_ctrl: Scope,
+}
+
+impl Machine<'_> {
+    fn scope(&self, row: &MsrRow) -> Scope {
+        if row.index == MSR_TEST_CTRL { self.test_ctrl } else { row.scope }
+    }
+}
+
 /// The registers of one thread, core or package.
 #[derive(Debug)]
-struct MsrFile(Box<[(&'static MsrRow, AtomicU64)]>);
+struct MsrFile(Box<[(&'static MsrRow, Arc<AtomicU64>)]>);
 
 impl MsrFile {
-    fn new(scope: Scope, features: &Features) -> MsrFile {
-        let rows = MSRS.iter().filter(|row| row.scope == scope && row.kept == Kept::Physical);
-        let present = rows.filter(|row| row.feature.is_none_or(|feature| features.has(feature)));
-        MsrFile(present.map(|row| (row, AtomicU64::new(row.reset))).collect())
+    fn new(scope: Scope, machine: &Machine) -> MsrFile {
+        let rows = MSRS.iter().filter(|row| machine.scope(row) == scope && row.kept == Kept::Physical);
+        let present = rows.filter(|row| row.feature.is_none_or(|feature| machine.features.has(feature)));
+        MsrFile(present.map(|row| (row, Arc::new(AtomicU64::new(row.reset)))).collect())
     }
 
-    fn find(&self, index: u32) -> Option<&(&'static MsrRow, AtomicU64)> {
+    fn find(&self, index: u32) -> Option<&(&'static MsrRow, Arc<AtomicU64>)> {
         self.0.binary_search_by_key(&index, |(row, _)| row.index).ok().map(|i| &self.0[i])
     }
 }
@@ -111,6 +124,7 @@ pub struct Core {
 pub struct Thread {
     core: Arc<Core>,
     msrs: MsrFile,
+    uc_lock_is_ac: bool,
     apic_id: u32,
     loads: AtomicU64,
     puts: AtomicU64,
@@ -157,7 +171,16 @@ impl Thread {
             .map_err(|_| MsrFault::Reserved { index, value })
     }
 
-    fn find(&self, index: u32) -> Result<&(&'static MsrRow, AtomicU64), MsrFault> {
+    /// The thread's MSR_TEST_CTRL, for [`Cpu::test_ctrl`](crate::Cpu::test_ctrl); a private one that holds zero if the
+    /// processor has none.
+    pub fn test_ctrl(&self) -> TestCtrl {
+        self.find(MSR_TEST_CTRL).map_or_else(
+            |_| TestCtrl::default(),
+            |(_, cell)| TestCtrl::new(Arc::clone(cell), self.uc_lock_is_ac),
+        )
+    }
+
+    fn find(&self, index: u32) -> Result<&(&'static MsrRow, Arc<AtomicU64>), MsrFault> {
         let core = &self.core;
         [&self.msrs, &core.msrs, &core.package.msrs]
             .into_iter()
@@ -180,18 +203,30 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// A machine of `shape` whose processors have `features`.
+    /// A machine of `shape` whose processors have `features`, and MSR_TEST_CTRL at its own scope.
     pub fn new(shape: Shape, features: &Features) -> Topology {
+        Topology::build(shape, &Machine { features, test_ctrl: Scope::Core })
+    }
+
+    /// A machine of `shape` whose processors are of `model`.
+    pub fn of(shape: Shape, model: &CpuModel) -> Topology {
+        let features = model.features();
+        Topology::build(shape, &Machine { features: &features, test_ctrl: model.test_ctrl_scope() })
+    }
+
+    fn build(shape: Shape, machine: &Machine) -> Topology {
+        let uc_lock_is_ac = machine.features.has(Feature::UcLockDisable);
         let mut threads = Vec::new();
         for _ in 0..shape.sockets {
-            let package = Arc::new(Package { msrs: MsrFile::new(Scope::Package, features) });
+            let package = Arc::new(Package { msrs: MsrFile::new(Scope::Package, machine) });
             for _ in 0..shape.cores {
-                let msrs = MsrFile::new(Scope::Core, features);
+                let msrs = MsrFile::new(Scope::Core, machine);
                 let core = Arc::new(Core { package: Arc::clone(&package), msrs });
                 for _ in 0..shape.threads {
                     threads.push(Thread {
                         core: Arc::clone(&core),
-                        msrs: MsrFile::new(Scope::Thread, features),
+                        msrs: MsrFile::new(Scope::Thread, machine),
+                        uc_lock_is_ac,
                         apic_id: shape.apic_id(threads.len() as u32),
                         loads: AtomicU64::new(0),
                         puts: AtomicU64::new(0),
@@ -216,7 +251,7 @@ impl Topology {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Feature, FeatureSet};
+    use crate::model::FeatureSet;
 
     fn two_cores_with_smt() -> Topology {
         let features = Features::new(FeatureSet::of(&[Feature::CoreCapability, Feature::TscAdjust]), 46);
@@ -225,15 +260,36 @@ mod tests {
 
     #[test]
     fn registers_live_at_their_scope() {
-        const TEST_CTRL: u32 = 0x33;
         const TSC_ADJUST: u32 = 0x3b;
         let machine = two_cores_with_smt();
         let thread = |i| machine.thread(i).unwrap();
-        thread(0).write_msr(TEST_CTRL, 1 << 29).unwrap();
+        thread(0).write_msr(MSR_TEST_CTRL, 1 << 29).unwrap();
         thread(0).write_msr(TSC_ADJUST, 7).unwrap();
         let seen = |msr| [0, 1, 2, 3].map(|i| thread(i).read_msr(msr).unwrap());
-        assert_eq!(seen(TEST_CTRL), [1 << 29, 1 << 29, 0, 0]);
+        assert_eq!(seen(MSR_TEST_CTRL), [1 << 29, 1 << 29, 0, 0]);
         assert_eq!(seen(TSC_ADJUST), [7, 0, 0, 0]);
+    }
+
+    #[test]
+    fn sl_b14_siblings_share_the_live_test_control() {
+        let machine = two_cores_with_smt();
+        let seen = machine.thread(1).unwrap().test_ctrl();
+        let other = machine.thread(2).unwrap().test_ctrl();
+        machine.thread(0).unwrap().write_msr(MSR_TEST_CTRL, 1 << 29).unwrap();
+        assert_eq!((seen.get(), other.get()), (1 << 29, 0));
+        assert!(!seen.uc_lock_is_ac());
+    }
+
+    #[test]
+    fn sl_b14_the_test_control_can_be_per_thread() {
+        let model = CpuModel::parse("max,test-ctrl=thread").unwrap();
+        let machine = Topology::of(Shape { threads: 2, ..Shape::default() }, &model);
+        machine.thread(0).unwrap().write_msr(MSR_TEST_CTRL, 1 << 28).unwrap();
+        let seen = [0, 1].map(|i| machine.thread(i).unwrap().test_ctrl());
+        assert_eq!(seen.each_ref().map(|ctrl| ctrl.get()), [1 << 28, 0]);
+        assert!(seen[0].uc_lock_is_ac(), "CPUID.(7,2):EDX[6]");
+        let none = Topology::of(Shape::default(), &CpuModel::parse("haswell").unwrap());
+        assert_eq!(none.thread(0).unwrap().test_ctrl().get(), 0);
     }
 
     #[test]

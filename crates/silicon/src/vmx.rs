@@ -32,6 +32,13 @@ pub struct Controls {
     pub cr8_exiting: bool,
     /// MSR bitmap: the MSRs of [`crate::model`]'s pass-through set that exit all the same.
     pub msr_exiting: bool,
+    /// Bus-lock detection (secondary control bit 30): exit with [`Exit::BusLock`] after an instruction or event delivery
+    /// that took a bus lock, at any CPL.
+    pub bus_lock_detection: bool,
+    /// Memory that a region backs is write-back whatever the guest says: the IPAT bit of EPT entries (SDM vol. 3C,
+    /// 29.3.7.2) with CR0.CD masked. Otherwise the guest's page tables and IA32_PAT, and CR0.CD, say which memory is
+    /// not write-back, as on a processor whose MTRRs say write-back. Nothing but bus locks depends on it.
+    pub ignore_pat: bool,
     /// Enable PML: pages newly marked in the dirty log are listed in [`Cpu::modified_pages`](crate::Cpu).
     pub page_modification_logging: bool,
     /// Added to the scaled TSC.
@@ -59,6 +66,8 @@ impl Default for Controls {
             mov_dr_exiting: false,
             cr8_exiting: true,
             msr_exiting: false,
+            bus_lock_detection: false,
+            ignore_pat: false,
             page_modification_logging: false,
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
@@ -197,6 +206,9 @@ pub enum Exit {
     },
     /// The page-modification log is full (reason 62).
     PageLogFull,
+    /// A bus lock was taken ([`Controls::bus_lock_detection`], reason 74): the instruction or event delivery that took it
+    /// is complete. Other exits say so with [`Cpu::exit_bus_lock`](crate::Cpu::exit_bus_lock).
+    BusLock,
     /// [`Controls::instruction_limit`] was reached (the SDM's VMX-preemption timer, reason 52, counted in
     /// instructions).
     Budget,
@@ -233,6 +245,7 @@ impl Exit {
             Exit::Wbinvd => 54,
             Exit::Xsetbv { .. } => 55,
             Exit::PageLogFull => 62,
+            Exit::BusLock => 74,
         }
     }
 
@@ -266,6 +279,7 @@ impl Exit {
             Exit::Wbinvd => "wbinvd",
             Exit::Xsetbv { .. } => "xsetbv",
             Exit::PageLogFull => "page_log_full",
+            Exit::BusLock => "bus_lock",
         }
     }
 }

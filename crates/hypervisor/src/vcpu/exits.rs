@@ -17,6 +17,8 @@ impl Vcpu {
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
         match exit {
             Exit::ExternalInterrupt | Exit::InterruptWindow | Exit::NmiWindow | Exit::PageLogFull => None,
+            // Complete, with nothing left to do.
+            Exit::BusLock => None,
             Exit::MonitorTrap => Some(self.step_exit()),
             Exit::Io(access) => self.port_access(access),
             Exit::EptViolation(access) => self.memory_access(access),

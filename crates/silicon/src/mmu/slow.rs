@@ -402,6 +402,13 @@ impl Cpu {
         Some(read_host(host, if wide { 8 } else { 4 }))
     }
 
+    /// Reads a byte of memory with no effect on the guest and no regard to rights; `None` if none is there.
+    pub(crate) fn peek_byte(&mut self, lin: u64) -> Option<u8> {
+        let (gpa, ..) = self.translate(lin)?;
+        let host = self.backing(gpa)?.host(gpa);
+        Some(read_host(host, 1) as u8)
+    }
+
     /// Replaces a paging-structure entry if it is still `old`. One that cannot be written stays as it is.
     pub(crate) fn exchange_entry(&mut self, gpa: u64, old: u64, new: u64, wide: bool) -> bool {
         let Some(backing) = self.backing(gpa) else { return true };

@@ -202,7 +202,7 @@ features! {
     La57 "la57" (7 0 Ecx 16) Own needs Lm;
     Rdpid "rdpid" (7 0 Ecx 22) Own {RDPID};
     KeyLocker "kl" (7 0 Ecx 23) Nobody {KL};
-    BusLockDetect "bus_lock_detect" (7 0 Ecx 24) Nobody;
+    BusLockDetect "bus_lock_detect" (7 0 Ecx 24) Own;
     Cldemote "cldemote" (7 0 Ecx 25) Own {CLDEMOTE};
     Movdiri "movdiri" (7 0 Ecx 27) Own {MOVDIRI};
     Movdir64b "movdir64b" (7 0 Ecx 28) Own {MOVDIR64B};
@@ -229,7 +229,7 @@ features! {
     Stibp "stibp" ["intel_stibp"] (7 0 Edx 27) Own needs SpecCtrl;
     FlushL1d "flush_l1d" (7 0 Edx 28) Own;
     ArchCapabilities "arch_capabilities" (7 0 Edx 29) Own;
-    CoreCapability "core_capability" ["core_capabilities"] (7 0 Edx 30) Nobody;
+    CoreCapability "core_capability" ["core_capabilities"] (7 0 Edx 30) Own;
     Ssbd "ssbd" ["spec_ctrl_ssbd"] (7 0 Edx 31) Own needs SpecCtrl;
 
     Sha512 "sha512" (7 1 Eax 0) HostAvx {SHA512} needs Avx2;
@@ -253,6 +253,7 @@ features! {
     AvxVnniInt16 "avx_vnni_int16" (7 1 Edx 10) HostAvx {AVX_VNNI_INT16} needs Avx2;
     Prefetchiti "prefetchiti" (7 1 Edx 14) Own {PREFETCHITI};
     McdtNo "mcdt_no" (7 2 Edx 5) Own;
+    UcLockDisable "uc_lock_disable" ["uc_lock_dis"] (7 2 Edx 6) Own needs CoreCapability;
 
     Xsaveopt "xsaveopt" (0xd 1 Eax 0) Own {XSAVEOPT} needs Xsave;
     Xsavec "xsavec" (0xd 1 Eax 1) Own {XSAVEC} needs Xsave;

@@ -1,6 +1,7 @@
 //! The CPU models.
 
 use crate::model::feature::Means;
+use crate::model::msrs::Scope;
 use crate::model::{Feature, FeatureSet, Features, Host};
 
 /// What a cache holds and who shares it.
@@ -308,19 +309,9 @@ static MAX: ModelRow = ModelRow {
         AvxNeConvert,
         AvxVnniInt16,
         Prefetchiti,
+        UcLockDisable,
     ]),
-    drops: FeatureSet::of(&[
-        Hle,
-        Rtm,
-        BusLockDetect,
-        Enqcmd,
-        Tsxldtrk,
-        AmxBf16,
-        AmxTile,
-        AmxInt8,
-        CoreCapability,
-        Xfd,
-    ]),
+    drops: FeatureSet::of(&[Hle, Rtm, Enqcmd, Tsxldtrk, AmxBf16, AmxTile, AmxInt8, Xfd]),
     ..SAPPHIRE_RAPIDS
 };
 
@@ -362,6 +353,7 @@ pub struct CpuModel {
     pub(super) row: &'static ModelRow,
     features: Features,
     lost: Vec<Lost>,
+    test_ctrl_scope: Scope,
 }
 
 impl CpuModel {
@@ -371,7 +363,18 @@ impl CpuModel {
         let offered = wanted.intersection(host.offered).consistent();
         let lost = wanted.minus(offered).iter().map(|feature| Lost { feature, why: why(feature, offered) });
         let features = Features::new(offered, row.physical_bits).with_signature(row.signature());
-        CpuModel { row, features, lost: lost.collect() }
+        CpuModel { row, features, lost: lost.collect(), test_ctrl_scope: Scope::Core }
+    }
+
+    /// The same with MSR_TEST_CTRL once per `scope`.
+    pub(super) fn with_test_ctrl_scope(self, scope: Scope) -> CpuModel {
+        CpuModel { test_ctrl_scope: scope, ..self }
+    }
+
+    /// What MSR_TEST_CTRL exists once per: the core, as on every part so far, or the thread if the model says
+    /// `test-ctrl=thread`.
+    pub fn test_ctrl_scope(&self) -> Scope {
+        self.test_ctrl_scope
     }
 
     /// The part that the model is of.

@@ -2,6 +2,7 @@
 //! and thread it belongs to, its value after reset, which bits can be written, what enumerates it, and who
 //! keeps it. (Intel SDM vol. 4, chapter 2.)
 
+use crate::bus_lock::{core_capabilities, test_ctrl};
 use crate::model::Feature;
 
 /// What a register exists once per.
@@ -96,8 +97,18 @@ const fn physical(
     MsrRow { index, name, scope, reset, writable, feature, kept: Kept::Physical }
 }
 
+/// MSR_TEST_CTRL, which later manuals call MSR_MEMORY_CTRL.
+pub const MSR_TEST_CTRL: u32 = 0x33;
+
 /// IA32_PAT after reset: WB, WT, UC-, UC, twice.
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+
+/// Bits of MSR_TEST_CTRL that exist.
+const TEST_CTRL_WRITABLE: u64 =
+    test_ctrl::UC_LOCK_DISABLE | test_ctrl::SPLIT_LOCK_DETECT | test_ctrl::SUPPRESS_LOCK;
+
+/// IA32_CORE_CAPABILITIES of every part that has it.
+const CORE_CAPABILITIES: u64 = core_capabilities::UC_LOCK_DISABLE | core_capabilities::SPLIT_LOCK_DETECT;
 
 use Feature as F;
 use Scope::{Core, Package, Thread};
@@ -106,13 +117,13 @@ use Scope::{Core, Package, Thread};
 pub static MSRS: &[MsrRow] = &[
     state(0x10, "IA32_TIME_STAMP_COUNTER", Some(F::Tsc), StateMsr::Tsc),
     physical(0x1b, "IA32_APIC_BASE", Thread, 0xfee0_0800, 0x000f_ffff_ffff_fd00, Some(F::Apic)),
-    physical(0x33, "MSR_TEST_CTRL", Core, 0, 1 << 29 | 1 << 31, Some(F::CoreCapability)),
+    physical(MSR_TEST_CTRL, "MSR_TEST_CTRL", Core, 0, TEST_CTRL_WRITABLE, Some(F::CoreCapability)),
     physical(0x3a, "IA32_FEATURE_CONTROL", Thread, 1, 0, None),
     physical(0x3b, "IA32_TSC_ADJUST", Thread, 0, u64::MAX, Some(F::TscAdjust)),
     physical(0x48, "IA32_SPEC_CTRL", Thread, 0, 0b111, Some(F::SpecCtrl)),
     physical(0x8b, "IA32_BIOS_SIGN_ID", Core, 0x1_0000_0000, u64::MAX, None),
     physical(0xce, "MSR_PLATFORM_INFO", Package, 1 << 31, 0, None),
-    physical(0xcf, "IA32_CORE_CAPABILITIES", Core, 1 << 5, 0, Some(F::CoreCapability)),
+    physical(0xcf, "IA32_CORE_CAPABILITIES", Core, CORE_CAPABILITIES, 0, Some(F::CoreCapability)),
     physical(0xe1, "IA32_UMWAIT_CONTROL", Thread, 0, 0xffff_fffd, Some(F::Waitpkg)),
     physical(0xfe, "IA32_MTRRCAP", Package, 0x508, 0, Some(F::Mtrr)),
     physical(0x10a, "IA32_ARCH_CAPABILITIES", Package, 0, 0, Some(F::ArchCapabilities)),

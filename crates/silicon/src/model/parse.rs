@@ -2,6 +2,7 @@
 
 use crate::model::feature::FEATURES;
 use crate::model::models::{self, CpuModel, Why, why};
+use crate::model::msrs::Scope;
 use crate::model::{Feature, FeatureSet, Host};
 
 /// What is wrong with a written model.
@@ -27,8 +28,8 @@ pub enum ModelError {
         /// All of them.
         known: String,
     },
-    /// Neither `+feature` nor `-feature`.
-    #[error("'{0}' in the CPU model: expected +feature or -feature")]
+    /// Neither `+feature` nor `-feature`, nor an option.
+    #[error("'{0}' in the CPU model: expected +feature, -feature, test-ctrl=core or test-ctrl=thread")]
     NoSign(String),
     /// Asked for, but not to be had here.
     #[error("CPU feature '{feature}' cannot be offered: {}", reason(.why))]
@@ -53,7 +54,8 @@ fn reason(why: &Why) -> String {
 }
 
 impl CpuModel {
-    /// Reads `model[,+feature|,-feature]…`. What a feature needs comes with it; what needs it goes with it.
+    /// Reads `model[,+feature|,-feature|,test-ctrl=core|,test-ctrl=thread]…`. What a feature needs comes with it; what
+    /// needs it goes with it. `test-ctrl` is what MSR_TEST_CTRL, which holds split-lock detection, exists once per.
     pub fn parse(text: &str) -> Result<CpuModel, ModelError> {
         let mut items = text.split(',').map(str::trim);
         let name = items.next().unwrap_or_default();
@@ -65,6 +67,7 @@ impl CpuModel {
         })?;
         let host = Host::get();
         let (mut plus, mut minus) = (FeatureSet::EMPTY, FeatureSet::EMPTY);
+        let mut test_ctrl = Scope::Core;
         for item in items {
             if let Some(name) = item.strip_prefix('+') {
                 let feature = feature(name)?;
@@ -77,11 +80,22 @@ impl CpuModel {
                 let feature = feature(name)?;
                 minus.insert(feature);
                 plus.remove(feature);
+            } else if let Some(scope) = option(item) {
+                test_ctrl = scope;
             } else {
                 return Err(ModelError::NoSign(item.into()));
             }
         }
-        Ok(CpuModel::new(row, plus, minus, host))
+        Ok(CpuModel::new(row, plus, minus, host).with_test_ctrl_scope(test_ctrl))
+    }
+}
+
+/// The scope that the option `test-ctrl=…` gives MSR_TEST_CTRL.
+fn option(item: &str) -> Option<Scope> {
+    match item.strip_prefix("test-ctrl=")? {
+        "core" => Some(Scope::Core),
+        "thread" => Some(Scope::Thread),
+        _ => None,
     }
 }
 
@@ -150,7 +164,10 @@ mod tests {
         assert!(message("zen4").starts_with("unknown CPU model 'zen4'; known models"));
         assert!(message("").starts_with("unknown CPU model ''"));
         assert!(message("max,+avx512vmbi").contains("did you mean 'avx512vbmi'?"));
-        assert_eq!(message("max,avx"), "'avx' in the CPU model: expected +feature or -feature");
+        assert_eq!(
+            message("max,avx"),
+            "'avx' in the CPU model: expected +feature, -feature, test-ctrl=core or test-ctrl=thread"
+        );
         assert_eq!(message("max,+vmx"), "CPU feature 'vmx' cannot be offered: ring3 does not execute it");
     }
 }
