@@ -16,6 +16,7 @@ use crate::mmu::ept::Ept;
 use crate::model::Features;
 use crate::state::{CodeSize, CpuState, reg};
 use crate::system::deliver::Event;
+use crate::system::window::EventWindow;
 use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
 
 /// Why the current instruction did not complete.
@@ -149,6 +150,8 @@ pub struct Cpu {
     /// Bit 26 of the exit reason: a bus lock was taken since the entry and [`Controls::bus_lock_detection`] is on. Set with
     /// every [`Exit::BusLock`], and with another exit that came in its place, which is then the only report.
     pub exit_bus_lock: bool,
+    /// How long there has been no event window.
+    pub event_window: EventWindow,
     /// A fault met in a new task before its first instruction.
     pub(crate) deferred: Option<Exception>,
     /// A single-step trap follows the running instruction.
@@ -189,6 +192,7 @@ impl Cpu {
             permit_locked_access: false,
             refused_lock: None,
             exit_bus_lock: false,
+            event_window: EventWindow::default(),
             deferred: None,
             trap_after: false,
             current_op: 0,

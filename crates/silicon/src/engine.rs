@@ -10,6 +10,7 @@ use crate::flags::Rflags;
 use crate::state::{Activity, interruptibility};
 use crate::system::debug::DR6_BS;
 use crate::system::deliver::Event;
+use crate::system::window::StallSite;
 use crate::vmx::{Exit, Injection};
 
 /// The interrupt shadows of STI and MOV SS.
@@ -28,6 +29,8 @@ enum Next {
     Block,
     /// One instruction, then look again.
     Step,
+    /// Nothing: look again at once.
+    Again,
     /// Nothing: the CPU is not active, and waits for a request in guest mode.
     Wait,
 }
@@ -50,6 +53,7 @@ impl Cpu {
     pub fn resume(&mut self) -> Exit {
         self.mmu_enter();
         self.idt_vectoring = None;
+        self.event_window.enter();
         self.refresh_local();
         self.hostexec_enter();
         let exit = self.run_guest();
@@ -71,6 +75,7 @@ impl Cpu {
                 match self.attend() {
                     Ok(Next::Block) => false,
                     Ok(Next::Step) => true,
+                    Ok(Next::Again) => continue,
                     Ok(Next::Wait) => {
                         std::thread::sleep(WAIT);
                         continue;
@@ -110,6 +115,7 @@ impl Cpu {
         self.trap_after = self.state.flag(Rflags::TF);
         let shadow = self.state.interruptibility & SHADOWS;
         let rip = self.state.rip;
+        self.stalled(StallSite::Instruction(rip), None).map_err(|exit| self.exit(exit))?;
         let block = self.fetch(true)?;
         // What an instruction hit that then did not complete is not reported.
         self.mmu.take_debug_hits();
@@ -224,6 +230,9 @@ impl Cpu {
             self.mmu_requests(requests);
             if requests & Requests::KICK != 0 {
                 self.exit_instruction_length = 0;
+                if self.pending_debug != 0 {
+                    self.event_window.hold();
+                }
                 let full = self.page_log_full();
                 return Err(if full { Exit::PageLogFull } else { Exit::ExternalInterrupt });
             }
@@ -233,6 +242,10 @@ impl Cpu {
         }
         if self.raise_pending_debug().is_err() {
             self.unwind()?;
+            if self.pending_debug != 0 {
+                // Its delivery has set off the next one, which comes before the handler's first instruction.
+                return Ok(Next::Again);
+            }
         }
         if self.controls.nmi_window_exiting && self.nmi_allowed() {
             return Err(Exit::NmiWindow);
@@ -250,6 +263,7 @@ impl Cpu {
             || self.state.any_breakpoint()
             || self.pending_debug != 0
             || self.controls.monitor_trap_flag
+            || self.event_window.stalls_instructions()
             || close_to_limit
             || (shadow && window)
         {
@@ -294,6 +308,7 @@ impl Cpu {
             || controls.interrupt_window_exiting
             || controls.nmi_window_exiting
             || controls.monitor_trap_flag
+            || self.event_window.stalls_instructions()
             || controls.instruction_limit != u64::MAX
             || !self.replay.done.is_empty();
         // Nobody else changes this bit, so it is written only when it has to be.

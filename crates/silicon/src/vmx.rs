@@ -45,6 +45,11 @@ pub struct Controls {
     pub tsc_offset: u64,
     /// TSC scaling: 16.48 fixed-point multiplier (1 << 48 = one).
     pub tsc_multiplier: u64,
+    /// Notify VM exiting (bit 31 of the secondary controls): exit with [`Exit::Notify`] when no event window has come for
+    /// the part's internal threshold and [`Controls::notify_window`].
+    pub notify_exiting: bool,
+    /// NOTIFY_WINDOW, field 4024H: ticks of the crystal clock.
+    pub notify_window: u32,
     /// Exit after every instruction (monitor trap flag).
     pub monitor_trap_flag: bool,
     /// Exit with [`Exit::Budget`] once this many instructions have completed (`u64::MAX`: never). Counted
@@ -71,9 +76,52 @@ impl Default for Controls {
             page_modification_logging: false,
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
+            notify_exiting: false,
+            notify_window: 0,
             monitor_trap_flag: false,
             instruction_limit: u64::MAX,
         }
+    }
+}
+
+/// Encoding of the NOTIFY_WINDOW field.
+pub const NOTIFY_WINDOW: u32 = 0x4024;
+/// Notify VM exiting among the secondary processor-based controls. A part that has it says so in the upper half of
+/// IA32_VMX_PROCBASED_CTLS2 (allowed-1; SDM vol. 3D, A.3.3).
+pub const SECONDARY_NOTIFY_EXITING: u32 = 1 << 31;
+
+impl Controls {
+    /// VMWRITE of a 32-bit control field: the upper half of the operand is ignored (SDM vol. 3C, VMWRITE). False: these
+    /// controls have no such field.
+    pub fn write_field(&mut self, encoding: u32, value: u64) -> bool {
+        let known = encoding == NOTIFY_WINDOW;
+        if known {
+            self.notify_window = value as u32;
+        }
+        known
+    }
+
+    /// VMREAD of a control field.
+    pub fn read_field(&self, encoding: u32) -> Option<u64> {
+        (encoding == NOTIFY_WINDOW).then_some(self.notify_window.into())
+    }
+}
+
+/// What a notify VM exit tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notify {
+    /// The guest's context is lost (bit 0 of the exit qualification): what the guest state says is not where it was.
+    pub context_invalid: bool,
+    /// The exit came in an IRET that had unblocked NMIs (bit 12). Undefined if the IDT-vectoring information is valid.
+    pub nmi_unblocking: bool,
+    /// Ticks that the window had been closed for. Hardware does not tell.
+    pub ticks: u64,
+}
+
+impl Notify {
+    /// The exit qualification.
+    pub fn qualification(&self) -> u64 {
+        u64::from(self.context_invalid) | u64::from(self.nmi_unblocking) << 12
     }
 }
 
@@ -209,6 +257,8 @@ pub enum Exit {
     /// A bus lock was taken ([`Controls::bus_lock_detection`], reason 74): the instruction or event delivery that took it
     /// is complete. Other exits say so with [`Cpu::exit_bus_lock`](crate::Cpu::exit_bus_lock).
     BusLock,
+    /// No event window for too long (reason 75).
+    Notify(Notify),
     /// [`Controls::instruction_limit`] was reached (the SDM's VMX-preemption timer, reason 52, counted in
     /// instructions).
     Budget,
@@ -246,6 +296,7 @@ impl Exit {
             Exit::Xsetbv { .. } => 55,
             Exit::PageLogFull => 62,
             Exit::BusLock => 74,
+            Exit::Notify(_) => 75,
         }
     }
 
@@ -280,6 +331,7 @@ impl Exit {
             Exit::Xsetbv { .. } => "xsetbv",
             Exit::PageLogFull => "page_log_full",
             Exit::BusLock => "bus_lock",
+            Exit::Notify(_) => "notify",
         }
     }
 }

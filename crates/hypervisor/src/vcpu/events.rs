@@ -389,6 +389,17 @@ impl Vcpu {
         }
     }
 
+    /// The event whose delivery the last exit cut short is to be injected again; the event, if there was one.
+    pub(super) fn requeue_vectored(&mut self) -> Option<Event> {
+        let event = self.cpu.idt_vectoring.take()?;
+        if event == Event::Nmi {
+            // Blocking begins anew with the delivery (kernel: `vmx_complete_interrupts`).
+            self.cpu.state.interruptibility &= !interruptibility::NMI;
+        }
+        self.events.requeue(event, self.cpu.exit_instruction_length);
+        Some(event)
+    }
+
     /// An interrupt of the interrupt controllers waits.
     pub(super) fn interrupt_pending(&self) -> bool {
         let (Some(lapic), Some(chip)) = (&self.lapic, self.vm.irqchip()) else { return false };

@@ -16,7 +16,11 @@ impl Vcpu {
     /// Acts on an exit: `Some` if it concerns user space.
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
         match exit {
-            Exit::ExternalInterrupt | Exit::InterruptWindow | Exit::NmiWindow | Exit::PageLogFull => None,
+            Exit::InterruptWindow | Exit::NmiWindow => None,
+            Exit::ExternalInterrupt | Exit::PageLogFull | Exit::Notify(_) => {
+                self.requeue_vectored();
+                None
+            }
             // Complete, with nothing left to do.
             Exit::BusLock => None,
             Exit::MonitorTrap => Some(self.step_exit()),

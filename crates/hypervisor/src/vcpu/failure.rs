@@ -49,8 +49,7 @@ fn vectoring(event: Event) -> u64 {
 impl Vcpu {
     /// The processor could not execute the instruction at RIP, or deliver an event, because there is no memory at `gpa`.
     pub(super) fn fetch_failed(&mut self, gpa: u64) -> Option<VcpuExit> {
-        if let Some(event) = self.cpu.idt_vectoring.take() {
-            self.events.requeue(event, self.cpu.exit_instruction_length);
+        if let Some(event) = self.requeue_vectored() {
             let words = [vectoring(event), REASON_EPT_MISCONFIGURATION, 0, gpa, 0];
             return Some(internal_error(KVM_INTERNAL_ERROR_DELIVERY_EV, &words, gpa));
         }
@@ -154,5 +153,18 @@ mod tests {
         assert_eq!(error.suberror, KVM_INTERNAL_ERROR_DELIVERY_EV);
         assert_eq!(error.data[..2], [0x8000_0031, REASON_EPT_MISCONFIGURATION]);
         assert_eq!(program.vcpu.vcpu_events().interrupt.injected, 1, "it waits for another attempt");
+    }
+
+    /// The length was lost, so that INT n would have returned to itself after the second attempt.
+    #[test]
+    fn a_software_interrupt_that_cannot_be_delivered_keeps_its_length() {
+        let mut program = Program::new(&[0xcd, 0x31]);
+        let mut sregs = program.vcpu.sregs();
+        sregs.ss.base = 0x5_0000;
+        program.vcpu.set_sregs(&sregs).unwrap();
+        let interrupt = Some(super::super::events::Acknowledged { vector: 0x31, software: Some(2) });
+        program.vcpu.events.interrupt = interrupt;
+        run(&mut program);
+        assert_eq!(program.vcpu.events.interrupt, interrupt);
     }
 }

@@ -18,7 +18,9 @@ const ANY32: Rflags = Rflags::RF.union(Rflags::AC).union(Rflags::ID);
 
 fn iret(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     // NMIs are unblocked even if the instruction faults (SDM vol. 3C, 25.3).
+    let unblocked = cpu.state.interruptibility & interruptibility::NMI != 0;
     cpu.state.interruptibility &= !interruptibility::NMI;
+    cpu.stalled_in_iret(unblocked)?;
     let flow = if cpu.state.real_mode() {
         iret_real(cpu, op)
     } else if cpu.state.v8086() {

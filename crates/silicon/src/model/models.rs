@@ -44,6 +44,8 @@ pub struct ModelRow {
     pub(super) max_leaf: u32,
     pub(super) base_mhz: u32,
     pub(super) turbo_mhz: u32,
+    /// Internal threshold of the notify VM exit in crystal ticks; `None`: the part has no such exit.
+    notify_threshold: Option<u32>,
 }
 
 impl ModelRow {
@@ -147,6 +149,7 @@ static NEHALEM: ModelRow = ModelRow {
     max_leaf: 0xb,
     base_mhz: 2933,
     turbo_mhz: 3333,
+    notify_threshold: None,
 };
 
 static HASWELL: ModelRow = ModelRow {
@@ -193,6 +196,7 @@ static HASWELL: ModelRow = ModelRow {
     max_leaf: 0xd,
     base_mhz: 2600,
     turbo_mhz: 3300,
+    notify_threshold: None,
 };
 
 static SKYLAKE: ModelRow = ModelRow {
@@ -230,6 +234,7 @@ static SKYLAKE: ModelRow = ModelRow {
     max_leaf: 0x16,
     base_mhz: 2100,
     turbo_mhz: 3700,
+    notify_threshold: None,
 };
 
 static SAPPHIRE_RAPIDS: ModelRow = ModelRow {
@@ -291,6 +296,7 @@ static SAPPHIRE_RAPIDS: ModelRow = ModelRow {
     max_leaf: 0x1f,
     base_mhz: 2100,
     turbo_mhz: 3800,
+    notify_threshold: Some(1024),
 };
 
 /// Everything that we know of; what is offered is what this machine and we can execute.
@@ -407,6 +413,12 @@ impl CpuModel {
         self.features.clone()
     }
 
+    /// The internal threshold of the notify VM exit, in ticks of the crystal: what the window adds to (vendors keep
+    /// theirs to themselves). `None`: the part has no such exit.
+    pub fn notify_threshold(&self) -> Option<u32> {
+        self.row.notify_threshold
+    }
+
     /// Whether `feature` is offered.
     pub fn has(&self, feature: Feature) -> bool {
         self.features.has(feature)
@@ -456,6 +468,15 @@ mod tests {
                 assert_eq!(cache.bytes % (64 * cache.ways), 0, "{} level {}", row.name, cache.level);
             }
         }
+    }
+
+    #[test]
+    fn parts_that_have_the_notify_exit() {
+        let with = |row: &&&ModelRow| row.notify_threshold.is_some();
+        assert_eq!(
+            MODELS.iter().filter(with).map(|row| row.name).collect::<Vec<_>>(),
+            ["sapphire-rapids", "max"]
+        );
     }
 
     #[test]

@@ -8,7 +8,8 @@ use crate::system::debug::{DR6_BD, DR6_TRAPS, dr7};
 use crate::system::segment::{Descriptor, code, is_null, kind};
 use crate::system::stack::Stack;
 use crate::system::task::{Nesting, TaskEntry};
-use crate::vmx::{Exit, Space};
+use crate::system::window::StallSite;
+use crate::vmx::{Exit, Notify, Space};
 
 /// What is delivered through the IDT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,10 +93,6 @@ fn combine(first: Option<Exception>, second: u8) -> Combination {
     }
 }
 
-/// Faults in the delivery of an event after which nothing new will come: the combinations end by themselves after
-/// three.
-const ENDLESS_DELIVERY: u32 = 16;
-
 /// What delivery pushes: captured before anything changes.
 struct Frame {
     event: Event,
@@ -113,25 +110,29 @@ impl Cpu {
     /// handed them over. Only an intercepted fault hands them to the hypervisor, as IDT-vectoring information.
     ///
     /// A benign fault that its own delivery causes again (#AC for a user-mode handler on an odd stack) goes on for
-    /// ever. Hypervisors intercept it for that reason; here a kick ends it, with RIP at the faulting instruction.
+    /// ever: nothing but what [`super::window`] says ends it.
     pub(crate) fn deliver(&mut self, event: Event) -> Result<(), Exit> {
         let mut current = event;
         self.mmu.take_debug_hits();
-        let mut attempts = 0u32;
         loop {
-            attempts = attempts.saturating_add(1);
-            if attempts > ENDLESS_DELIVERY && self.requests.get() & Requests::KICK != 0 {
-                return Ok(());
-            }
+            self.still_closed(Some(current), Notify::default())?;
+            self.stalled(StallSite::Delivery(current.vector()), Some(current))?;
             if self.deliver_once(current).is_ok() {
                 // Watched words that the delivery itself pushed to: a trap before the handler's first instruction.
                 self.pending_debug |= self.mmu.take_debug_hits();
+                match self.pending_debug {
+                    0 => self.event_window.open(),
+                    _ => self.event_window.tick(),
+                }
                 return Ok(());
             }
             match std::mem::replace(&mut self.pending, Pending::None) {
-                Pending::Exception(met) => current = self.met_in_delivery(current, met)?,
+                Pending::Exception(met) => {
+                    self.event_window.tick();
+                    current = self.met_in_delivery(current, met)?;
+                }
                 Pending::Exit(exit) => {
-                    self.idt_vectoring = Some(current);
+                    self.cut_short(Some(current));
                     return Err(self.delivery_exit(exit));
                 }
                 Pending::Retry | Pending::None => {
@@ -149,7 +150,7 @@ impl Cpu {
         let intercepted = |vector: u8, bitmap: u32| bitmap & (1 << vector) != 0;
         let bitmap = self.controls.exception_bitmap;
         if intercepted(met.vector, bitmap) {
-            self.idt_vectoring = Some(current);
+            self.cut_short(Some(current));
             return Err(Exit::Exception(met));
         }
         match combine(current.exception(), met.vector) {
@@ -160,7 +161,7 @@ impl Cpu {
                     self.state.cr2 = met.payload;
                 }
                 if intercepted(vector::DF, bitmap) {
-                    self.idt_vectoring = Some(current);
+                    self.cut_short(Some(current));
                     return Err(Exit::Exception(Exception::DF));
                 }
                 Ok(Event::Exception(Exception::DF))
@@ -174,7 +175,6 @@ impl Cpu {
         self.replay.waiting = None;
         self.replay.done.clear();
         self.replay.cursor = 0;
-        self.exit_instruction_length = 0;
         match exit {
             Exit::EptViolation(access) if access.space == Space::Memory => {
                 Exit::FetchFailed { gpa: access.address }
@@ -234,7 +234,7 @@ impl Cpu {
     }
 
     /// CR2 for a page fault, DR6 and DR7 for a debug exception.
-    fn record_payload(&mut self, event: Event) {
+    pub(crate) fn record_payload(&mut self, event: Event) {
         let Event::Exception(e) = event else { return };
         match e.vector {
             vector::PF => self.state.cr2 = e.payload,
@@ -501,7 +501,7 @@ impl Exception {
 
     /// Whether the flags image that its delivery pushes has RF set: fault-class exceptions. #DB is a fault
     /// only for instruction breakpoints (which leave RF alone) and general detect.
-    fn sets_resume_flag(&self) -> bool {
+    pub(crate) fn sets_resume_flag(&self) -> bool {
         match self.vector {
             vector::DB => self.payload & DR6_BD != 0,
             vector::DF | vector::MC | vector::BP | vector::OF => false,

@@ -9,3 +9,4 @@ pub(crate) mod stack;
 pub(crate) mod task;
 #[cfg(test)]
 mod tests;
+pub mod window;

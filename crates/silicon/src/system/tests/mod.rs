@@ -4,6 +4,7 @@
 mod debug;
 mod delivery;
 mod flags;
+mod notify;
 mod random;
 mod segments;
 mod tasks;
