@@ -156,6 +156,12 @@ pub struct Cpu {
     pub(crate) deferred: Option<Exception>,
     /// A single-step trap follows the running instruction.
     pub(crate) trap_after: bool,
+    /// What the running instruction or delivery leaves behind is looked at right after it.
+    pub(crate) stepping: bool,
+    /// The next instruction is to run as a single step: it takes a bus lock that is to be reported.
+    pub(crate) step_next: bool,
+    /// A bus lock has been taken and is still to be reported.
+    pub(crate) bus_lock_taken: bool,
     /// Address of the operation that ended the block; see [`Cpu::at`].
     pub(crate) current_op: usize,
     /// Address of the first operation of the running block.
@@ -195,6 +201,9 @@ impl Cpu {
             event_window: EventWindow::default(),
             deferred: None,
             trap_after: false,
+            stepping: false,
+            step_next: false,
+            bus_lock_taken: false,
             current_op: 0,
             block_start: 0,
             chain: 0,
@@ -236,8 +245,17 @@ impl Cpu {
     /// Stores a fault to be delivered and returns the token that unwinds the instruction.
     #[cold]
     pub fn raise(&mut self, exception: Exception) -> Abort {
+        self.refused_lock = None;
         self.pending = Pending::Exception(exception);
         Abort::stored()
+    }
+
+    /// Raises a fault once more that was met before and kept; [`Cpu::refused_lock`] is still its own.
+    pub(crate) fn raise_again(&mut self, exception: Exception) -> Abort {
+        let lock = self.refused_lock;
+        let abort = self.raise(exception);
+        self.refused_lock = lock;
+        abort
     }
 
     /// Stores an exit and returns the token that unwinds the instruction.
@@ -287,6 +305,7 @@ impl Cpu {
     /// Forgets the accesses that an instruction has made outside guest mode: RIP has been moved away from it, so it is
     /// not executed again.
     pub fn abandon_access(&mut self) {
+        self.end_lock_permission();
         self.replay = Replay::default();
     }
 

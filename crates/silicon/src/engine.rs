@@ -54,10 +54,12 @@ impl Cpu {
         self.mmu_enter();
         self.idt_vectoring = None;
         self.event_window.enter();
+        self.refused_lock = None;
         self.refresh_local();
         self.hostexec_enter();
         let exit = self.run_guest();
         self.hostexec_leave();
+        self.exit_bus_lock = std::mem::take(&mut self.bus_lock_taken) && self.controls.bus_lock_detection;
         self.mmu_leave();
         self.replay.cursor = 0;
         exit
@@ -122,7 +124,9 @@ impl Cpu {
         // RF holds for one instruction; IRET and task switches give a new one.
         let resume = self.state.rflags_system & Rflags::RF.bits();
         self.state.rflags_system &= !Rflags::RF.bits();
+        self.stepping = true;
         let result = self.run_block(block, false);
+        self.stepping = false;
         let undone = result.is_err();
         if undone {
             self.state.rflags_system |= resume;
@@ -131,6 +135,7 @@ impl Cpu {
             self.note_port_breakpoints();
             self.replay.done.clear();
             self.replay.cursor = 0;
+            self.end_lock_permission();
         }
         result?;
         // A shadow that this very instruction began stays; the one it ran under is over.
@@ -145,7 +150,12 @@ impl Cpu {
         if self.trap_after && !mov_ss {
             self.pending_debug |= DR6_BS;
         }
+        let bus_lock = self.bus_lock_is_due();
         self.refresh_local();
+        if bus_lock && !self.controls.monitor_trap_flag {
+            self.exit_instruction_length = 0;
+            return Err(self.exit(Exit::BusLock));
+        }
         self.raise_pending_debug()?;
         if self.controls.monitor_trap_flag {
             return Err(self.exit(Exit::MonitorTrap));
@@ -158,7 +168,7 @@ impl Cpu {
     fn raise_pending_debug(&mut self) -> Result<(), Abort> {
         if let Some(fault) = self.deferred.take() {
             self.exit_instruction_length = 0;
-            return Err(self.raise(fault));
+            return Err(self.raise_again(fault));
         }
         let held = self.state.interruptibility & interruptibility::MOV_SS != 0;
         if self.pending_debug == 0 || held {
@@ -177,6 +187,7 @@ impl Cpu {
             self.pending_debug |= DR6_BS;
         }
         self.state.activity = Activity::Active;
+        self.end_lock_permission();
     }
 
     /// Deals with why an instruction did not complete: delivers its exception, or leaves guest mode.
@@ -187,10 +198,12 @@ impl Cpu {
             Pending::Exception(exception) => {
                 self.replay.done.clear();
                 self.replay.cursor = 0;
+                self.end_lock_permission();
                 if self.controls.exception_bitmap & (1 << exception.vector) != 0 {
                     return Err(Exit::Exception(exception));
                 }
                 self.idt_vectoring = None;
+                self.refused_lock = None;
                 self.deliver(Event::Exception(exception))?;
                 self.refresh_local();
                 Ok(())
@@ -264,6 +277,8 @@ impl Cpu {
             || self.pending_debug != 0
             || self.controls.monitor_trap_flag
             || self.event_window.stalls_instructions()
+            || self.step_next
+            || self.permit_locked_access
             || close_to_limit
             || (shadow && window)
         {
@@ -309,6 +324,8 @@ impl Cpu {
             || controls.nmi_window_exiting
             || controls.monitor_trap_flag
             || self.event_window.stalls_instructions()
+            || self.step_next
+            || self.permit_locked_access
             || controls.instruction_limit != u64::MAX
             || !self.replay.done.is_empty();
         // Nobody else changes this bit, so it is written only when it has to be.

@@ -203,7 +203,7 @@ impl Cpu {
             self.state.efer &= !efer::LMA;
         }
         self.refresh_mode();
-        if changed & (cr0::PG | cr0::WP | cr0::PE | cr0::AM) != 0 {
+        if changed & (cr0::PG | cr0::WP | cr0::PE | cr0::AM | cr0::CD) != 0 {
             self.paging_changed();
         }
         Ok(())

@@ -149,7 +149,10 @@ impl Cpu {
             StateMsr::SysenterCs => state.sysenter_cs = value & 0xffff_ffff,
             StateMsr::SysenterEsp => state.sysenter_esp = value,
             StateMsr::SysenterEip => state.sysenter_eip = value,
-            StateMsr::Pat => state.pat = value,
+            StateMsr::Pat => {
+                state.pat = value;
+                self.paging_changed();
+            }
             StateMsr::Xss => state.xss = value,
             StateMsr::Efer => {
                 let old = state.efer;

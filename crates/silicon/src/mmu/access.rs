@@ -7,11 +7,7 @@ use crate::exception::Abort;
 use crate::mmu::Word;
 use crate::mmu::tlb::{Class, PAGE_MASK, PAGE_SIZE};
 use crate::mmu::walk::{Access, Kind};
-use crate::mmu::word::compare_exchange_16;
 use crate::state::Seg;
-
-/// Bytes in a host cache line: an atomic access within one needs no bus lock.
-const LINE: u64 = 64;
 
 /// A page that instructions can be fetched from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,12 +16,6 @@ pub struct ExecPage {
     pub gfn: u64,
     /// Host address of the page's first byte.
     pub host: u64,
-}
-
-/// Whether `size` bytes at host address `host` lie in one cache line.
-#[inline(always)]
-fn in_line(host: u64, size: usize) -> bool {
-    (host & (LINE - 1)) + size as u64 <= LINE
 }
 
 impl Cpu {
@@ -80,65 +70,6 @@ impl Cpu {
         }
     }
 
-    /// Reads, changes and writes a word atomically (LOCK prefix). `change` gives the new value, or `None` to
-    /// leave memory as it is; the write permission is needed in either case. Returns the old value. `change` may
-    /// be called several times, and must have no effects of its own.
-    #[inline]
-    pub fn locked<T: Word>(
-        &mut self,
-        seg: Seg,
-        lin: u64,
-        mut change: impl FnMut(T) -> Option<T>,
-    ) -> Result<T, Abort> {
-        if let Some(pointer) = self.locked_pointer::<T>(seg, lin)? {
-            return Ok(exchange_loop(pointer, change));
-        }
-        self.locked_slow(seg, lin, T::SIZE, &mut |old| change(T::from_u64(old)).map(T::to_u64))
-            .map(T::from_u64)
-    }
-
-    /// Host pointer on which one locked host instruction of `T`'s size does what the guest's does: writable,
-    /// within one cache line, valid until the end of the instruction. `None` where [`Cpu::locked`] must serve.
-    /// Faults as the access would.
-    #[inline(always)]
-    pub fn locked_pointer<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<Option<*mut T>, Abort> {
-        let host = match self.mmu.tlb.write_hit(lin, T::SIZE) {
-            Some(host) => host,
-            None => match self.host_pointer_miss(seg, lin, T::SIZE, true)? {
-                Some(pointer) => pointer as u64,
-                None => return Ok(None),
-            },
-        };
-        Ok(in_line(host, T::SIZE).then_some(host as *mut T))
-    }
-
-    /// CMPXCHG16B's access: compares and swaps 16 bytes atomically, returns the old value. The caller has
-    /// checked that `lin` is a multiple of 16.
-    pub fn locked_compare_exchange_16(
-        &mut self,
-        seg: Seg,
-        lin: u64,
-        expected: u128,
-        new: u128,
-    ) -> Result<u128, Abort> {
-        if let Some(pointer) = self.host_pointer(seg, lin, 16, true)?
-            && pointer as u64 & 15 == 0
-        {
-            // SAFETY: 16 aligned bytes of writable guest memory.
-            return Ok(unsafe { compare_exchange_16(pointer.cast(), expected, new) });
-        }
-        self.exclusive(|cpu| {
-            cpu.probe(seg, lin, 16, true)?;
-            let mut bytes = [0; 16];
-            cpu.read_bytes(seg, lin, &mut bytes)?;
-            let old = u128::from_le_bytes(bytes);
-            if old == expected {
-                cpu.write_bytes(seg, lin, &new.to_le_bytes())?;
-            }
-            Ok(old)
-        })
-    }
-
     /// Host address of `len` bytes at `lin`, for direct use until the end of the instruction: `None` where a
     /// pointer will not do (page crossing, MMIO, code page, watched page) and the byte-wise calls must serve.
     /// Faults as the access would.
@@ -190,21 +121,6 @@ impl Cpu {
         self.write_word(Seg::Ds, lin, T::SIZE, value.to_u64(), Cpu::SYSTEM_WRITE)
     }
 
-    /// Atomically changes a word with supervisor rights whatever the CPL: the busy and accessed bits of
-    /// descriptors. As [`Cpu::locked`] otherwise.
-    pub fn system_locked<T: Word>(
-        &mut self,
-        lin: u64,
-        mut change: impl FnMut(T) -> Option<T>,
-    ) -> Result<T, Abort> {
-        let class = self.mmu.tlb.class();
-        self.mmu.tlb.set_class(Class::Supervisor);
-        let result =
-            self.locked_slow(Seg::Ds, lin, T::SIZE, &mut |old| change(T::from_u64(old)).map(T::to_u64));
-        self.mmu.tlb.set_class(class);
-        result.map(T::from_u64)
-    }
-
     /// Checks that a write with supervisor rights to `len` bytes at `lin` would succeed; faults as it would.
     pub fn system_probe(&mut self, lin: u64, len: usize, write: bool) -> Result<(), Abort> {
         let access = if write { Cpu::SYSTEM_WRITE } else { Cpu::SYSTEM_READ };
@@ -234,21 +150,4 @@ impl Cpu {
 
     pub(crate) const SYSTEM_READ: Access = Access { kind: Kind::Read, class: Class::Supervisor };
     pub(crate) const SYSTEM_WRITE: Access = Access { kind: Kind::Write, class: Class::Supervisor };
-}
-
-/// Changes the word at `pointer` by compare-and-exchange until nobody came between; returns the old value.
-#[inline(always)]
-fn exchange_loop<T: Word>(pointer: *mut T, mut change: impl FnMut(T) -> Option<T>) -> T {
-    // SAFETY: callers pass a pointer that `locked_pointer` gave: writable guest memory within one line.
-    let mut old = unsafe { T::read(pointer) };
-    loop {
-        // An unchanged value is written back, as hardware does.
-        let new = change(old).unwrap_or(old);
-        // SAFETY: as above.
-        let found = unsafe { T::compare_exchange(pointer, old, new) };
-        if found == old {
-            return old;
-        }
-        old = found;
-    }
 }

@@ -6,7 +6,7 @@
 //! # What instruction handlers use ([`access`])
 //! - [`Cpu::load`], [`Cpu::store`]: one word.
 //! - [`Cpu::update`]: read, change, write back one word without LOCK, with write rights from the start.
-//! - [`Cpu::locked`], [`Cpu::locked_pointer`], [`Cpu::locked_compare_exchange_16`]: LOCK.
+//! - [`Cpu::locked`], [`Cpu::locked_pointer`], [`Cpu::locked_compare_exchange_16`]: LOCK ([`lock`]).
 //! - [`Cpu::read_bytes`], [`Cpu::write_bytes`], [`Cpu::host_pointer`]: larger operands.
 //! - [`Cpu::chunk`]: REP strings, as much of a page as there is.
 //! - [`Cpu::system_load`], [`Cpu::system_store`]: the processor's own accesses to its tables.
@@ -16,7 +16,7 @@
 //! |---|---|
 //! | CPL, RFLAGS.AC, CR0.AM | [`Cpu::mode_changed`] (a few instructions; [`Cpu::refresh_mode`] includes it) |
 //! | MOV CR3, task switch | [`Cpu::load_pdptrs`] first if PAE paging is on; then set CR3 and [`Cpu::cr3_loaded`] |
-//! | CR0, CR4, EFER | [`Cpu::load_pdptrs`] first if PAE paging is on after it; then [`Cpu::paging_changed`] |
+//! | CR0, CR4, EFER, IA32_PAT | [`Cpu::load_pdptrs`] first if PAE paging is on after it; then [`Cpu::paging_changed`] |
 //! | INVLPG | [`Cpu::flush_page`] |
 //! | INVPCID type 0, 1, 2, 3 | [`Cpu::flush_page_in`], [`Cpu::flush_context`], `flush_all(false)`, `flush_all(true)` |
 //! | PKRU (WRPKRU, XRSTOR) | [`Cpu::pkru_changed`] |
@@ -39,6 +39,7 @@ use self::tlb::{Class, Tlb};
 pub mod access;
 mod coherence;
 pub mod ept;
+mod lock;
 mod slow;
 pub(crate) mod tlb;
 mod walk;
@@ -61,14 +62,53 @@ pub struct Mmu {
     debug_hits: u64,
     /// In guest mode.
     inside: bool,
+    /// The locked access under way is the processor's own ([`Cpu::system_locked`]).
+    implicit: bool,
     link: Link,
+}
+
+/// What memory types depend on besides the paging structures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Caching {
+    /// Everything is write-back ([`Controls::ignore_pat`](crate::vmx::Controls::ignore_pat)).
+    WriteBack,
+    /// Nothing is (CR0.CD).
+    Off,
+    /// IA32_PAT says what is.
+    Pat(u64),
+}
+
+impl Default for Caching {
+    fn default() -> Caching {
+        Caching::Pat(0)
+    }
+}
+
+impl Caching {
+    fn of(cpu: &Cpu) -> Caching {
+        match () {
+            () if cpu.controls.ignore_pat => Caching::WriteBack,
+            () if cpu.state.cr0 & cr0::CD != 0 => Caching::Off,
+            () => Caching::Pat(cpu.state.pat),
+        }
+    }
+
+    /// Whether memory whose entry selects `index` of IA32_PAT is not write-back.
+    fn uncached(self, index: u64) -> bool {
+        const WRITE_BACK: u8 = 6;
+        match self {
+            Caching::WriteBack => false,
+            Caching::Off => true,
+            Caching::Pat(pat) => pat.to_le_bytes()[index as usize & 7] != WRITE_BACK,
+        }
+    }
 }
 
 /// What cached translations depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Registers {
-    /// What address spaces as a whole depend on, down to the CPU's MAXPHYADDR and 1 GiB pages.
-    layout: (u64, u64, u64, u8, bool),
+    /// What address spaces as a whole depend on, down to the CPU's MAXPHYADDR, 1 GiB pages and memory types.
+    layout: (u64, u64, u64, u8, bool, Caching),
     /// What only rights depend on.
     rights: (u64, u64),
     cr3: u64,
@@ -90,6 +130,7 @@ impl Registers {
                 state.efer & (efer::LMA | efer::NXE),
                 cpu.features.physical_bits(),
                 cpu.features.has(Feature::Pdpe1gb),
+                Caching::of(cpu),
             ),
             rights: (state.cr0 & cr0::WP, state.cr4 & (cr4::SMAP | cr4::PKE)),
             cr3: state.cr3,
@@ -111,6 +152,7 @@ impl Mmu {
             under: Registers::default(),
             debug_hits: 0,
             inside: false,
+            implicit: false,
             link: Link::new(ept.clone(), requests.clone()),
         }
     }

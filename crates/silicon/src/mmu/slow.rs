@@ -1,5 +1,5 @@
 //! Accesses that miss the first-level TLB: translation, MMIO, page crossings, code pages, data breakpoints,
-//! alignment checks.
+//! alignment checks. Locked ones are in [`super::lock`].
 #![expect(unsafe_code, reason = "guest memory is reached through raw host pointers")]
 
 use crate::cpu::Cpu;
@@ -15,20 +15,22 @@ use crate::vmx::{BusAccess, Exit, Space};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     /// Guest-physical address.
-    gpa: u64,
+    pub(super) gpa: u64,
     /// Host address, if memory backs it.
     host: Option<u64>,
     /// Stores may be done to the memory; false for read-only regions.
     writable: bool,
     /// Decoded code may be in the page: stores must be told. Means nothing for reads.
-    coded: bool,
+    pub(super) coded: bool,
     /// The page has a data breakpoint, so each access must be seen.
-    watched: bool,
+    pub(super) watched: bool,
+    /// Not write-back memory, or none: a locked access is a bus lock.
+    pub(super) uncached: bool,
 }
 
 impl Place {
     /// The memory that a store goes to; `None`: over the bus.
-    fn target(&self) -> Option<u64> {
+    pub(super) fn target(&self) -> Option<u64> {
         self.host.filter(|_| self.writable)
     }
 }
@@ -39,7 +41,7 @@ fn word_mask(size: usize) -> u64 {
 }
 
 /// Length of the first part of an access of `len` bytes at `lin`: up to the end of the page.
-fn first_part(lin: u64, len: usize) -> usize {
+pub(super) fn first_part(lin: u64, len: usize) -> usize {
     len.min((PAGE_SIZE - (lin & PAGE_MASK)) as usize)
 }
 
@@ -237,40 +239,6 @@ impl Cpu {
         Ok(host.filter(|_| direct).map(|host| host as *mut u8))
     }
 
-    /// [`Cpu::locked`] where no single host instruction will do.
-    #[cold]
-    #[inline(never)]
-    pub(crate) fn locked_slow(
-        &mut self,
-        seg: Seg,
-        lin: u64,
-        size: usize,
-        change: &mut dyn FnMut(u64) -> Option<u64>,
-    ) -> Result<u64, Abort> {
-        let access = self.explicit(Kind::Write);
-        self.check_alignment(seg, lin, size, access)?;
-        if first_part(lin, size) == size {
-            let place = self.place(seg, lin, access)?;
-            if let Some(host) = place.target()
-                && (host & 63) + size as u64 <= 64
-            {
-                let old = exchange_host(host, size, change);
-                if place.coded {
-                    self.code_written(place.gpa, size);
-                }
-                self.watch(place, lin, size, access);
-                return Ok(old);
-            }
-        }
-        // A split lock, or a device: nobody else may come between the read and the write.
-        self.exclusive(|cpu| {
-            let old = cpu.read_word(seg, lin, size, access)?;
-            let new = change(old).unwrap_or(old);
-            cpu.write_word(seg, lin, size, new, access)?;
-            Ok(old)
-        })
-    }
-
     /// [`Cpu::fetch_page`] where the fetch array misses.
     #[cold]
     #[inline(never)]
@@ -307,14 +275,14 @@ impl Cpu {
     }
 
     /// Translates `lin`, raises what it must, and enters the first level if nothing speaks against it.
-    fn place(&mut self, seg: Seg, lin: u64, access: Access) -> Result<Place, Abort> {
+    pub(super) fn place(&mut self, seg: Seg, lin: u64, access: Access) -> Result<Place, Abort> {
         let lin = self.checked(seg, lin)?;
         let (leaf, _) = self.leaf(lin, access)?;
         let gpa = leaf.page() | (lin & PAGE_MASK);
         let write = access.kind == Kind::Write;
         let Some(backing) = self.backing(gpa) else {
             let watched = self.watches(lin);
-            return Ok(Place { gpa, host: None, writable: false, coded: false, watched });
+            return Ok(Place { gpa, host: None, writable: false, coded: false, watched, uncached: true });
         };
         let (host, writable) = (backing.host(gpa), !backing.region.readonly);
         if write && writable && backing.log(gpa) {
@@ -327,7 +295,8 @@ impl Cpu {
             let page_host = host.wrapping_sub(lin & PAGE_MASK);
             self.mmu.tlb.fill(access.class, lin, leaf, page_host, claimed);
         }
-        Ok(Place { gpa, host: Some(host), writable, coded: !claimed, watched })
+        let uncached = leaf.has(Leaf::UNCACHED);
+        Ok(Place { gpa, host: Some(host), writable, coded: !claimed, watched, uncached })
     }
 
     /// Whether a store to `gpa`'s page, through `leaf`, needs nothing done that an earlier store has not done.
@@ -338,7 +307,7 @@ impl Cpu {
     }
 
     /// Linear address `at` bytes on from `lin`: it wraps at 4 GiB outside 64-bit mode.
-    fn advance(&self, lin: u64, at: usize, access: Access) -> u64 {
+    pub(super) fn advance(&self, lin: u64, at: usize, access: Access) -> u64 {
         let next = lin.wrapping_add(at as u64);
         let implicit = access.class == Class::Supervisor && self.state.cpl == 3;
         let narrow = self.state.code_size != CodeSize::Bits64 && !(implicit && self.state.long_mode());
@@ -360,7 +329,13 @@ impl Cpu {
     /// #AC(0) if alignment checking is in force and `size` bytes at `lin` are a misaligned operand (SDM vol. 3A,
     /// table 7-7; operands of 16 bytes and more have rules of their own). The silicon looks at this before it
     /// translates, so that it comes before a page fault.
-    fn check_alignment(&mut self, seg: Seg, lin: u64, size: usize, access: Access) -> Result<(), Abort> {
+    pub(super) fn check_alignment(
+        &mut self,
+        seg: Seg,
+        lin: u64,
+        size: usize,
+        access: Access,
+    ) -> Result<(), Abort> {
         let alignment = match size {
             2 | 4 | 8 => size as u64,
             10 => 8,
@@ -433,7 +408,7 @@ impl Cpu {
     }
 
     /// Records the data breakpoints that an access has hit.
-    fn watch(&mut self, place: Place, lin: u64, size: usize, access: Access) {
+    pub(super) fn watch(&mut self, place: Place, lin: u64, size: usize, access: Access) {
         if place.watched {
             self.mmu.debug_hits |= self.state.watched(lin, size as u64, access.kind == Kind::Write);
         }
@@ -472,7 +447,7 @@ fn write_host(host: u64, size: usize, value: u64) {
 }
 
 /// Changes a word of guest memory by compare-and-exchange; returns the old value.
-fn exchange_host(host: u64, size: usize, change: &mut dyn FnMut(u64) -> Option<u64>) -> u64 {
+pub(super) fn exchange_host(host: u64, size: usize, change: &mut dyn FnMut(u64) -> Option<u64>) -> u64 {
     let mut old = read_host(host, size);
     loop {
         let Some(new) = change(old) else { return old };

@@ -75,6 +75,8 @@ impl Leaf {
     pub(crate) const LARGE: u64 = 1 << 5;
     /// Part of a page of 1 GiB.
     pub(crate) const HUGE: u64 = 1 << 6;
+    /// Not write-back memory.
+    pub(crate) const UNCACHED: u64 = 1 << 7;
     /// Position of the protection key.
     pub(crate) const KEY_SHIFT: u32 = 8;
 
@@ -102,8 +104,17 @@ pub(crate) struct Entry {
     pub(crate) write: u64,
     /// Host address minus linear address.
     pub(crate) addend: u64,
-    /// Guest frame number.
-    pub(crate) gfn: u64,
+    /// Guest frame number, and [`Entry::UNCACHED`].
+    pub(crate) frame: u64,
+}
+
+impl Entry {
+    /// In `frame`: not write-back memory, locked accesses miss. The sign bit, which is quick to test.
+    const UNCACHED: u64 = 1 << 63;
+
+    fn gfn(&self) -> u64 {
+        self.frame & !Entry::UNCACHED
+    }
 }
 
 /// Second-level entry.
@@ -240,6 +251,15 @@ impl Tlb {
         hit.then(|| entry.addend.wrapping_add(lin))
     }
 
+    /// Host address of `size` bytes at `lin` for a locked access of the current class, to write-back memory.
+    #[inline(always)]
+    pub(crate) fn locked_hit(&self, lin: u64, size: usize) -> Option<u64> {
+        let entry = self.slot(lin);
+        let tag = self.tag(lin.wrapping_add(size as u64 - 1));
+        let hit = entry.write == tag && entry.frame & Entry::UNCACHED == 0;
+        hit.then(|| entry.addend.wrapping_add(lin))
+    }
+
     #[inline(always)]
     fn tag(&self, lin: u64) -> u64 {
         (lin & !PAGE_MASK) | self.space
@@ -305,7 +325,8 @@ impl Tlb {
         let entry = &mut self.l1[class as usize * L1_SLOTS + index];
         let keeps_write = entry.write == tag && entry.addend == addend;
         let write = if write || keeps_write { tag } else { 0 };
-        *entry = Entry { read: tag, write, addend, gfn: leaf.page() >> PAGE_SHIFT };
+        let uncached = if leaf.has(Leaf::UNCACHED) { Entry::UNCACHED } else { 0 };
+        *entry = Entry { read: tag, write, addend, frame: leaf.page() >> PAGE_SHIFT | uncached };
     }
 
     /// Cached translation for a fetch: guest frame number and host address of the page.
@@ -439,7 +460,7 @@ impl Tlb {
     /// Takes back the permissions to store to page `gfn` without looking.
     pub(crate) fn drop_writes_to(&mut self, gfn: u64) {
         for entry in &mut self.l1 {
-            if entry.gfn == gfn {
+            if entry.gfn() == gfn {
                 entry.write = 0;
             }
         }

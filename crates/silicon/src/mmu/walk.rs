@@ -6,6 +6,7 @@
 
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
+use crate::mmu::Caching;
 use crate::mmu::tlb::{Class, Leaf, PAGE_MASK};
 use crate::model::Feature;
 use crate::state::{cr0, cr4, efer};
@@ -16,9 +17,15 @@ mod entry {
     pub(super) const PRESENT: u64 = 1 << 0;
     pub(super) const WRITE: u64 = 1 << 1;
     pub(super) const USER: u64 = 1 << 2;
+    pub(super) const PWT: u64 = 1 << 3;
+    pub(super) const PCD: u64 = 1 << 4;
     pub(super) const ACCESSED: u64 = 1 << 5;
     pub(super) const DIRTY: u64 = 1 << 6;
     pub(super) const SIZE: u64 = 1 << 7;
+    /// Of an entry that maps a 4-KiB page.
+    pub(super) const PAT: u64 = 1 << 7;
+    /// Of an entry that maps a larger page.
+    pub(super) const PAT_LARGE: u64 = 1 << 12;
     pub(super) const GLOBAL: u64 = 1 << 8;
     pub(super) const NO_EXECUTE: u64 = 1 << 63;
     pub(super) const KEY_SHIFT: u32 = 59;
@@ -103,7 +110,7 @@ impl Cpu {
     /// Translates `lin` for `access`, setting accessed and dirty flags; raises the #PF that it meets.
     pub(crate) fn walk(&mut self, lin: u64, access: Access) -> Result<Leaf, Abort> {
         if self.state.cr0 & cr0::PG == 0 {
-            return Ok(identity(lin));
+            return Ok(self.identity(lin));
         }
         self.counters.page_walks += 1;
         for _ in 0..RESTARTS {
@@ -123,11 +130,17 @@ impl Cpu {
         Err(self.retry())
     }
 
+    /// The translation of `lin` without paging: write-back unless CR0.CD says otherwise.
+    fn identity(&self, lin: u64) -> Leaf {
+        let uncached = if Caching::of(self) == Caching::Off { Leaf::UNCACHED } else { 0 };
+        Leaf((lin & !PAGE_MASK) | Leaf::USER | Leaf::WRITE | Leaf::DIRTY | uncached)
+    }
+
     /// Translates `lin` with no effect on the guest and no regard to rights: guest-physical address, writable,
     /// user-accessible. `None` if nothing is mapped there. For debuggers.
     pub fn translate(&mut self, lin: u64) -> Option<(u64, bool, bool)> {
         let leaf = if self.state.cr0 & cr0::PG == 0 {
-            identity(lin)
+            self.identity(lin)
         } else {
             self.descend(lin, |cpu, gpa, wide| Ok(cpu.peek_entry(gpa, wide).unwrap_or(0))).ok()?.1
         };
@@ -338,6 +351,7 @@ impl Cpu {
                 | bit(last & entry::GLOBAL != 0 && self.state.cr4 & cr4::PGE != 0, Leaf::GLOBAL)
                 | bit(level > 1, Leaf::LARGE)
                 | bit(level > 2, Leaf::HUGE)
+                | bit(Caching::of(self).uncached(pat_index(last, level)), Leaf::UNCACHED)
                 | key << Leaf::KEY_SHIFT,
         )
     }
@@ -364,7 +378,10 @@ impl Cpu {
     }
 }
 
-/// The translation of `lin` without paging.
-fn identity(lin: u64) -> Leaf {
-    Leaf((lin & !PAGE_MASK) | Leaf::USER | Leaf::WRITE | Leaf::DIRTY)
+/// Which entry of IA32_PAT an entry that maps a page at `level` selects (SDM vol. 3A, table 12-11).
+fn pat_index(entry: u64, level: u32) -> u64 {
+    let pat = if level > 1 { entry::PAT_LARGE } else { entry::PAT };
+    u64::from(entry & entry::PWT != 0)
+        | u64::from(entry & entry::PCD != 0) << 1
+        | u64::from(entry & pat != 0) << 2
 }

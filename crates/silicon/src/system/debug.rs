@@ -3,20 +3,24 @@
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::flags::Rflags;
+use crate::model::Feature;
 use crate::state::{CpuState, cr4, interruptibility};
 use crate::vmx::Space;
 
 /// DR6.B0 to B3: the breakpoints that were met. Every debug exception replaces them.
 pub(crate) const DR6_TRAPS: u64 = 0xf;
+/// DR6.BLD: a bus lock was taken. Inverted in DR6, and kept there by every other debug exception; not inverted in payloads
+/// and pending debug exceptions, as in the VMCS.
+pub(crate) const DR6_BUS_LOCK: u64 = 1 << 11;
 /// DR6.BD: access to a debug register under DR7.GD.
 pub(crate) const DR6_BD: u64 = 1 << 13;
 /// DR6.BS: single step.
 pub(crate) const DR6_BS: u64 = 1 << 14;
 /// DR6.BT: switch to a task whose TSS has the T bit.
 pub(crate) const DR6_BT: u64 = 1 << 15;
-/// DR6 bits that MOV can change.
+/// DR6 bits that MOV can change; BLD too where there is bus-lock detection.
 pub(crate) const DR6_WRITABLE: u64 = DR6_TRAPS | DR6_BD | DR6_BS | DR6_BT;
-/// DR6 bits that read as one: among them BLD and RTM, whose meaning is inverted.
+/// DR6 bits that read as one: among them RTM, whose meaning is inverted, and BLD where there is no bus-lock detection.
 pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;
 
 /// DR7 bits.
@@ -138,7 +142,10 @@ impl Cpu {
     pub fn set_debug_register(&mut self, number: u8, value: u64) {
         match number {
             0..=3 => self.state.dr[usize::from(number & 3)] = value,
-            4 | 6 => self.state.dr6 = (value & DR6_WRITABLE) | DR6_FIXED,
+            4 | 6 => {
+                let own = if self.features.has(Feature::BusLockDetect) { DR6_BUS_LOCK } else { 0 };
+                self.state.dr6 = (value & (DR6_WRITABLE | own)) | (DR6_FIXED & !own);
+            }
             _ => self.state.dr7 = (value & dr7::WRITABLE) | dr7::FIXED,
         }
         self.debug_changed();

@@ -4,7 +4,7 @@ use crate::cpu::{Cpu, Pending, Requests};
 use crate::exception::{Abort, Exception, vector};
 use crate::flags::Rflags;
 use crate::state::{Activity, CodeSize, Seg, Segment, cr0, interruptibility};
-use crate::system::debug::{DR6_BD, DR6_TRAPS, dr7};
+use crate::system::debug::{DR6_BD, DR6_BUS_LOCK, DR6_TRAPS, dr7};
 use crate::system::segment::{Descriptor, code, is_null, kind};
 use crate::system::stack::Stack;
 use crate::system::task::{Nesting, TaskEntry};
@@ -112,6 +112,16 @@ impl Cpu {
     /// A benign fault that its own delivery causes again (#AC for a user-mode handler on an odd stack) goes on for
     /// ever: nothing but what [`super::window`] says ends it.
     pub(crate) fn deliver(&mut self, event: Event) -> Result<(), Exit> {
+        self.end_lock_permission();
+        // Bus locks of the delivery are looked at right after it.
+        self.stepping = true;
+        let delivered = self.deliver_serially(event);
+        self.stepping = false;
+        delivered?;
+        if self.bus_lock_is_due() { Err(Exit::BusLock) } else { Ok(()) }
+    }
+
+    fn deliver_serially(&mut self, event: Event) -> Result<(), Exit> {
         let mut current = event;
         self.mmu.take_debug_hits();
         loop {
@@ -153,6 +163,7 @@ impl Cpu {
             self.cut_short(Some(current));
             return Err(Exit::Exception(met));
         }
+        self.refused_lock = None;
         match combine(current.exception(), met.vector) {
             Combination::Serial => Ok(Event::Exception(met)),
             Combination::TripleFault => Err(Exit::TripleFault),
@@ -239,7 +250,8 @@ impl Cpu {
         match e.vector {
             vector::PF => self.state.cr2 = e.payload,
             vector::DB => {
-                self.state.dr6 = (self.state.dr6 & !DR6_TRAPS) | e.payload;
+                let kept = self.state.dr6 & !(DR6_TRAPS | e.payload & DR6_BUS_LOCK);
+                self.state.dr6 = kept | e.payload & !DR6_BUS_LOCK;
                 self.state.dr7 &= !dr7::GD;
             }
             _ => {}
@@ -399,7 +411,7 @@ impl Cpu {
         let entry = TaskEntry { nesting: Nesting::Nested, return_ip: frame.ip, flags: frame.flags };
         let late = self.switch_through_gate(gate, entry)?;
         if let Some(fault) = late {
-            return Err(self.raise(fault));
+            return Err(self.raise_again(fault));
         }
         if let Some(error_code) = frame.event.error_code() {
             let size = if self.tss_is_wide() { 4 } else { 2 };

@@ -33,6 +33,7 @@ impl Cpu {
         self.pending = Pending::None;
         self.pending_debug = 0;
         self.deferred = None;
+        self.end_lock_permission();
         self.injection = None;
         self.replay = Default::default();
         self.refresh_mode();

@@ -258,14 +258,17 @@ impl Cpu {
         self.change_descriptor_type(descriptor, |kind| kind | 1)
     }
 
-    /// Changes the type byte of a descriptor in memory (accessed and busy bits).
+    /// Changes the type byte of a descriptor in memory (accessed and busy bits), by a locked access to its eight bytes.
     pub(crate) fn change_descriptor_type(
         &mut self,
         descriptor: &Descriptor,
         change: impl Fn(u8) -> u8,
     ) -> Result<(), Abort> {
-        let at = self.system_linear(descriptor.address, 5);
-        self.system_locked(at, |old: u8| Some(change(old)))?;
+        self.system_locked(descriptor.address, |old: u64| {
+            let mut bytes = old.to_le_bytes();
+            bytes[5] = change(bytes[5]);
+            Some(u64::from_le_bytes(bytes))
+        })?;
         Ok(())
     }
 

@@ -108,6 +108,8 @@ impl Cpu {
         if old.limit < layout(old.kind()).limit {
             return Err(self.raise(Exception::ts(code(old.selector))));
         }
+        // Once the task has changed there is no going back to make this a single step.
+        self.step_for_bus_locks()?;
         let mut image = self.read_tss(tss.base(), new)?;
         self.save_task(&entry)?;
         if entry.nesting != Nesting::Nested

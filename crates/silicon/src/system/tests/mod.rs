@@ -1,6 +1,7 @@
 //! A small machine for tests of everything that goes through descriptor tables: GDT, IDT whose every handler
 //! is a HLT at a known address, TSS, flat code and data at levels 0 and 3, identity paging in IA-32e mode.
 
+mod bus_locks;
 mod debug;
 mod delivery;
 mod flags;
