@@ -359,6 +359,7 @@ pub struct CpuModel {
     pub(super) row: &'static ModelRow,
     features: Features,
     lost: Vec<Lost>,
+    removed: FeatureSet,
     test_ctrl_scope: Scope,
 }
 
@@ -369,7 +370,8 @@ impl CpuModel {
         let offered = wanted.intersection(host.offered).consistent();
         let lost = wanted.minus(offered).iter().map(|feature| Lost { feature, why: why(feature, offered) });
         let features = Features::new(offered, row.physical_bits).with_signature(row.signature());
-        CpuModel { row, features, lost: lost.collect(), test_ctrl_scope: Scope::Core }
+        let lost = lost.collect();
+        CpuModel { row, features, lost, removed: minus, test_ctrl_scope: Scope::Core }
     }
 
     /// The same with MSR_TEST_CTRL once per `scope`.
@@ -381,6 +383,11 @@ impl CpuModel {
     /// `test-ctrl=thread`.
     pub fn test_ctrl_scope(&self) -> Scope {
         self.test_ctrl_scope
+    }
+
+    /// Whether the feature was taken away by name: a hypervisor is not to offer it on its own account either.
+    pub fn removes(&self, feature: Feature) -> bool {
+        self.removed.has(feature)
     }
 
     /// The part that the model is of.
