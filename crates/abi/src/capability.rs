@@ -6,15 +6,19 @@
 use hypervisor::dirty_ring::BYTES_MAX;
 use hypervisor::msr::MCE_BANKS;
 use hypervisor::routing::MAX_ROUTES;
+use hypervisor::split_lock::VmPolicy;
 use hypervisor::system::{VCPU_IDS_MAX, VCPUS_MAX};
 use hypervisor::vcpu::GUEST_DEBUG_FLAGS;
 use hypervisor::vm::clock::CLOCK_FLAGS;
-use hypervisor::vm::policy::{DISABLE_EXITS, EXIT_HYPERCALLS, MANUAL_DIRTY_LOG, QUIRKS, X2APIC_API};
+use hypervisor::vm::policy::{
+    BUS_LOCK_EXIT, DISABLE_EXITS, EXIT_HYPERCALLS, MANUAL_DIRTY_LOG, QUIRKS, X2APIC_API,
+};
 use hypervisor::{Error, System, Vm};
 use kvm_bindings::*;
 
 use crate::coalesced::RING_PAGE;
 use crate::error::Errno;
+use crate::ring3::{RING3_CAP_PINNED_VCPUS, RING3_CAP_SPLIT_LOCK_POLICY};
 use crate::run::SYNC_REGS;
 
 /// What KVM_CHECK_EXTENSION answers.
@@ -133,6 +137,7 @@ capabilities! {
     X86_TRIPLE_FAULT_EVENT    KVM_CAP_X86_TRIPLE_FAULT_EVENT      Value(1), enable Vm::set_triple_fault_event;
     EXIT_ON_EMULATION_FAILURE KVM_CAP_EXIT_ON_EMULATION_FAILURE   Value(1), enable Vm::set_exit_on_emulation_failure;
     EXIT_HYPERCALL            KVM_CAP_EXIT_HYPERCALL              Value(EXIT_HYPERCALLS), enable Vm::set_exit_hypercalls;
+    X86_BUS_LOCK_EXIT         KVM_CAP_X86_BUS_LOCK_EXIT           Of(bus_lock_exit), enable Vm::set_bus_lock_exit;
     DISABLE_QUIRKS            KVM_CAP_DISABLE_QUIRKS              Value(1), enable Vm::disable_quirks;
     DISABLE_QUIRKS2           KVM_CAP_DISABLE_QUIRKS2             Value(QUIRKS), enable Vm::disable_quirks2;
 
@@ -171,6 +176,15 @@ capabilities! {
     KVMCLOCK_CTRL             KVM_CAP_KVMCLOCK_CTRL               Value(1);
     STEAL_TIME                KVM_CAP_STEAL_TIME                  Value(1);
     ENFORCE_PV_FEATURE_CPUID  KVM_CAP_ENFORCE_PV_FEATURE_CPUID    Value(1);
+
+    // ring3's own.
+    RING3_SPLIT_LOCK_POLICY   RING3_CAP_SPLIT_LOCK_POLICY         Value(VmPolicy::BITS), enable Vm::set_split_lock_policy;
+    RING3_PINNED_VCPUS        RING3_CAP_PINNED_VCPUS              Value(1), enable Vm::declare_pinned;
+}
+
+/// The modes of bus-lock detection, where there is any.
+fn bus_lock_exit(system: &System) -> u32 {
+    if system.detects_bus_locks() { BUS_LOCK_EXIT } else { 0 }
 }
 
 fn find(number: u64) -> Option<&'static Capability> {
@@ -214,6 +228,58 @@ mod tests {
         assert_eq!(check(KVM_CAP_USER_MEMORY.into()), 1);
         assert_eq!(check(KVM_CAP_NR_MEMSLOTS.into()), 32764);
         assert_eq!(check(KVM_CAP_MAX_VCPU_ID.into()), 4096);
+    }
+
+    /// G8: the kernel takes EXIT on processors that cannot do it, and has no way back from it.
+    #[test]
+    fn bus_lock_exits_are_honest() {
+        let on = |model: &str, mode| {
+            let system = System::new(CpuModel::parse(model).unwrap(), HostParams::default());
+            let vm = system.create_vm().unwrap();
+            let result = enable(&vm, &request(KVM_CAP_X86_BUS_LOCK_EXIT, 0, mode));
+            let checked = check_extension(&system, Some(&vm), KVM_CAP_X86_BUS_LOCK_EXIT.into());
+            (checked, result, vm)
+        };
+        for mode in [0, 3, 4, 7, 1 << 32 | 2, u64::MAX] {
+            assert_eq!(on("sapphire-rapids", mode).1, Err(Errno::INVALID), "{mode}");
+        }
+        let (checked, result, vm) = on("sapphire-rapids", 2);
+        assert_eq!((checked, result, vm.policy().bus_lock_exit()), (3, Ok(()), true));
+        enable(&vm, &request(KVM_CAP_X86_BUS_LOCK_EXIT, 0, 1)).unwrap();
+        assert!(!vm.policy().bus_lock_exit(), "and off again");
+        let (checked, result, _) = on("nehalem", 2);
+        assert_eq!((checked, result), (0, Err(Errno::INVALID)));
+        assert_eq!(on("nehalem", 1).1, Ok(()), "there is nothing to switch off");
+    }
+
+    #[test]
+    fn split_lock_policies_are_set_for_one_vm() {
+        let system = System::new(CpuModel::default(), HostParams::default());
+        let (vm, other) = (system.create_vm().unwrap(), system.create_vm().unwrap());
+        let set = |value| enable(&vm, &request(RING3_CAP_SPLIT_LOCK_POLICY, 0, value));
+        assert_eq!(check_extension(&system, None, RING3_CAP_SPLIT_LOCK_POLICY.into()), 0x11f);
+        for value in [0, 3, 0x100, 1 << 9 | 1, 1 << 32 | 1] {
+            assert_eq!(set(value), Err(Errno::INVALID), "{value:#x}");
+        }
+        for value in [0x1, 0x2, 0x4, 0x8, 0x10, 0x110] {
+            assert_eq!((set(value), u64::from(vm.policy().split_locks().bits())), (Ok(()), value));
+        }
+        assert_eq!(other.policy().split_locks().bits(), 1);
+        let off = HostParams::parse("split_lock_detect=off").unwrap();
+        let vm = System::new(CpuModel::default(), off).create_vm().unwrap();
+        let forced = enable(&vm, &request(RING3_CAP_SPLIT_LOCK_POLICY, 0, 0x101));
+        assert_eq!(forced, Err(Errno::INVALID), "nothing detects them");
+    }
+
+    #[test]
+    fn vcpus_are_declared_pinned_before_there_are_any() {
+        let system = System::new(CpuModel::default(), HostParams::parse("smt=on").unwrap());
+        let vm = system.create_vm().unwrap();
+        assert_eq!(vm.core_capabilities(), 0);
+        enable(&vm, &request(RING3_CAP_PINNED_VCPUS, 0, 1)).unwrap();
+        assert_eq!(vm.core_capabilities(), 0x30);
+        let _vcpu = vm.create_vcpu(0).unwrap();
+        assert_eq!(enable(&vm, &request(RING3_CAP_PINNED_VCPUS, 0, 0)), Err(Errno::INVALID));
     }
 
     #[test]

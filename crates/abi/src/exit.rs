@@ -1,14 +1,19 @@
 //! Why KVM_RUN returned, as `kvm_run` says it, and where the client's answer is.
 #![expect(unsafe_code, reason = "addresses of fields of memory that is shared with the client")]
 
+use hypervisor::split_lock::Policy;
 use hypervisor::vcpu::{DebugExit, HypercallExit, InternalError, MsrExit};
 use hypervisor::{Vcpu, VcpuExit};
 use kvm_bindings::*;
 
+use crate::ring3::{RING3_EXIT_SPLIT_LOCK, RING3_SPLIT_LOCK_IMPLICIT, SplitLockRecord};
 use crate::run::{PIO_DATA, RunArea, field};
 
 /// `kvm_run.hypercall.flags`: the guest is in 64-bit mode.
 const KVM_EXIT_HYPERCALL_LONG_MODE: u64 = 1 << 0;
+
+/// `kvm_run.ex.exception`: #AC.
+const AC: u32 = 17;
 
 /// Says why KVM_RUN returned; `reads`: how many reads of a port it is for.
 pub(crate) fn report(area: &RunArea, exit: &VcpuExit, reads: u32) {
@@ -69,6 +74,29 @@ pub(crate) fn report(area: &RunArea, exit: &VcpuExit, reads: u32) {
             let arch = kvm_debug_exit_arch { exception, pad: 0, pc, dr6, dr7 };
             area.set(field!(area, __bindgen_anon_1.debug.arch), arch);
             KVM_EXIT_DEBUG
+        }
+        VcpuExit::BusLock => KVM_EXIT_X86_BUS_LOCK,
+        VcpuExit::SplitLock(exit) if exit.policy == Policy::Exit => {
+            let (instruction, instruction_length) = exit.instruction;
+            let split = SplitLockRecord {
+                rip: exit.rip,
+                linear_address: exit.linear_address,
+                gpa: exit.gpa,
+                size: exit.size.into(),
+                flags: if exit.implicit { RING3_SPLIT_LOCK_IMPLICIT } else { 0 },
+                cpl: exit.cpl,
+                instruction_length,
+                instruction,
+                ..SplitLockRecord::default()
+            };
+            area.set(field!(area, __bindgen_anon_1).cast(), split);
+            RING3_EXIT_SPLIT_LOCK
+        }
+        // The thread gets SIGBUS besides.
+        VcpuExit::SplitLock(_) => {
+            area.set(field!(area, __bindgen_anon_1.ex.exception), AC);
+            area.set(field!(area, __bindgen_anon_1.ex.error_code), 0);
+            KVM_EXIT_EXCEPTION
         }
         // Only tools set a limit.
         VcpuExit::Budget => KVM_EXIT_UNKNOWN,

@@ -10,6 +10,7 @@ mod dirty_ring;
 pub mod error;
 pub mod ioctl;
 pub mod object;
+pub mod ring3;
 pub mod run;
 pub mod user;
 pub mod xcomp;

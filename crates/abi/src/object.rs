@@ -42,6 +42,9 @@ pub struct Created {
 pub enum Reply {
     /// The return value.
     Value(i32),
+    /// The return value is 0, and the calling thread is to get SIGBUS (BUS_ADRALN) as from the kernel: with its default
+    /// action if it is blocked or ignored.
+    AlignmentError,
     /// A new object; the return value is its descriptor.
     Created(Created),
     /// A file that nobody needs to serve; the return value is its descriptor.

@@ -5,11 +5,12 @@ use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 
-use hypervisor::Vcpu;
+use hypervisor::split_lock::Policy;
 use hypervisor::vcpu::RunRequest;
+use hypervisor::{Vcpu, VcpuExit};
 use kvm_bindings::{
-    KVM_EXIT_INTR, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
-    kvm_run,
+    KVM_EXIT_INTR, KVM_RUN_X86_BUS_LOCK, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    KVM_SYNC_X86_VALID_FIELDS, kvm_run,
 };
 
 use crate::error::Errno;
@@ -171,6 +172,9 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
     let result = vcpu.run_request(request);
     sync_out(&mut vcpu, area, valid);
     let state = vcpu.run_state();
+    if state.bus_lock {
+        area.set(field!(area, flags), KVM_RUN_X86_BUS_LOCK as u16);
+    }
     area.set(field!(area, if_flag), state.interrupt_flag.into());
     area.set(field!(area, ready_for_interrupt_injection), state.ready_for_interrupt.into());
     area.set(field!(area, cr8), state.cr8);
@@ -180,7 +184,8 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
             let reads = vcpu.port_reads();
             vcpu.answer = Answer::to(&exit, reads);
             exit::report(area, &exit, reads);
-            Ok(Reply::Value(0))
+            let killed = matches!(exit, VcpuExit::SplitLock(exit) if exit.policy == Policy::Kill);
+            Ok(if killed { Reply::AlignmentError } else { Reply::Value(0) })
         }
         Err(error) => {
             if matches!(error, hypervisor::Error::Interrupted) && !request.immediate_exit {

@@ -3,9 +3,13 @@
 //! Documentation/virt/kvm/x86/cpuid.rst.)
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use silicon::bus_lock::core_capabilities;
 use silicon::model::cpuid::{CpuidEntry, CpuidValues, Dynamic, Identity, read};
 use silicon::model::{CpuModel, Feature, Features};
 use silicon::state::CpuState;
+
+use crate::host::HostParams;
+use crate::split_lock;
 
 /// First leaf of the hypervisor: "KVMKVMKVM".
 pub const KVM_CPUID_SIGNATURE: u32 = 0x4000_0000;
@@ -48,14 +52,25 @@ pub mod pv {
         | 1 << CLOCKSOURCE_STABLE;
 }
 
+/// First leaf of ring3's own: "ring3ring3".
+pub const RING3_CPUID_SIGNATURE: u32 = 0x4000_0100;
+/// Leaf that says what of ring3's the guest has: EAX is the version of the layout, EBX has the bits of [`own`].
+pub const RING3_CPUID_FEATURES: u32 = 0x4000_0101;
+
+/// ring3's own features, by their bit in [`RING3_CPUID_FEATURES`]:EBX.
+pub mod own {
+    /// Version of the layout, in EAX.
+    pub const VERSION: u32 = 1;
+    /// Split locks never execute, whatever the guest writes to MSR_TEST_CTRL. A guest that sets bit 29 there gets #AC(0) for
+    /// them; for one that does not, the VM's policy decides.
+    pub const SPLIT_LOCK_FORCED_ON: u32 = 1 << 0;
+}
+
 /// Features that KVM emulates whether the processor has them or not.
 const EMULATED: [Feature; 3] = [Feature::X2apic, Feature::TscAdjust, Feature::ArchCapabilities];
 /// Features that KVM leaves to the client to switch on: they depend on the VM (MONITOR on mwait exits being off,
 /// the deadline timer on an in-kernel APIC, HT on the topology).
 const LEFT_TO_THE_CLIENT: [Feature; 3] = [Feature::Monitor, Feature::TscDeadline, Feature::Ht];
-
-/// Features of the processor that are not for guests: nothing here answers for their registers.
-const WITHHELD: [Feature; 3] = [Feature::CoreCapability, Feature::BusLockDetect, Feature::UcLockDisable];
 
 /// Why KVM_SET_CPUID2 refuses a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,6 +99,30 @@ fn set_bit(entries: &mut [CpuidEntry], feature: Feature, on: bool) {
     }
 }
 
+/// ring3's own leaves on a host that forces split-lock detection on, or does not.
+fn own_leaves(forced_on: bool) -> [CpuidEntry; 2] {
+    let [ebx, ecx, edx] = [*b"ring", *b"3rin", *b"g3\0\0"].map(u32::from_le_bytes);
+    let features = if forced_on { own::SPLIT_LOCK_FORCED_ON } else { 0 };
+    let row = |leaf, values| CpuidEntry { leaf, subleaf: 0, indexed: false, values };
+    [
+        row(RING3_CPUID_SIGNATURE, CpuidValues { eax: RING3_CPUID_FEATURES, ebx, ecx, edx }),
+        row(RING3_CPUID_FEATURES, CpuidValues { eax: own::VERSION, ebx: features, ..CpuidValues::default() }),
+    ]
+}
+
+/// Leaves out what the host does not let guests of this kind have, and adds ring3's own leaves.
+fn apply_host(table: &mut Vec<CpuidEntry>, model: &CpuModel, host: &HostParams) {
+    let capabilities = split_lock::capabilities(model, host, false);
+    if capabilities == 0 {
+        set_bit(table, Feature::CoreCapability, false);
+    }
+    if capabilities & core_capabilities::UC_LOCK_DISABLE == 0 {
+        set_bit(table, Feature::UcLockDisable, false);
+    }
+    let forced = capabilities != 0 && split_lock::forced_on(host.split_lock_detect, false);
+    table.extend(own_leaves(forced));
+}
+
 /// The hypervisor's leaves.
 fn paravirtual() -> [CpuidEntry; 2] {
     let [ebx, ecx, edx] = [*b"KVMK", *b"VMKV", *b"M\0\0\0"].map(u32::from_le_bytes);
@@ -95,10 +134,10 @@ fn paravirtual() -> [CpuidEntry; 2] {
 }
 
 /// KVM_GET_SUPPORTED_CPUID.
-pub fn supported(model: &CpuModel) -> Vec<kvm_cpuid_entry2> {
+pub fn supported(model: &CpuModel, host: &HostParams) -> Vec<kvm_cpuid_entry2> {
     let mut table = model.cpuid(&Identity::default());
     EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
-    WITHHELD.iter().chain(&LEFT_TO_THE_CLIENT).for_each(|&feature| set_bit(&mut table, feature, false));
+    LEFT_TO_THE_CLIENT.iter().for_each(|&feature| set_bit(&mut table, feature, false));
     // No topology, and clocks are the client's to tell.
     table.retain(|e| !(matches!(e.leaf, 0xb | 0x1f) && e.subleaf != 0));
     for entry in &mut table {
@@ -111,6 +150,7 @@ pub fn supported(model: &CpuModel) -> Vec<kvm_cpuid_entry2> {
     }
     fill_gaps(&mut table);
     table.extend(paravirtual());
+    apply_host(&mut table, model, host);
     table.sort_by_key(|e| (e.leaf, e.subleaf));
     table.iter().map(entry).collect()
 }
@@ -139,16 +179,20 @@ fn fill_gaps(table: &mut Vec<CpuidEntry>) {
 }
 
 /// The table that our own machine gives the vCPU `identity`: the model's, with what KVM adds and with the features
-/// that an in-kernel APIC allows.
-pub fn for_machine(model: &CpuModel, identity: &Identity) -> Vec<kvm_cpuid_entry2> {
+/// that an in-kernel APIC allows. A model with `-hypervisor` does not say that there is one: Linux has split-lock detection
+/// only then.
+pub fn for_machine(model: &CpuModel, host: &HostParams, identity: &Identity) -> Vec<kvm_cpuid_entry2> {
     let mut table = model.cpuid(identity);
     EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
     set_bit(&mut table, Feature::TscDeadline, true);
-    set_bit(&mut table, Feature::Hypervisor, true);
+    let shown = !model.removes(Feature::Hypervisor);
+    set_bit(&mut table, Feature::Hypervisor, shown);
     set_bit(&mut table, Feature::Monitor, false);
-    WITHHELD.iter().for_each(|&feature| set_bit(&mut table, feature, false));
     table.iter_mut().filter(|e| e.leaf == 5).for_each(|e| e.values = CpuidValues::default());
-    table.extend(paravirtual());
+    if shown {
+        table.extend(paravirtual());
+    }
+    apply_host(&mut table, model, host);
     table.iter().map(entry).collect()
 }
 
@@ -274,7 +318,7 @@ mod tests {
     use silicon::state::cr4;
 
     fn cpuid(model: &str) -> Cpuid {
-        Cpuid::from_entries(&supported(&CpuModel::parse(model).unwrap())).unwrap()
+        Cpuid::from_entries(&supported(&CpuModel::parse(model).unwrap(), &HostParams::default())).unwrap()
     }
 
     fn look(cpuid: &Cpuid, leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -293,7 +337,7 @@ mod tests {
 
     #[test]
     fn every_leaf_is_listed() {
-        let table = supported(&CpuModel::default());
+        let table = supported(&CpuModel::default(), &HostParams::default());
         let leaves: Vec<u32> = table.iter().map(|e| e.function).collect();
         assert!((0..=0x1f).chain(0x8000_0000..=0x8000_0008).all(|leaf| leaves.contains(&leaf)));
         assert!(leaves.is_sorted());
@@ -309,10 +353,39 @@ mod tests {
         let name: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|w| w.to_le_bytes()).collect();
         assert_eq!((eax, &name[..9]), (KVM_CPUID_FEATURES, &b"KVMKVMKVM"[..]));
         assert_eq!(spr.pv_features(), pv::SUPPORTED);
-        let mut moved = supported(&CpuModel::default());
+        let mut moved = supported(&CpuModel::default(), &HostParams::default());
         moved.iter_mut().filter(|e| e.function >> 28 == 4).for_each(|e| e.function += 0x100);
         assert_eq!(Cpuid::from_entries(&moved).unwrap().pv_features(), pv::SUPPORTED);
         assert_eq!(Cpuid::default().pv_features(), 0);
+    }
+
+    /// SL-E1, SL-E2, SL-H1: by host mode and SMT, whether detection is enumerated, and forced on.
+    #[test]
+    fn sl_h1_what_the_host_offers_is_enumerated() {
+        for (host, offered, forced) in [
+            ("", true, false),
+            ("smt=on", false, false),
+            ("split_lock_detect=off", false, false),
+            ("split_lock_detect=ratelimit:9", false, false),
+            ("split_lock_detect=fatal", true, true),
+            ("split_lock_detect=fatal smt=on", true, true),
+        ] {
+            let host = HostParams::parse(host).unwrap();
+            let model = CpuModel::default();
+            let machine = for_machine(&model, &host, &Identity::default());
+            for table in [supported(&model, &host), machine] {
+                let table = Cpuid::from_entries(&table).unwrap();
+                assert_eq!(table.features().has(Feature::CoreCapability), offered, "{host:?}");
+                let [eax, ebx, ecx, edx] = look(&table, RING3_CPUID_SIGNATURE, 0);
+                let name: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|w| w.to_le_bytes()).collect();
+                assert_eq!((eax, &name[..]), (RING3_CPUID_FEATURES, &b"ring3ring3\0\0"[..]));
+                let features = look(&table, RING3_CPUID_FEATURES, 0);
+                assert_eq!(features, [own::VERSION, forced.into(), 0, 0], "{host:?}");
+            }
+        }
+        let host = HostParams::parse("split_lock_detect=fatal").unwrap();
+        let old = Cpuid::from_entries(&supported(&CpuModel::parse("nehalem").unwrap(), &host)).unwrap();
+        assert_eq!(look(&old, RING3_CPUID_FEATURES, 0)[1], 0, "nothing to be forced on");
     }
 
     #[test]
@@ -323,7 +396,7 @@ mod tests {
         assert_eq!(look(&spr, 0x8000_0009, 0), last);
         assert_eq!(look(&spr, 0x4000_0002, 0), last);
         assert_eq!(look(&spr, 0xc000_0000, 0), last);
-        let mut amd = supported(&CpuModel::default());
+        let mut amd = supported(&CpuModel::default(), &HostParams::default());
         amd[0].ebx = u32::from_le_bytes(*b"Auth");
         assert_eq!(look(&Cpuid::from_entries(&amd).unwrap(), 0x20, 0), [0; 4]);
         assert_eq!(look(&Cpuid::default(), 1, 0), [0; 4], "no table");
@@ -345,7 +418,7 @@ mod tests {
 
     #[test]
     fn tables_that_kvm_refuses() {
-        let mut table = supported(&CpuModel::default());
+        let mut table = supported(&CpuModel::default(), &HostParams::default());
         table.iter_mut().filter(|e| e.function == 0x8000_0008).for_each(|e| e.eax = 46 | 40 << 8);
         assert_eq!(Cpuid::from_entries(&table).err(), Some(CpuidError::LinearBits(40)));
         let many = vec![kvm_cpuid_entry2::default(); CPUID_ENTRIES_MAX + 1];
@@ -353,10 +426,23 @@ mod tests {
     }
 
     #[test]
+    fn the_hypervisor_can_be_hidden() {
+        let host = HostParams::default();
+        for (name, shown) in [("sapphire-rapids", true), ("sapphire-rapids,-hypervisor", false)] {
+            let model = CpuModel::parse(name).unwrap();
+            let table = for_machine(&model, &host, &Identity::default());
+            let table = Cpuid::from_entries(&table).unwrap();
+            assert_eq!(table.features().has(Feature::Hypervisor), shown);
+            assert_eq!(table.raw(KVM_CPUID_SIGNATURE, 0).is_some(), shown);
+            assert!(table.raw(RING3_CPUID_SIGNATURE, 0).is_some());
+        }
+    }
+
+    #[test]
     fn our_machine_has_the_deadline_timer() {
         let model = CpuModel::default();
         let identity = Identity { tsc_hz: 2_100_000_000, crystal_hz: 1_000_000_000, ..Identity::default() };
-        let cpuid = Cpuid::from_entries(&for_machine(&model, &identity)).unwrap();
+        let cpuid = Cpuid::from_entries(&for_machine(&model, &HostParams::default(), &identity)).unwrap();
         let features = cpuid.features();
         assert!(features.has(Feature::TscDeadline) && features.has(Feature::Hypervisor));
         assert_eq!(look(&cpuid, 0x15, 0), [10, 21, 1_000_000_000, 0]);

@@ -49,6 +49,15 @@ pub enum Error {
     /// KVM_RUN has done what there was to do before the guest runs: call it again.
     #[error("try again")]
     Again,
+    /// The guest has made a split lock, on a host where it must not (Policy::Efault).
+    #[error(
+        "split lock at {rip:#x}; the host has split_lock_detect=fatal: fix the guest, let it set bit 29 of MSR_TEST_CTRL, \
+         or set another policy (RING3_CAP_SPLIT_LOCK_POLICY)"
+    )]
+    SplitLock {
+        /// The guest's RIP.
+        rip: u64,
+    },
     /// The interrupt controllers refuse.
     #[error(transparent)]
     IrqChip(#[from] IrqChipError),
@@ -84,6 +93,7 @@ impl Error {
             Error::Cpuid(_) => libc::EINVAL,
             Error::Interrupted => libc::EINTR,
             Error::Again => libc::EAGAIN,
+            Error::SplitLock { .. } => libc::EFAULT,
             Error::Host(e) => e.raw_os_error().unwrap_or(libc::EIO),
         }
     }

@@ -5,7 +5,10 @@ use std::str::FromStr;
 
 use silicon::topology::Shape;
 
-/// `split_lock_detect=`: what happens to split locks (kernel: arch/x86/kernel/cpu/bus_lock.c).
+use crate::split_lock::Policy;
+
+/// `split_lock_detect=`: what happens to split locks (kernel: arch/x86/kernel/cpu/intel.c; what it means for guests is in
+/// [`split_lock`](crate::split_lock)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum SplitLockDetect {
     /// Nothing.
@@ -15,6 +18,23 @@ pub enum SplitLockDetect {
     Warn,
     /// SIGBUS.
     Fatal,
+    /// Detection is off; so many bus locks a second, 1 to 1000, and who makes more has to wait.
+    RateLimit(u32),
+}
+
+impl SplitLockDetect {
+    /// `off`, `warn`, `fatal`, `ratelimit:N`.
+    fn parse(text: &str) -> Option<SplitLockDetect> {
+        Some(match text {
+            "off" => SplitLockDetect::Off,
+            "warn" => SplitLockDetect::Warn,
+            "fatal" => SplitLockDetect::Fatal,
+            _ => match text.strip_prefix("ratelimit:")?.parse() {
+                Ok(rate @ 1..=1000) => SplitLockDetect::RateLimit(rate),
+                _ => return None,
+            },
+        })
+    }
 }
 
 /// The parameters.
@@ -22,8 +42,13 @@ pub enum SplitLockDetect {
 pub struct HostParams {
     /// `smt=on|off`: two threads to a core. (The kernel has `nosmt`.)
     pub smt: bool,
-    /// `split_lock_detect=off|warn|fatal`.
+    /// `split_lock_detect=off|warn|fatal|ratelimit:N`.
     pub split_lock_detect: SplitLockDetect,
+    /// `kernel.split_lock_mitigate=0|1`: in warn mode split locks are slowed down. A sysctl: this is what it is at first,
+    /// [`System::set_split_lock_mitigate`](crate::System::set_split_lock_mitigate) sets it later.
+    pub split_lock_mitigate: bool,
+    /// `ring3.split_lock_policy=efault|kill|forward|emulate`: what VMs begin with (ring3's own parameter).
+    pub split_lock_policy: Policy,
     /// `kvm.ignore_msrs=0|1`: accesses to unknown MSRs read zero and write nothing instead of #GP.
     pub ignore_msrs: bool,
     /// `kvm.report_ignored_msrs=0|1`: and are logged.
@@ -35,6 +60,8 @@ impl Default for HostParams {
         HostParams {
             smt: false,
             split_lock_detect: SplitLockDetect::default(),
+            split_lock_mitigate: true,
+            split_lock_policy: Policy::default(),
             ignore_msrs: false,
             report_ignored_msrs: true,
         }
@@ -77,16 +104,19 @@ static PARAMS: &[Row] = &[
     Row { name: "smt", values: "on|off", set: |p, v| put(&mut p.smt, switch(v)) },
     Row {
         name: "split_lock_detect",
-        values: "off|warn|fatal",
-        set: |p, v| {
-            let mode = match v {
-                "off" => Some(SplitLockDetect::Off),
-                "warn" => Some(SplitLockDetect::Warn),
-                "fatal" => Some(SplitLockDetect::Fatal),
-                _ => None,
-            };
-            put(&mut p.split_lock_detect, mode)
-        },
+        values: "off|warn|fatal|ratelimit:1..1000",
+        set: |p, v| put(&mut p.split_lock_detect, SplitLockDetect::parse(v)),
+    },
+    Row {
+        name: "kernel.split_lock_mitigate",
+        values: "0|1",
+        set: |p, v| put(&mut p.split_lock_mitigate, module_bool(v)),
+    },
+    Row {
+        name: "ring3.split_lock_policy",
+        values: "efault|kill|forward|emulate",
+        // A client that has not asked for the exit does not know it.
+        set: |p, v| put(&mut p.split_lock_policy, Policy::parse(v).filter(|&policy| policy != Policy::Exit)),
     },
     Row { name: "kvm.ignore_msrs", values: "0|1", set: |p, v| put(&mut p.ignore_msrs, module_bool(v)) },
     Row {
@@ -176,6 +206,20 @@ mod tests {
     }
 
     #[test]
+    fn parameters_of_split_locks() {
+        let line =
+            "split_lock_detect=ratelimit:1000 kernel.split_lock_mitigate=0 ring3.split_lock_policy=emulate";
+        let params = HostParams::parse(line).unwrap();
+        assert_eq!(params.split_lock_detect, SplitLockDetect::RateLimit(1000));
+        assert_eq!((params.split_lock_mitigate, params.split_lock_policy), (false, Policy::Emulate));
+        assert_eq!(HostParams::default().split_lock_policy, Policy::Efault);
+        for wrong in ["ratelimit", "ratelimit:", "ratelimit:0", "ratelimit:1001", "ratelimit:-1", "on", ""] {
+            assert!(HostParams::parse(&format!("split_lock_detect={wrong}")).is_err(), "{wrong}");
+        }
+        assert!(HostParams::parse("ring3.split_lock_policy=exit").is_err(), "only who knows it asks for it");
+    }
+
+    #[test]
     fn smt_pairs_threads() {
         let shape = |line, cpus| HostParams::parse(line).unwrap().shape(cpus);
         assert_eq!(shape("", 4), Shape { sockets: 1, cores: 4, threads: 1 });
@@ -189,7 +233,8 @@ mod tests {
         assert_eq!(
             unknown,
             "unknown host parameter 'mitigations'; known parameters: smt=on|off \
-             split_lock_detect=off|warn|fatal kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1"
+             split_lock_detect=off|warn|fatal|ratelimit:1..1000 kernel.split_lock_mitigate=0|1 \
+             ring3.split_lock_policy=efault|kill|forward|emulate kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1"
         );
         let value = HostParams::parse("smt=maybe").unwrap_err().to_string();
         assert_eq!(value, "host parameter smt: 'maybe' is not one of on|off");

@@ -1,14 +1,18 @@
 //! The system object: what a client opens `/dev/kvm` for.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
-use silicon::model::CpuModel;
+use silicon::model::{CpuModel, Feature};
 
 use crate::cpuid;
 use crate::error::Error;
-use crate::host::HostParams;
+use crate::host::{HostParams, SplitLockDetect};
 use crate::msr;
+use crate::processors::Processors;
+use crate::split_lock::{self, RateLimit};
+use crate::time::{HostTime, Monotonic};
 use crate::vm::Vm;
 
 /// vCPUs that a VM can have (KVM_CAP_MAX_VCPUS; kernel: CONFIG_KVM_MAX_NR_VCPUS by default).
@@ -21,12 +25,81 @@ pub const VCPU_IDS_MAX: u32 = 4 * VCPUS_MAX;
 pub struct System {
     model: CpuModel,
     host: HostParams,
+    processors: Arc<Processors>,
+    time: Box<dyn HostTime>,
+    /// `kernel.split_lock_mitigate`.
+    split_lock_mitigate: AtomicBool,
+    /// `split_lock_detect=ratelimit:N`: N bus locks a second, of all VMs together.
+    bus_locks: Option<RateLimit>,
+    /// Messages about them are limited too.
+    split_lock_messages: RateLimit,
 }
+
+/// A second in nanoseconds.
+const SECOND: u64 = 1_000_000_000;
 
 impl System {
     /// A machine with processors of `model`, booted with `host`.
     pub fn new(model: CpuModel, host: HostParams) -> Arc<System> {
-        Arc::new(System { model, host })
+        System::with_time(model, host, Box::<Monotonic>::default())
+    }
+
+    /// The same with a clock of the caller's for what makes vCPUs wait.
+    pub fn with_time(model: CpuModel, host: HostParams, time: Box<dyn HostTime>) -> Arc<System> {
+        let bus_locks = match host.split_lock_detect {
+            SplitLockDetect::RateLimit(rate) => Some(RateLimit::new(rate, SECOND)),
+            _ => None,
+        };
+        Arc::new(System {
+            processors: Arc::new(Processors::new(&model, &host)),
+            time,
+            split_lock_mitigate: AtomicBool::new(host.split_lock_mitigate),
+            bus_locks,
+            // The kernel's DEFAULT_RATELIMIT_BURST and _INTERVAL.
+            split_lock_messages: RateLimit::new(10, 5 * SECOND),
+            model,
+            host,
+        })
+    }
+
+    /// The processors that vCPUs run on.
+    pub fn processors(&self) -> &Arc<Processors> {
+        &self.processors
+    }
+
+    /// The clock by which vCPUs are made to wait.
+    pub(crate) fn time(&self) -> &dyn HostTime {
+        &*self.time
+    }
+
+    /// Whether split locks are slowed down in warn mode (sysctl `kernel.split_lock_mitigate`).
+    pub fn split_lock_mitigate(&self) -> bool {
+        self.split_lock_mitigate.load(Ordering::Relaxed)
+    }
+
+    /// Sets the sysctl; it counts from the next split lock on.
+    pub fn set_split_lock_mitigate(&self, on: bool) {
+        self.split_lock_mitigate.store(on, Ordering::Relaxed);
+    }
+
+    /// The limit of `split_lock_detect=ratelimit:N`.
+    pub(crate) fn bus_lock_limit(&self) -> Option<&RateLimit> {
+        self.bus_locks.as_ref()
+    }
+
+    /// Whether a message about a split lock may be printed now.
+    pub(crate) fn may_report_split_lock(&self) -> bool {
+        self.split_lock_messages.take(self.time.now()).is_ok()
+    }
+
+    /// Whether bus locks can be made to exit (VMX bus-lock detection: there since the processors that have BLD).
+    pub fn detects_bus_locks(&self) -> bool {
+        self.model.has(Feature::BusLockDetect)
+    }
+
+    /// IA32_CORE_CAPABILITIES as the guests of this host may have it if their vCPUs are not pinned.
+    pub fn core_capabilities(&self) -> u64 {
+        split_lock::capabilities(&self.model, &self.host, false)
     }
 
     /// The processor model.
@@ -64,7 +137,7 @@ impl System {
 
     /// KVM_GET_SUPPORTED_CPUID.
     pub fn supported_cpuid(&self) -> Vec<kvm_cpuid_entry2> {
-        cpuid::supported(&self.model)
+        cpuid::supported(&self.model, &self.host)
     }
 
     /// KVM_GET_EMULATED_CPUID: what a guest may be given although the processor lacks it.
@@ -74,18 +147,18 @@ impl System {
 
     /// KVM_GET_MSR_INDEX_LIST: the registers that a client saves and restores.
     pub fn msr_index_list(&self) -> Vec<u32> {
-        msr::index_list(&self.model)
+        msr::index_list(&self.model, self.core_capabilities())
     }
 
     /// KVM_GET_MSR_FEATURE_INDEX_LIST.
     pub fn msr_feature_index_list(&self) -> Vec<u32> {
-        msr::feature_index_list()
+        msr::feature_index_list(self.core_capabilities())
     }
 
     /// KVM_GET_MSRS on the system: fills in feature registers; how many were read before the first that is none.
     pub fn get_msrs(&self, entries: &mut [kvm_msr_entry]) -> usize {
         for (done, entry) in entries.iter_mut().enumerate() {
-            match msr::feature_msr(entry.index, &self.model) {
+            match msr::feature_msr(entry.index, &self.model, self.core_capabilities()) {
                 Some(value) => entry.data = value,
                 None => return done,
             }

@@ -14,7 +14,7 @@ use libc::{c_char, c_int, c_ulong, c_void};
 use crate::mask::SET_SIGNAL_MASK;
 use crate::table::Entry;
 use crate::thread::{Inside, Running};
-use crate::{cancel, interpose, mask, next, process, raw, table};
+use crate::{cancel, interpose, mask, next, process, raw, signal, table};
 
 /// KVM_RUN.
 const RUN: u32 = (KVMIO as u32) << 8 | 0x80;
@@ -35,6 +35,8 @@ interpose! {
 enum Outcome {
     /// It is made.
     Done(Result<c_int, Errno>),
+    /// It is made, and SIGBUS comes with it.
+    AlignmentError,
     /// The descriptor is none of ours.
     NotOurs,
     /// It is not made yet; the thread is to come outside once before.
@@ -54,6 +56,10 @@ fn kvm(fd: RawFd, number: u32, argument: Argument) -> Option<c_int> {
             Outcome::Done(Err(errno)) => {
                 raw::set_errno(errno.0);
                 return Some(-1);
+            }
+            Outcome::AlignmentError => {
+                signal::force_alignment_error();
+                return Some(0);
             }
             Outcome::NotOurs => return None,
             Outcome::Again => {}
@@ -87,6 +93,7 @@ fn call(inside: &Inside, fd: RawFd, number: u32, argument: Argument) -> Outcome 
 /// A reply as the client gets it.
 fn finish(reply: Result<Reply, Errno>) -> Outcome {
     Outcome::Done(match reply {
+        Ok(Reply::AlignmentError) => return Outcome::AlignmentError,
         Ok(Reply::Value(value)) => Ok(value),
         Ok(Reply::Created(created)) => table::adopt(created),
         Ok(Reply::File(fd)) => Ok(fd.into_raw_fd()),

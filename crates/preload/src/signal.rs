@@ -131,6 +131,25 @@ pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut Sig
     result
 }
 
+/// SIGBUS for this thread as the kernel forces it on who makes a split lock (kernel: `force_sig_fault`): one that blocks or
+/// ignores it gets the default action. Called outside, for the handler may not come back.
+pub(crate) fn force_alignment_error() {
+    let mut now = no_action();
+    change(libc::SIGBUS, None, Some(&mut now));
+    let set = raw::only(libc::SIGBUS);
+    let blocked = raw::change_mask(libc::SIG_BLOCK, set) & set != 0;
+    if blocked || now.sa_sigaction == SIG_IGN {
+        change(libc::SIGBUS, Some(no_action()), None);
+    }
+    // SAFETY: all bytes zero is a valid value; the address is null, as the kernel gives it.
+    let mut info: siginfo_t = unsafe { mem::zeroed() };
+    info.si_signo = libc::SIGBUS;
+    info.si_code = libc::BUS_ADRALN;
+    // SAFETY: a structure of ours.
+    unsafe { raw::queue_to_self(libc::SIGBUS, &raw const info) };
+    raw::change_mask(libc::SIG_UNBLOCK, set);
+}
+
 /// The C library's sigaction.
 fn install(signal: c_int, new: Option<&SigAction>, old: &mut SigAction) -> c_int {
     // SAFETY: both are structures of ours.

@@ -212,7 +212,7 @@ fn create_vcpus(config: &Config, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, StartError> 
     for id in 0..cpus {
         let mut vcpu = vm.create_vcpu(id)?;
         let identity = Identity { shape, apic_id: id, ..Identity::default() };
-        vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(&config.cpu_model, &identity))?;
+        vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(&config.cpu_model, &config.host, &identity))?;
         set_firmware_msrs(&mut vcpu);
         vcpus.push(vcpu);
     }
@@ -361,6 +361,9 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender) {
             VcpuExit::Shutdown => {
                 return ender.end(Outcome::TripleFault { cpu, registers: registers::dump(vcpu) });
             }
+            VcpuExit::SplitLock(_) => {
+                return ender.end(Outcome::Host(HostEnd::Signal(libc::SIGBUS)));
+            }
             VcpuExit::InternalError(error) => {
                 format!("the guest executes instructions at {:#x}, where there is no memory", error.gpa)
             }
@@ -398,9 +401,24 @@ fn statistics(cpus: &[Arc<VcpuHandle>], startup: Duration, wall: Duration, guest
         exits,
         interrupts: cpus.iter().map(|cpu| load(&cpu.stats.interrupts)).sum(),
         halts: cpus.iter().map(|cpu| load(&cpu.stats.halts)).sum(),
+        bus_locks: cpus.iter().map(|cpu| load(&cpu.stats.bus_locks)).sum(),
+        split_locks: split_locks(cpus),
+        throttled: Duration::from_nanos(cpus.iter().map(|cpu| load(&cpu.stats.split_lock_throttle)).sum()),
         guest_memory,
         peak_resident: peak_resident(),
     }
+}
+
+/// Split locks of all virtual CPUs, by what became of them.
+fn split_locks(cpus: &[Arc<VcpuHandle>]) -> Vec<(&'static str, u64)> {
+    let mut sum: Vec<(&'static str, u64)> = Vec::new();
+    for (name, count) in cpus.iter().flat_map(|cpu| cpu.stats.split_locks()) {
+        match sum.iter_mut().find(|row| row.0 == name) {
+            Some(row) => row.1 += count,
+            None => sum.push((name, count)),
+        }
+    }
+    sum
 }
 
 /// The process's high-water mark of resident memory (proc(5), VmHWM).

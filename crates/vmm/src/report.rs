@@ -52,6 +52,12 @@ pub struct Statistics {
     pub interrupts: u64,
     /// Times that a virtual CPU slept.
     pub halts: u64,
+    /// Bus locks that the guest has taken.
+    pub bus_locks: u64,
+    /// Split locks by what became of them.
+    pub split_locks: Vec<(&'static str, u64)>,
+    /// How long virtual CPUs were held back for either.
+    pub throttled: Duration,
     /// Guest memory in bytes.
     pub guest_memory: u64,
     /// Largest resident size of the process in bytes, if the host tells.
@@ -116,6 +122,15 @@ impl fmt::Display for Statistics {
         }
         row("interrupts injected", Grouped(self.interrupts).to_string())?;
         row("sleeps in HLT", Grouped(self.halts).to_string())?;
+        if self.bus_locks != 0 {
+            row("bus locks", Grouped(self.bus_locks).to_string())?;
+        }
+        for (name, count) in self.split_locks.iter().filter(|(_, count)| *count != 0) {
+            row(&format!("split locks {name}"), Grouped(*count).to_string())?;
+        }
+        if !self.throttled.is_zero() {
+            row("held back for them", format!("{:.3} s", self.throttled.as_secs_f64()))?;
+        }
         let total = self.exits.iter().map(|(_, count)| count).sum();
         row("exits", Grouped(total).to_string())?;
         for (name, count) in self.exits.iter().filter(|(_, count)| *count != 0) {
@@ -137,15 +152,30 @@ mod tests {
             cpu: Duration::from_secs(2),
             instructions: vec![1_234_567_890, 10],
             exits: vec![("HLT", 1000), ("CPUID", 0)],
+            split_locks: vec![("warned", 7), ("emulated", 0)],
+            throttled: Duration::from_millis(70),
             guest_memory: 512 << 20,
             peak_resident: Some(100 << 20),
             ..Statistics::default()
         };
         let text = statistics.to_string();
-        for line in ["12.3 ms", "2.500 s", "1 234 567 900", "617.3 MIPS", "512 MiB", "100.0 MiB", "HLT"] {
+        for line in [
+            "12.3 ms",
+            "2.500 s",
+            "1 234 567 900",
+            "617.3 MIPS",
+            "512 MiB",
+            "100.0 MiB",
+            "HLT",
+            "split locks warned",
+            "0.070 s",
+        ] {
             assert!(text.contains(line), "{text}");
         }
-        assert!(!text.contains("CPUID"), "{text}");
+        assert!(
+            !text.contains("CPUID") && !text.contains("emulated") && !text.contains("bus locks"),
+            "{text}"
+        );
         assert_eq!(Grouped(0).to_string() + &Grouped(100).to_string(), "0100");
     }
 }

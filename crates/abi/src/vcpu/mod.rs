@@ -287,4 +287,6 @@ pub(crate) fn set_cpuid(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Er
 }
 
 #[cfg(test)]
+mod split_lock_tests;
+#[cfg(test)]
 mod tests;

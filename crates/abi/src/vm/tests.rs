@@ -27,7 +27,7 @@ impl Client {
         let row = IOCTLS.iter().find(|row| row.name == name && row.handler.takes(object)).unwrap();
         match ioctl(object, row.number(), Argument(argument))? {
             Reply::Value(value) => Ok(value),
-            Reply::Created(_) => Ok(0),
+            Reply::AlignmentError | Reply::Created(_) => Ok(0),
             Reply::File(fd) => Ok(fd.into_raw_fd()),
         }
     }

@@ -41,6 +41,10 @@ impl MsrEnv for CpuEnv<'_> {
         self.pv_features
     }
 
+    fn debugctl(&mut self) -> &mut u64 {
+        &mut self.cpu.state.debugctl
+    }
+
     fn state_msr(&self, msr: StateMsr) -> u64 {
         self.cpu.read_state_msr(msr)
     }

@@ -13,6 +13,7 @@ use silicon::model::msrs::{Kept, StateMsr, find as find_state};
 use silicon::model::{CpuModel, Feature, Features};
 
 use crate::host::HostParams;
+use crate::split_lock;
 pub use env::CpuEnv;
 use kvm_bindings::kvm_x86_mce;
 pub use mce::BANKS as MCE_BANKS;
@@ -39,6 +40,8 @@ pub trait MsrEnv {
     fn features(&self) -> &Features;
     /// The paravirtual features that the guest's CPUID enumerates.
     fn pv_features(&self) -> u32;
+    /// IA32_DEBUGCTL.
+    fn debugctl(&mut self) -> &mut u64;
     /// A register of the processor's state.
     fn state_msr(&self, msr: StateMsr) -> u64;
     /// Writes one as the guest (`host`: as the client) may; false: not with this value.
@@ -93,6 +96,7 @@ pub struct MsrState {
     pub wall_clock_changed: bool,
     ignore_unknown: bool,
     report_ignored: bool,
+    core_capabilities_offered: u64,
 }
 
 impl MsrState {
@@ -106,6 +110,7 @@ impl MsrState {
             wall_clock_changed: false,
             ignore_unknown: host.ignore_msrs,
             report_ignored: host.report_ignored_msrs,
+            core_capabilities_offered: 0,
         };
         state.put(Slot::ArchCapabilities, arch_capabilities(model));
         state.put(Slot::UcodeRevision, UCODE_REV);
@@ -115,12 +120,30 @@ impl MsrState {
         state
     }
 
+    /// A new vCPU may have these bits of IA32_CORE_CAPABILITIES, and has them at first.
+    pub fn offer_core_capabilities(&mut self, offered: u64) {
+        self.core_capabilities_offered = offered;
+        self.put(Slot::CoreCapabilities, offered);
+    }
+
+    /// MSR_TEST_CTRL as the guest has it; what the processor does is another matter ([`split_lock`]).
+    pub fn test_ctrl(&self) -> u64 {
+        self.get(Slot::TestControl)
+    }
+
+    /// Bits of MSR_TEST_CTRL that the guest can write.
+    pub fn test_ctrl_bits(&self) -> u64 {
+        split_lock::test_ctrl_bits(self.get(Slot::CoreCapabilities))
+    }
+
     /// RESET (not INIT): the registers that it sets (kernel: `kvm_vcpu_reset`).
     pub fn reset(&mut self) {
         self.init();
         self.put(Slot::MiscEnable, MISC_ENABLE_RESET);
         self.put(Slot::Smbase, 0x3_0000);
-        for slot in [Slot::MiscFeatures, Slot::SpecCtrl, Slot::FeatureControl, Slot::UmwaitControl] {
+        for slot in
+            [Slot::MiscFeatures, Slot::SpecCtrl, Slot::FeatureControl, Slot::UmwaitControl, Slot::TestControl]
+        {
             self.put(slot, 0);
         }
     }
@@ -213,6 +236,19 @@ impl MsrState {
         }
     }
 
+    /// The row of `index`, if the guest's CPUID (or the caller being the client) gives access to it.
+    fn known(&self, index: u32, host: bool, env: &dyn MsrEnv) -> Result<&'static Row, MsrError> {
+        let row = table::find(index).ok_or(MsrError::Unsupported(index))?;
+        let not_offered = row.split_lock && self.core_capabilities_offered == 0;
+        if not_offered || row.pv.is_some_and(|bit| env.pv_features() & (1 << bit) == 0) {
+            return Err(MsrError::Unsupported(index));
+        }
+        if !host && row.feature.is_some_and(|feature| !env.features().has(feature)) {
+            return Err(MsrError::Refused(index));
+        }
+        Ok(row)
+    }
+
     fn report(&self, what: &str, index: u32, value: u64) {
         if self.report_ignored {
             tracing::warn!("ignored {what}: {index:#x} data {value:#x}");
@@ -226,7 +262,7 @@ impl MsrState {
                 false => Err(MsrError::Refused(index)),
             };
         }
-        let row = known(index, host, env)?;
+        let row = self.known(index, host, env)?;
         match row.read {
             Read::No => Err(MsrError::Unsupported(index)),
             Read::Host(_) if !host => Err(MsrError::Refused(index)),
@@ -250,7 +286,7 @@ impl MsrState {
             }
             return done((host || guest_has(msr, env)) && env.set_state_msr(msr, value, host));
         }
-        let row = known(index, host, env)?;
+        let row = self.known(index, host, env)?;
         match row.write {
             Write::No => Err(MsrError::Unsupported(index)),
             Write::Ignore => Ok(()),
@@ -305,43 +341,40 @@ fn guest_has(msr: StateMsr, env: &dyn MsrEnv) -> bool {
     }
 }
 
-/// The row of `index`, if the guest's CPUID (or the caller being the client) gives access to it.
-fn known(index: u32, host: bool, env: &dyn MsrEnv) -> Result<&'static Row, MsrError> {
-    let row = table::find(index).ok_or(MsrError::Unsupported(index))?;
-    if row.pv.is_some_and(|bit| env.pv_features() & (1 << bit) == 0) {
-        return Err(MsrError::Unsupported(index));
-    }
-    if !host && row.feature.is_some_and(|feature| !env.features().has(feature)) {
-        return Err(MsrError::Refused(index));
-    }
-    Ok(row)
-}
-
 /// What KVM makes of the processor's IA32_ARCH_CAPABILITIES (kernel: `kvm_get_arch_capabilities`).
 fn arch_capabilities(model: &CpuModel) -> u64 {
     let taa = if model.has(Feature::Rtm) { 0 } else { ARCH_CAP_TAA_NO };
     model.arch_capabilities() & !taa
 }
 
-/// KVM_GET_MSR_INDEX_LIST: the registers that a client saves and restores, for processors of `model`.
-pub fn index_list(model: &CpuModel) -> Vec<u32> {
+/// KVM_GET_MSR_INDEX_LIST: the registers that a client saves and restores, for processors of `model` whose guests may have
+/// these bits of IA32_CORE_CAPABILITIES.
+pub fn index_list(model: &CpuModel, core_capabilities: u64) -> Vec<u32> {
     let features = model.features();
     let state = silicon::model::msrs::MSRS.iter().filter(|row| {
         let saved = !matches!(row.kept, Kept::State(StateMsr::Efer | StateMsr::FsBase | StateMsr::GsBase));
         saved && matches!(row.kept, Kept::State(_)) && row.feature.is_none_or(|f| features.has(f))
     });
-    let kept = rows().iter().filter(|row| row.listed && row.feature.is_none_or(|f| features.has(f)));
+    let kept = rows().iter().filter(|row| {
+        let offered = !row.split_lock || core_capabilities != 0;
+        row.listed && offered && row.feature.is_none_or(|f| features.has(f))
+    });
     state.map(|row| row.index).chain(kept.flat_map(|row| row.first..=row.last)).collect()
 }
 
 /// KVM_GET_MSR_FEATURE_INDEX_LIST.
-pub fn feature_index_list() -> Vec<u32> {
-    vec![table::UCODE_REV, table::ARCH_CAPABILITIES, table::PERF_CAPABILITIES]
+pub fn feature_index_list(core_capabilities: u64) -> Vec<u32> {
+    let mut list = vec![table::UCODE_REV, table::ARCH_CAPABILITIES, table::PERF_CAPABILITIES];
+    if core_capabilities != 0 {
+        list.push(table::CORE_CAPABILITIES);
+    }
+    list
 }
 
 /// KVM_GET_MSRS on the system: the value that a feature register would have at best.
-pub fn feature_msr(index: u32, model: &CpuModel) -> Option<u64> {
+pub fn feature_msr(index: u32, model: &CpuModel, core_capabilities: u64) -> Option<u64> {
     match index {
+        table::CORE_CAPABILITIES if core_capabilities != 0 => Some(core_capabilities),
         table::UCODE_REV => Some(UCODE_REV),
         table::ARCH_CAPABILITIES => Some(arch_capabilities(model)),
         table::PERF_CAPABILITIES => Some(0),

@@ -1,6 +1,8 @@
 //! The registers that KVM knows, one row each.
 
+use silicon::bus_lock::debugctl;
 use silicon::model::Feature;
+use silicon::model::msrs::MSR_TEST_CTRL;
 
 use super::{
     CPUID_FAULT, FEATURE_CONTROL_LMCE, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_SUPPORTED, MISC_ENABLE_EMON,
@@ -9,12 +11,14 @@ use super::{
 use crate::cpuid::pv;
 
 pub(super) const UCODE_REV: u32 = 0x8b;
+pub(super) const CORE_CAPABILITIES: u32 = 0xcf;
 pub(super) const ARCH_CAPABILITIES: u32 = 0x10a;
 pub(super) const PERF_CAPABILITIES: u32 = 0x345;
 
 /// Registers that are one stored value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot {
+    TestControl,
     SmiCount,
     FeatureControl,
     TscAdjust,
@@ -22,11 +26,11 @@ pub(super) enum Slot {
     UcodeRevision,
     Smbase,
     PlatformInfo,
+    CoreCapabilities,
     UmwaitControl,
     ArchCapabilities,
     MiscFeatures,
     MiscEnable,
-    DebugControl,
     PowerControl,
     PerfCapabilities,
     HardwareConfiguration,
@@ -89,6 +93,8 @@ pub(super) struct Row {
     pub(super) pv: Option<u8>,
     /// KVM_GET_MSR_INDEX_LIST has it.
     pub(super) listed: bool,
+    /// It exists where split-lock detection is offered.
+    pub(super) split_lock: bool,
 }
 
 const fn row(index: u32, name: &'static str, read: Read, write: Write) -> Row {
@@ -96,7 +102,7 @@ const fn row(index: u32, name: &'static str, read: Read, write: Write) -> Row {
 }
 
 const fn range(first: u32, last: u32, name: &'static str, read: Read, write: Write) -> Row {
-    Row { first, last, name, read, write, feature: None, pv: None, listed: false }
+    Row { first, last, name, read, write, feature: None, pv: None, listed: false, split_lock: false }
 }
 
 const fn slot(index: u32, name: &'static str, slot: Slot) -> Row {
@@ -110,6 +116,10 @@ impl Row {
     }
     const fn pv(mut self, bit: u8) -> Row {
         self.pv = Some(bit);
+        self
+    }
+    const fn split_lock(mut self) -> Row {
+        self.split_lock = true;
         self
     }
     const fn listed(mut self) -> Row {
@@ -161,6 +171,10 @@ static ROWS: &[Row] = &[
     ),
     zero(0x2a, 0x2a, "MSR_EBL_CR_POWERON"),
     row(0x2c, "MSR_EBC_FREQUENCY_ID", Read::Value(1 << 24), Write::No),
+    row(MSR_TEST_CTRL, "MSR_TEST_CTRL", Read::Slot(Slot::TestControl), Write::Call(write_test_control))
+        .needs(Feature::CoreCapability)
+        .split_lock()
+        .listed(),
     row(0x34, "MSR_SMI_COUNT", Read::Slot(Slot::SmiCount), Write::Host(Slot::SmiCount)).listed(),
     row(0x3a, "IA32_FEATURE_CONTROL", Read::Slot(Slot::FeatureControl), Write::Call(write_feature_control))
         .listed(),
@@ -182,6 +196,15 @@ static ROWS: &[Row] = &[
     quiet(0xc1, 0xc2, "MSR_P6_PERFCTR0, 1"),
     row(0xcd, "MSR_FSB_FREQ", Read::Value(3), Write::No),
     row(0xce, "MSR_PLATFORM_INFO", Read::Slot(Slot::PlatformInfo), Write::Call(write_platform_info)).listed(),
+    row(
+        CORE_CAPABILITIES,
+        "IA32_CORE_CAPABILITIES",
+        Read::Slot(Slot::CoreCapabilities),
+        Write::Call(write_core_capabilities),
+    )
+    .needs(Feature::CoreCapability)
+    .split_lock()
+    .listed(),
     row(
         0xe1,
         "IA32_UMWAIT_CONTROL",
@@ -211,7 +234,13 @@ static ROWS: &[Row] = &[
     row(0x198, "IA32_PERF_STATUS", Read::Value(1000 | 4 << 40), Write::No),
     zero(0x199, 0x199, "IA32_PERF_CTL"),
     row(0x1a0, "IA32_MISC_ENABLE", Read::Slot(Slot::MiscEnable), Write::Call(write_misc_enable)).listed(),
-    row(0x1d9, "IA32_DEBUGCTL", Read::Slot(Slot::DebugControl), Write::Call(write_debug_control)).listed(),
+    row(
+        0x1d9,
+        "IA32_DEBUGCTL",
+        Read::Call(|_, _, _, env| Some(*env.debugctl())),
+        Write::Call(write_debug_control),
+    )
+    .listed(),
     zero(0x1db, 0x1de, "MSR_LASTBRANCHFROMIP to MSR_LASTINTTOIP").listed(),
     slot(0x1fc, "MSR_POWER_CTL", Slot::PowerControl).listed(),
     range(0x200, 0x26f, "IA32_MTRR_PHYSBASE0 to IA32_MTRR_FIX4K_F8000", MTRR_READ, MTRR_WRITE),
@@ -379,11 +408,36 @@ fn write_misc_enable(state: &mut MsrState, _: u32, value: u64, host: bool, _: &m
     allowed
 }
 
-/// No bit is supported yet. Last-branch records and branch single-stepping are accepted and dropped, as KVM does
-/// for old kernels.
-fn write_debug_control(state: &mut MsrState, _: u32, value: u64, _: bool, _: &mut dyn MsrEnv) -> bool {
-    state.put(Slot::DebugControl, 0);
-    value & !0b11 == 0
+/// What the guest writes is kept; [`crate::vcpu`] makes of it what the host allows.
+fn write_test_control(state: &mut MsrState, _: u32, value: u64, _: bool, _: &mut dyn MsrEnv) -> bool {
+    let valid = value & !state.test_ctrl_bits() == 0;
+    if valid {
+        state.put(Slot::TestControl, value);
+    }
+    valid
+}
+
+/// The client may take capabilities away. What they enumerated is off then.
+fn write_core_capabilities(state: &mut MsrState, _: u32, value: u64, host: bool, _: &mut dyn MsrEnv) -> bool {
+    let valid = host && value & !state.core_capabilities_offered == 0;
+    if valid {
+        state.put(Slot::CoreCapabilities, value);
+        let bits = state.test_ctrl_bits();
+        state.put(Slot::TestControl, state.get(Slot::TestControl) & bits);
+    }
+    valid
+}
+
+/// BLD alone is supported, where the guest has it. Last-branch records and branch single-stepping are accepted and dropped,
+/// as KVM does for old kernels (kernel: `vmx_get_supported_debugctl`).
+fn write_debug_control(_: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
+    let bld = host || env.features().has(Feature::BusLockDetect);
+    let supported = if bld { debugctl::BUS_LOCK_DETECT } else { 0 };
+    let valid = value & !(supported | 0b11) == 0;
+    if valid {
+        *env.debugctl() = value & supported;
+    }
+    valid
 }
 
 /// McStatusWrEn and TscFreqSel can be set; three others are ignored.

@@ -13,6 +13,7 @@ struct Fake {
     apic_base: u64,
     tsc: u64,
     deadline: u64,
+    debugctl: u64,
 }
 
 impl Default for Fake {
@@ -26,6 +27,7 @@ impl Default for Fake {
             apic_base: 0xfee0_0900,
             tsc: 1000,
             deadline: 0,
+            debugctl: 0,
         }
     }
 }
@@ -36,6 +38,9 @@ impl MsrEnv for Fake {
     }
     fn pv_features(&self) -> u32 {
         self.pv
+    }
+    fn debugctl(&mut self) -> &mut u64 {
+        &mut self.debugctl
     }
     fn state_msr(&self, msr: StateMsr) -> u64 {
         match msr {
@@ -141,7 +146,8 @@ fn write_rules() {
         (0x1a0, 0, GUEST, false),
         (0x1a0, 0, CLIENT, true),
         (0x1d9, 3, GUEST, true),
-        (0x1d9, 1 << 2, GUEST, false),
+        (0x1d9, 1 << 2, GUEST, true),
+        (0x1d9, 1 << 3, GUEST, false),
         (0x345, 1, CLIENT, false),
         (0x80f, 0, GUEST, false),
         (0x80b, 0, GUEST, true),
@@ -287,7 +293,9 @@ fn unknown_registers_can_be_ignored() {
 #[test]
 fn lists() {
     let model = CpuModel::default();
-    let list = index_list(&model);
+    let list = index_list(&model, 0);
+    assert!(!list.contains(&0x33) && !list.contains(&0xcf), "split-lock detection is not offered");
+    assert!([0x33, 0xcf].iter().all(|index| index_list(&model, 1 << 5).contains(index)));
     for index in [0x10, 0x11, 0x12, 0x3b, 0x6e0, 0x174, 0x277, 0x1a0, 0xc000_0081, 0x4b56_4d01] {
         assert!(list.contains(&index), "{index:#x}");
     }
@@ -296,7 +304,63 @@ fn lists() {
     for index in &list {
         assert!(state().read(*index, CLIENT, &mut env).is_ok(), "{index:#x} can be saved");
     }
-    for index in feature_index_list() {
-        assert!(feature_msr(index, &model).is_some());
+    for capabilities in [0, 1 << 5] {
+        for index in feature_index_list(capabilities) {
+            assert!(feature_msr(index, &model, capabilities).is_some());
+        }
+        assert_eq!(feature_msr(0xcf, &model, capabilities), Some(capabilities).filter(|&value| value != 0));
     }
+}
+
+/// B1: what is written is read back, other bits are #GP, and without the capability there is no such register.
+#[test]
+fn sl_b1_the_guests_test_control() {
+    let (mut msrs, mut env) = (state(), Fake::default());
+    for index in [0x33, 0xcf] {
+        assert_eq!(msrs.read(index, GUEST, &mut env), Err(MsrError::Unsupported(index)));
+        assert_eq!(msrs.write(index, 0, GUEST, &mut env), Err(MsrError::Unsupported(index)));
+    }
+    msrs.offer_core_capabilities(1 << 5);
+    assert_eq!(msrs.read(0xcf, GUEST, &mut env), Ok(1 << 5));
+    assert_eq!(msrs.write(0xcf, 1 << 5, GUEST, &mut env), Err(MsrError::Refused(0xcf)));
+    for value in [1 << 29, 0, 1 << 29] {
+        assert_eq!(msrs.write(0x33, value, GUEST, &mut env), Ok(()));
+        assert_eq!((msrs.read(0x33, GUEST, &mut env), msrs.test_ctrl()), (Ok(value), value));
+    }
+    for value in [1 << 28, 1 << 31, 1, 1 << 29 | 1 << 30] {
+        assert_eq!(msrs.write(0x33, value, GUEST, &mut env), Err(MsrError::Refused(0x33)), "{value:#x}");
+    }
+    // The client may give less than there is, but not more.
+    assert_eq!(msrs.write(0xcf, 1 << 4, CLIENT, &mut env), Err(MsrError::Refused(0xcf)));
+    assert_eq!(msrs.write(0xcf, 0, CLIENT, &mut env), Ok(()));
+    assert_eq!(msrs.read(0x33, GUEST, &mut env), Ok(0));
+    assert_eq!(msrs.write(0x33, 1 << 29, CLIENT, &mut env), Err(MsrError::Refused(0x33)));
+}
+
+#[test]
+fn sl_b1_a_guest_without_core_capability_has_no_test_control() {
+    let (mut msrs, mut env) = (state(), Fake::default());
+    msrs.offer_core_capabilities(1 << 5);
+    let mut features = Host::get().offered;
+    features.remove(Feature::CoreCapability);
+    env.features = Features::new(features, 46);
+    assert_eq!(msrs.read(0x33, GUEST, &mut env), Err(MsrError::Refused(0x33)));
+    assert_eq!(msrs.read(0xcf, GUEST, &mut env), Err(MsrError::Refused(0xcf)));
+    assert_eq!(
+        msrs.write(0x33, 1 << 29, CLIENT, &mut env),
+        Ok(()),
+        "the client restores before it sets CPUID"
+    );
+}
+
+#[test]
+fn bus_lock_debug_exceptions_are_switched_by_debugctl() {
+    let (mut msrs, mut env) = (state(), Fake::default());
+    assert_eq!(msrs.write(0x1d9, 0b111, GUEST, &mut env), Ok(()));
+    assert_eq!(msrs.read(0x1d9, GUEST, &mut env), Ok(1 << 2), "LBR and BTF are dropped");
+    let mut features = Host::get().offered;
+    features.remove(Feature::BusLockDetect);
+    env.features = Features::new(features, 46);
+    assert_eq!(msrs.write(0x1d9, 1 << 2, GUEST, &mut env), Err(MsrError::Refused(0x1d9)));
+    assert_eq!(msrs.write(0x1d9, 1 << 2, CLIENT, &mut env), Ok(()));
 }

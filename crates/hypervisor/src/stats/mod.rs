@@ -126,6 +126,24 @@ statistics! {
     instructions "instructions" Count;
     /// KVM_RUN calls that returned to the caller.
     user_exits "user_exits" Count;
+    /// Bus locks taken, as of the last exit.
+    bus_locks "bus_locks" Count;
+    /// Split locks that the guest got #AC for, because it asked for it or by policy.
+    split_locks_forwarded "split_locks_forwarded" Count;
+    /// Split locks that the host has warned of and let through.
+    split_locks_warned "split_locks_warned" Count;
+    /// Split locks that were made with the VM's other vCPUs standing still.
+    split_locks_emulated "split_locks_emulated" Count;
+    /// Split locks that ended KVM_RUN with EFAULT.
+    split_locks_efault "split_locks_efault" Count;
+    /// Split locks that the client was told of by an exit.
+    split_locks_exit "split_locks_exit" Count;
+    /// Split locks that the client got SIGBUS for.
+    split_locks_killed "split_locks_killed" Count;
+    /// Locks on memory that is not write-back that the processor has refused.
+    uc_locks "uc_locks_refused" Count;
+    /// Time that the vCPU was held back for split locks and bus locks.
+    split_lock_throttle "split_lock_throttle_ns" Nanoseconds;
 }
 
 statistics! {
@@ -167,6 +185,19 @@ impl VcpuStats {
         if woken {
             self.wakeups.count();
         }
+    }
+
+    /// Split locks by what became of them.
+    pub fn split_locks(&self) -> [(&'static str, u64); 6] {
+        [
+            ("forwarded", &self.split_locks_forwarded),
+            ("warned", &self.split_locks_warned),
+            ("emulated", &self.split_locks_emulated),
+            ("efault", &self.split_locks_efault),
+            ("exit", &self.split_locks_exit),
+            ("killed", &self.split_locks_killed),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
     }
 
     /// Exits by reason: name and count, the frequent ones first.

@@ -94,7 +94,8 @@ impl Vcpu {
         };
         let has = |flag: u32, vector: u8| if control & flag != 0 { 1 << vector } else { 0 };
         let controls = &mut self.cpu.controls;
-        controls.exception_bitmap = has(KVM_GUESTDBG_USE_SW_BP, vector::BP)
+        controls.exception_bitmap = self.locks.intercepted()
+            | has(KVM_GUESTDBG_USE_SW_BP, vector::BP)
             | has(KVM_GUESTDBG_USE_HW_BP | KVM_GUESTDBG_SINGLESTEP, vector::DB);
         controls.mov_dr_exiting = control & KVM_GUESTDBG_USE_HW_BP != 0;
         controls.monitor_trap_flag = control & KVM_GUESTDBG_SINGLESTEP != 0;
@@ -134,10 +135,7 @@ impl Vcpu {
                 Some(VcpuExit::Debug(DebugExit { exception: vector::BP.into(), pc, dr6: 0, dr7: 0 }))
             }
             vector::DB => Some(self.debug_exit(exception.payload)),
-            _ => {
-                self.events.raise(exception);
-                None
-            }
+            _ => self.refused_or_raised(exception),
         }
     }
 

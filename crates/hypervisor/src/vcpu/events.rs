@@ -343,7 +343,7 @@ impl Vcpu {
     }
 
     /// The event that has to go in before any other.
-    fn next_injection(&mut self) -> Option<Injection> {
+    pub(super) fn next_injection(&mut self) -> Option<Injection> {
         if let Some(exception) = self.events.injected.take() {
             return Some(self.injection_of(exception));
         }

@@ -21,7 +21,7 @@ impl Vcpu {
                 self.requeue_vectored();
                 None
             }
-            // Complete, with nothing left to do.
+            // That there was one is noted of every exit, since another may have come in its place.
             Exit::BusLock => None,
             Exit::MonitorTrap => Some(self.step_exit()),
             Exit::Io(access) => self.port_access(access),

@@ -65,6 +65,22 @@ impl VcpuHandle {
         self.interrupted.load(Ordering::SeqCst)
     }
 
+    /// Sleeps for `time`, or until KVM_RUN has to return. Kicks for any other reason are left for the next entry.
+    pub(crate) fn pause(&self, time: Duration) {
+        self.sleeping.store(true, Ordering::SeqCst);
+        let since = Instant::now();
+        loop {
+            let seen = self.kicks.load(Ordering::SeqCst);
+            match time.checked_sub(since.elapsed()) {
+                Some(left) if !left.is_zero() && !self.interrupted() => {
+                    futex(&self.kicks, libc::FUTEX_WAIT, seen, Some(left));
+                }
+                _ => break,
+            }
+        }
+        self.sleeping.store(false, Ordering::SeqCst);
+    }
+
     /// Sleeps until `ready` holds or KVM_RUN has to return. `ready` is asked again after every wake-up, and all the time
     /// for the first `poll` nanoseconds (KVM_CAP_HALT_POLL).
     pub(crate) fn sleep_until(&self, poll: u32, mut ready: impl FnMut() -> bool) {
@@ -89,7 +105,7 @@ impl VcpuHandle {
             if polling {
                 std::hint::spin_loop();
             } else {
-                futex(&self.kicks, libc::FUTEX_WAIT, seen);
+                futex(&self.kicks, libc::FUTEX_WAIT, seen, None);
             }
         }
         self.sleeping.store(false, Ordering::SeqCst);
@@ -102,12 +118,17 @@ impl VcpuHandle {
     }
 }
 
-/// FUTEX_WAIT while the word holds `value`, or FUTEX_WAKE of `value` waiters. Returns early for any reason.
-fn futex(word: &AtomicU32, operation: i32, value: u32) {
-    let none = std::ptr::null::<libc::timespec>();
-    // SAFETY: the word outlives the call, and the kernel only compares it.
+/// FUTEX_WAIT while the word holds `value`, at most for `time`, or FUTEX_WAKE of `value` waiters. Returns early for any
+/// reason.
+fn futex(word: &AtomicU32, operation: i32, value: u32, time: Option<Duration>) {
+    let time = time.map(|time| libc::timespec {
+        tv_sec: time.as_secs().min(i64::MAX as u64) as libc::time_t,
+        tv_nsec: time.subsec_nanos().into(),
+    });
+    let timeout = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the word outlives the call, and the kernel only compares it; the time is on our stack.
     unsafe {
-        libc::syscall(libc::SYS_futex, word.as_ptr(), operation | libc::FUTEX_PRIVATE_FLAG, value, none);
+        libc::syscall(libc::SYS_futex, word.as_ptr(), operation | libc::FUTEX_PRIVATE_FLAG, value, timeout);
     }
 }
 
@@ -116,7 +137,7 @@ impl Waker for VcpuHandle {
         self.requests.post(Requests::KICK);
         self.kicks.fetch_add(1, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst) {
-            futex(&self.kicks, libc::FUTEX_WAKE, u32::MAX >> 1);
+            futex(&self.kicks, libc::FUTEX_WAKE, u32::MAX >> 1, None);
         }
     }
 }

@@ -15,6 +15,7 @@ mod ports;
 mod pre_fault;
 mod registers;
 mod run;
+mod split_lock;
 mod steal;
 #[cfg(test)]
 mod testing;
@@ -42,6 +43,7 @@ use crate::vm::Vm;
 use debug::GuestDebug;
 use events::Events;
 use ports::ReadAhead;
+use split_lock::Locks;
 use steal::StealTime;
 
 pub use debug::{DebugExit, GUEST_DEBUG_FLAGS};
@@ -50,6 +52,7 @@ pub use handle::VcpuHandle;
 pub use hypercall::HypercallExit;
 pub use msr::MsrExit;
 pub use run::{RunRequest, RunState};
+pub use split_lock::SplitLockExit;
 pub use tsc::TscSync;
 pub use xstate::XSAVE_SIZE;
 
@@ -101,6 +104,11 @@ pub enum VcpuExit {
     Hypercall(HypercallExit),
     /// KVM_EXIT_DEBUG: a breakpoint or single step of the client's debugger.
     Debug(DebugExit),
+    /// KVM_EXIT_X86_BUS_LOCK (KVM_CAP_X86_BUS_LOCK_EXIT): the guest has taken a bus lock, and is behind it.
+    BusLock,
+    /// A split lock that must not be executed, under [`Policy::Exit`](crate::split_lock::Policy) (RING3_EXIT_SPLIT_LOCK) or
+    /// [`Policy::Kill`](crate::split_lock::Policy): the thread is to get SIGBUS, and KVM_EXIT_EXCEPTION says why.
+    SplitLock(SplitLockExit),
     /// The instruction limit of [`silicon::vmx::Controls`] was reached (tests and tools only).
     Budget,
 }
@@ -144,6 +152,7 @@ pub struct Vcpu {
     debug: GuestDebug,
     read_ahead: ReadAhead,
     steal: StealTime,
+    locks: Locks,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -178,7 +187,11 @@ impl Vcpu {
             if !bsp && lapic.is_some() { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE };
         let apic_base = APIC_BASE_DEFAULT | if bsp { APIC_BASE_BSP } else { 0 };
         let reset_state = Box::new(cpu.state.clone());
-        let msrs = MsrState::new(model, vm.system().host());
+        let mut msrs = MsrState::new(model, vm.system().host());
+        msrs.offer_core_capabilities(vm.core_capabilities());
+        let locks = Locks::new(&vm, id);
+        cpu.test_ctrl = vm.system().processors().test_ctrl(locks.thread());
+        cpu.controls.exception_bitmap = locks.intercepted();
         Ok(Vcpu {
             cpu,
             vm,
@@ -206,6 +219,7 @@ impl Vcpu {
             debug: GuestDebug::default(),
             read_ahead: ReadAhead::default(),
             steal: StealTime::default(),
+            locks,
             has_run: false,
             tsc_khz,
             reset_state,
@@ -329,6 +343,7 @@ impl Vcpu {
         self.user_access = false;
         self.msr_pending = None;
         self.hypercall_pending = false;
+        self.locks.forget_step();
         self.read_ahead = ReadAhead::default();
     }
 }

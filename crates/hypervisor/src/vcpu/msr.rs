@@ -4,6 +4,7 @@
 use kvm_bindings::{
     KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_msr_entry,
 };
+use silicon::model::msrs::MSR_TEST_CTRL;
 use silicon::state::reg;
 
 use super::tsc::IA32_TSC;
@@ -137,6 +138,9 @@ impl Vcpu {
         }
         let (msrs, mut env) = self.msrs();
         msrs.write(index, value, host, &mut env)?;
+        if index == MSR_TEST_CTRL {
+            self.test_ctrl_written();
+        }
         if std::mem::take(&mut self.msrs.wall_clock_changed) {
             // The lock is not held while guest memory is written.
             let clock = *self.vm.clock();
@@ -256,7 +260,7 @@ mod tests {
         let last = kvm_msr_entry { index: 0x17b, data: u64::MAX, ..Default::default() };
         assert_eq!(vcpu.set_msrs(&[last]), 1);
         // And whatever the index list has comes back as it was read.
-        for index in crate::msr::index_list(&vcpu.vm.system().model().clone()) {
+        for index in vcpu.vm.system().msr_index_list() {
             let mut entry = [kvm_msr_entry { index, ..Default::default() }];
             assert_eq!((vcpu.get_msrs(&mut entry), vcpu.set_msrs(&entry)), (1, 1), "{index:#x}");
         }

@@ -129,6 +129,7 @@ impl Vcpu {
         if regs.rip != self.cpu.state.rip {
             // The instruction whose access the client was asked for is not the next one any more.
             self.cpu.abandon_access();
+            self.locks.forget_step();
             self.user_access = false;
             self.read_ahead = super::ports::ReadAhead::default();
         }

@@ -12,7 +12,7 @@ use silicon::state::Activity;
 use silicon::vmx::Exit;
 
 use super::events::Events;
-use super::{APIC_BASE_BSP, Vcpu, VcpuExit};
+use super::{APIC_BASE_BSP, SplitLockExit, Vcpu, VcpuExit};
 use crate::error::Error;
 use crate::irqchip::lapic::Lapic;
 
@@ -38,6 +38,8 @@ pub struct RunState {
     pub cr8: u64,
     /// IA32_APIC_BASE.
     pub apic_base: u64,
+    /// The guest has taken a bus lock since KVM_RUN began (KVM_RUN_X86_BUS_LOCK); only with KVM_CAP_X86_BUS_LOCK_EXIT.
+    pub bus_lock: bool,
 }
 
 impl Vcpu {
@@ -61,12 +63,26 @@ impl Vcpu {
         self.complete(0);
         self.complete_msr(false, 0);
         self.complete_hypercall(0);
-        let result = self.run_inner(request);
+        let result = self.run_loaded(request).and_then(SplitLockExit::or_fault);
+        let (stats, counters) = (&self.handle.stats, &self.cpu.counters);
+        stats.bus_locks.store(counters.bus_locks, Ordering::Relaxed);
+        stats.uc_locks.store(counters.uc_lock_faults, Ordering::Relaxed);
         self.handle.stats.instructions.store(self.cpu.instructions(), Ordering::Relaxed);
         match result {
             Ok(_) => self.handle.stats.user_exits.count(),
             Err(_) => self.handle.stats.signal_exits.count(),
         }
+        result
+    }
+
+    /// KVM_RUN on the vCPU's thread of the host.
+    fn run_loaded(&mut self, request: RunRequest) -> Result<VcpuExit, Error> {
+        let system = self.vm.system().clone();
+        let loaded = system.processors().load(self.locks.thread());
+        self.load_locks();
+        let result = self.run_inner(request);
+        self.locks.put();
+        drop(loaded);
         result
     }
 
@@ -82,10 +98,11 @@ impl Vcpu {
         }
         self.window_requested = request.interrupt_window && self.client_has_pic();
         // KVM finishes a pending access before anything else, so that the registers can be saved and events injected.
-        if (request.immediate_exit || self.events.reinjects() || self.handle.interrupted())
-            && let Some(exit) = self.finish_access()
-        {
-            return Ok(exit);
+        if request.immediate_exit || self.events.reinjects() || self.handle.interrupted() {
+            let exit = self.finish_access();
+            if let Some(exit) = exit.or_else(|| self.bus_lock_exit()) {
+                return Ok(exit);
+            }
         }
         if request.immediate_exit {
             return Err(Error::Interrupted);
@@ -106,11 +123,21 @@ impl Vcpu {
         // The VMM may have written memory since the last call; between exits that stay here it has no turn.
         let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
         loop {
+            if let Some(step) = self.locks.take_step() {
+                // Nothing comes between a split lock that may be executed and its execution.
+                let exit = self.execute_step(step, enter);
+                enter = Cpu::resume;
+                match self.finish_exit(exit) {
+                    Some(user) => return Ok(user),
+                    None => continue,
+                }
+            }
             if self.handle.interrupted() {
-                return match self.finish_access() {
-                    Some(exit) => Ok(exit),
-                    None => Err(Error::Interrupted),
-                };
+                let exit = self.finish_access();
+                return exit.or_else(|| self.bus_lock_exit()).ok_or(Error::Interrupted);
+            }
+            if self.owes_bus_lock() {
+                continue;
             }
             self.take_apic_events();
             if let Some(vector) = self.ioapic_eoi.take() {
@@ -129,25 +156,35 @@ impl Vcpu {
             }
             self.prepare_events();
             self.update_msr_exiting();
+            self.update_bus_lock_detection();
             let exit = self.enter(enter);
             // A serializing instruction sees all code that was written before it (SDM vol. 3A, 9.3), by whomever.
             let serializes = matches!(exit, Exit::Cpuid | Exit::Wbinvd | Exit::Invd);
             enter = if serializes { Cpu::run } else { Cpu::resume };
-            if let Some(user) = self.handle_exit(exit) {
-                self.debug.stepped = false;
+            if let Some(user) = self.finish_exit(exit) {
                 return Ok(user);
-            }
-            if std::mem::take(&mut self.debug.stepped) && self.debug.single_step() {
-                return Ok(self.step_exit());
-            }
-            if self.window_requested && self.ready_for_interrupt() {
-                return Ok(VcpuExit::IrqWindowOpen);
             }
         }
     }
 
+    /// Acts on an exit: `Some` if KVM_RUN is to return.
+    fn finish_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
+        if let Some(user) = self.handle_exit(exit) {
+            self.debug.stepped = false;
+            return Some(user);
+        }
+        if std::mem::take(&mut self.debug.stepped) && self.debug.single_step() {
+            return Some(self.step_exit());
+        }
+        if let Some(user) = self.bus_lock_exit() {
+            return Some(user);
+        }
+        let window = self.window_requested && self.ready_for_interrupt();
+        window.then_some(VcpuExit::IrqWindowOpen)
+    }
+
     /// Enters guest mode; events that it leaves undelivered are taken back.
-    fn enter(&mut self, enter: fn(&mut Cpu) -> Exit) -> Exit {
+    pub(super) fn enter(&mut self, enter: fn(&mut Cpu) -> Exit) -> Exit {
         self.sync_to_vapic();
         self.debug.stepped = false;
         self.debug.exchange(&mut self.cpu.state);
@@ -156,6 +193,7 @@ impl Vcpu {
         self.list_modified_pages();
         self.sync_from_vapic();
         self.take_back_events();
+        self.note_bus_lock();
         self.handle.stats.exit(&exit);
         exit
     }
@@ -232,6 +270,13 @@ impl Vcpu {
 
     /// HLT, wait-for-SIPI: sleeps until there is something to do.
     fn sleep(&mut self) {
+        // Whatever else ran on the thread would have the host's settings.
+        self.locks.put();
+        self.sleep_on_thread();
+        self.load_locks();
+    }
+
+    fn sleep_on_thread(&mut self) {
         let halted = matches!(self.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
         if halted {
             self.handle.stats.halts.fetch_add(1, Ordering::Relaxed);
@@ -282,6 +327,7 @@ impl Vcpu {
             ready_for_interrupt: !self.client_has_pic() || self.ready_for_interrupt(),
             cr8: self.cr8(),
             apic_base: self.apic_base(),
+            bus_lock: self.locks.bus_lock && self.vm.policy().bus_lock_exit(),
         }
     }
 }

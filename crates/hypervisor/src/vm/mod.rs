@@ -20,6 +20,7 @@ use crate::irqchip::bus::ApicSettings;
 use crate::kvmclock::ClockBase;
 use crate::memory::Memory;
 use crate::msr::filter::MsrFilters;
+use crate::split_lock;
 use crate::stats::VmStats;
 use crate::system::{System, VCPU_IDS_MAX, VCPUS_MAX};
 use crate::tsc;
@@ -30,6 +31,8 @@ use policy::Policy;
 #[derive(Debug)]
 pub struct Vm {
     system: Arc<System>,
+    /// The host's thread that vCPU 0 runs on.
+    place: u32,
     memory: Memory,
     apic_settings: Arc<ApicSettings>,
     irqchip: OnceLock<Arc<IrqChip>>,
@@ -66,7 +69,9 @@ pub(crate) struct Setup {
 impl Vm {
     pub(crate) fn new(system: Arc<System>) -> Result<Arc<Vm>, Error> {
         let memory = Memory::new(system.model().features().physical_bits());
+        let policy = Policy::new(system.host());
         Ok(Arc::new(Vm {
+            place: system.processors().place_vm(),
             system,
             memory,
             apic_settings: Arc::default(),
@@ -75,7 +80,7 @@ impl Vm {
             ioeventfds: IoEventFds::default(),
             coalesced: CoalescedIo::default(),
             msr_filters: MsrFilters::default(),
-            policy: Policy::default(),
+            policy,
             dirty_ring_bytes: OnceLock::new(),
             dirty_rings: Mutex::default(),
             stats: VmStats::new()?,
@@ -100,6 +105,16 @@ impl Vm {
     /// What KVM_ENABLE_CAP has set.
     pub fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// The host's thread that vCPU 0 runs on; those of the others follow ([`Processors`](crate::processors::Processors)).
+    pub fn place(&self) -> u32 {
+        self.place
+    }
+
+    /// IA32_CORE_CAPABILITIES as the VM's guest may have it at best.
+    pub fn core_capabilities(&self) -> u64 {
+        split_lock::capabilities(self.system.model(), self.system.host(), self.policy.pinned())
     }
 
     /// Counters.

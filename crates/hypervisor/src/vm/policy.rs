@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use kvm_bindings::{
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MSR_EXIT_REASON_VALID_MASK,
+    KVM_BUS_LOCK_DETECTION_EXIT, KVM_BUS_LOCK_DETECTION_OFF, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MSR_EXIT_REASON_VALID_MASK,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KVM_X86_DISABLE_EXITS_CSTATE,
     KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE,
     KVM_X86_QUIRK_CD_NW_CLEARED, KVM_X86_QUIRK_FIX_HYPERCALL_INSN, KVM_X86_QUIRK_LAPIC_MMIO_HOLE,
@@ -12,8 +13,12 @@ use kvm_bindings::{
     KVM_X86_QUIRK_OUT_7E_INC_RIP, KVM_X86_QUIRK_SLOT_ZAP_ALL, KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
 };
 
+use silicon::bus_lock::core_capabilities;
+
 use super::Vm;
 use crate::error::Error;
+use crate::host::HostParams;
+use crate::split_lock::VmPolicy;
 
 /// Quirks that KVM_CAP_DISABLE_QUIRKS2 switches off.
 pub const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
@@ -30,6 +35,8 @@ pub const DISABLE_EXITS: u32 = KVM_X86_DISABLE_EXITS_MWAIT
     | KVM_X86_DISABLE_EXITS_HLT
     | KVM_X86_DISABLE_EXITS_PAUSE
     | KVM_X86_DISABLE_EXITS_CSTATE;
+/// What KVM_CAP_X86_BUS_LOCK_EXIT takes, one of both.
+pub const BUS_LOCK_EXIT: u32 = KVM_BUS_LOCK_DETECTION_OFF | KVM_BUS_LOCK_DETECTION_EXIT;
 /// What KVM_CAP_X2APIC_API takes.
 pub const X2APIC_API: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
 /// Hypercalls that KVM_CAP_EXIT_HYPERCALL sends to the client: KVM_HC_MAP_GPA_RANGE alone.
@@ -49,11 +56,20 @@ pub struct Policy {
     hide_platform_info: AtomicBool,
     halt_poll_ns: AtomicU32,
     manual_dirty_log: AtomicU64,
+    bus_lock_exit: AtomicBool,
+    /// [`VmPolicy`] as its bits.
+    split_locks: AtomicU32,
+    pinned: AtomicBool,
 }
 
-impl Default for Policy {
-    fn default() -> Policy {
+impl Policy {
+    /// What VMs begin with on `host`.
+    pub(super) fn new(host: &HostParams) -> Policy {
+        let split_locks = VmPolicy { policy: host.split_lock_policy, enforced: false };
         Policy {
+            bus_lock_exit: AtomicBool::new(false),
+            split_locks: AtomicU32::new(split_locks.bits()),
+            pinned: AtomicBool::new(false),
             disabled_exits: AtomicU32::new(0),
             user_space_msrs: AtomicU32::new(0),
             exit_hypercalls: AtomicU32::new(0),
@@ -114,6 +130,21 @@ impl Policy {
     /// How long a halted vCPU may poll before it sleeps, in nanoseconds.
     pub fn halt_poll_ns(&self) -> u32 {
         self.halt_poll_ns.load(Ordering::Relaxed)
+    }
+
+    /// Every bus lock ends KVM_RUN (KVM_CAP_X86_BUS_LOCK_EXIT).
+    pub fn bus_lock_exit(&self) -> bool {
+        self.bus_lock_exit.load(Ordering::Relaxed)
+    }
+
+    /// What becomes of split locks (RING3_CAP_SPLIT_LOCK_POLICY).
+    pub fn split_locks(&self) -> VmPolicy {
+        VmPolicy::from_bits(self.split_locks.load(Ordering::Relaxed).into()).unwrap_or_default()
+    }
+
+    /// vCPUs are pinned, no core is shared with another VM (RING3_CAP_PINNED_VCPUS).
+    pub fn pinned(&self) -> bool {
+        self.pinned.load(Ordering::Relaxed)
     }
 
     /// KVM_GET_DIRTY_LOG leaves the bits for KVM_CLEAR_DIRTY_LOG to clear.
@@ -216,6 +247,41 @@ impl Vm {
         Ok(())
     }
 
+    /// KVM_CAP_X86_BUS_LOCK_EXIT: one of OFF and EXIT, from the next entry to the guest on. EINVAL for both, for neither, and
+    /// for EXIT where the processor cannot tell (the kernel takes it without a word and never exits).
+    pub fn set_bus_lock_exit(&self, mode: u64) -> Result<(), Error> {
+        let on = match bits(mode, BUS_LOCK_EXIT)? {
+            KVM_BUS_LOCK_DETECTION_OFF => false,
+            KVM_BUS_LOCK_DETECTION_EXIT if self.system().detects_bus_locks() => true,
+            _ => return Err(Error::Invalid("not one mode of bus-lock detection that there is")),
+        };
+        self.policy().bus_lock_exit.store(on, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// RING3_CAP_SPLIT_LOCK_POLICY ([`VmPolicy`]); it counts from the next split lock on. EINVAL to enforce what the host does
+    /// not detect, or cannot for one VM alone.
+    pub fn set_split_lock_policy(&self, policy: u64) -> Result<(), Error> {
+        let policy = VmPolicy::from_bits(policy)?;
+        if policy.enforced && self.core_capabilities() & core_capabilities::SPLIT_LOCK_DETECT == 0 {
+            return Err(Error::Invalid("split locks are not detected for this VM"));
+        }
+        self.policy().split_locks.store(policy.bits(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// RING3_CAP_PINNED_VCPUS: the client declares that each vCPU stays on one thread of the host, and that the other threads
+    /// of its core run vCPUs of this VM only. EINVAL after the first vCPU.
+    pub fn declare_pinned(&self, pinned: u64) -> Result<(), Error> {
+        let pinned = bits(pinned, 1)? != 0;
+        let setup = self.setup();
+        if !setup.vcpus.is_empty() {
+            return Err(Error::Invalid("vCPUs exist already"));
+        }
+        self.policy().pinned.store(pinned, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// KVM_CAP_X86_APIC_BUS_CYCLES_NS: ENXIO without in-kernel APICs, EINVAL after the first vCPU or for a value that
     /// makes the longest timer overflow 64 bits.
     pub fn set_apic_bus_cycles(&self, nanoseconds: u64) -> Result<(), Error> {
@@ -240,7 +306,6 @@ impl Vm {
 mod tests {
     use super::*;
     use crate::System;
-    use crate::host::HostParams;
     use silicon::model::CpuModel;
 
     fn vm() -> std::sync::Arc<Vm> {
@@ -259,6 +324,10 @@ mod tests {
             ("emulation", Vm::set_exit_on_emulation_failure, 1, 2),
             ("halt poll", Vm::set_halt_poll, u32::MAX.into(), 1 << 32),
             ("dirty log", Vm::set_manual_dirty_log, 3, 4),
+            ("bus locks", Vm::set_bus_lock_exit, 2, 3),
+            ("bus locks, neither", Vm::set_bus_lock_exit, 1, 0),
+            ("split locks", Vm::set_split_lock_policy, 0x110, 0x18),
+            ("pinned", Vm::declare_pinned, 1, 2),
             ("dirty log, initially set alone", Vm::set_manual_dirty_log, 0, 2),
         ];
         for (name, call, good, bad) in calls {

@@ -51,7 +51,7 @@ fn xsave_header(rng: &mut Rng) -> [u8; 64] {
 
 /// The number of an MSR that probably exists.
 fn index(rng: &mut Rng) -> u32 {
-    let known = hypervisor::msr::feature_index_list();
+    let known = hypervisor::msr::feature_index_list(u64::MAX);
     match rng.below(10) {
         0 => rng.next() as u32,
         1 => 0xc000_0080 + rng.below(8) as u32,

@@ -1,0 +1,43 @@
+//! What ring3 has and the kernel's KVM has not, in a space of numbers of its own: capabilities and exit reasons are
+//! 0x5233_0000 ("R3") and up, far from the kernel's, which count from 0. A client that enables none of the capabilities never
+//! sees one of the exits. docs/ring3-abi.md is the description for clients.
+
+/// KVM_CAP of a VM: what becomes of split locks that must not be executed
+/// ([`VmPolicy`](hypervisor::split_lock::VmPolicy)). KVM_CHECK_EXTENSION answers all bits of the argument.
+pub const RING3_CAP_SPLIT_LOCK_POLICY: u32 = 0x5233_0001;
+/// KVM_CAP of a VM, before its first vCPU: argument 1 declares that vCPUs are pinned and share no core with another VM.
+pub const RING3_CAP_PINNED_VCPUS: u32 = 0x5233_0002;
+
+/// `kvm_run.exit_reason`: a split lock that is not executed; [`SplitLockRecord`] is at the beginning of the union.
+pub const RING3_EXIT_SPLIT_LOCK: u32 = 0x5233_0001;
+
+/// [`SplitLockRecord`]'s flags: the access is the processor's own, to a descriptor table.
+pub const RING3_SPLIT_LOCK_IMPLICIT: u32 = 1 << 0;
+
+/// What stands in the union of `kvm_run` (offset 32) with [`RING3_EXIT_SPLIT_LOCK`]. The access has not been made, and RIP is
+/// at the instruction; KVM_RUN tries it again, under the policy of then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SplitLockRecord {
+    /// RIP.
+    pub rip: u64,
+    /// Linear address of the access.
+    pub linear_address: u64,
+    /// Guest-physical address of its first byte.
+    pub gpa: u64,
+    /// Its bytes.
+    pub size: u32,
+    /// RING3_SPLIT_LOCK_*.
+    pub flags: u32,
+    /// Privilege level that it was made at.
+    pub cpl: u8,
+    /// How many bytes of the instruction follow.
+    pub instruction_length: u8,
+    /// They.
+    pub instruction: [u8; 15],
+    /// Zero.
+    pub pad: [u8; 7],
+}
+
+/// It fits into the union.
+const _: () = assert!(size_of::<SplitLockRecord>() <= 256);
