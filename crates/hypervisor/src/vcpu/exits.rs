@@ -117,6 +117,9 @@ impl Vcpu {
         if self.absorbed(IoSpace::Mmio, &access) {
             return None;
         }
+        if self.vm.policy().exits_on_emulation_failure() && self.cpu.at_x87_instruction() {
+            return Some(self.emulation_failed(access.address));
+        }
         self.user_access = true;
         Some(VcpuExit::Mmio { gpa: access.address, size: access.size, write: access.write })
     }

@@ -62,8 +62,20 @@ impl Vcpu {
                 return None;
             }
         }
+        Some(self.emulation_error(gpa, [REASON_EPT_VIOLATION, QUALIFICATION_FETCH]))
+    }
+
+    /// The instruction at RIP reaches for a device with an instruction that KVM's emulator does not know (kernel:
+    /// arch/x86/kvm/emulate.c). We could do it, but a client that has asked for these exits does it itself.
+    pub(super) fn emulation_failed(&mut self, gpa: u64) -> VcpuExit {
+        self.cpu.abandon_access();
+        self.emulation_error(gpa, [REASON_EPT_MISCONFIGURATION, 0])
+    }
+
+    /// `exit`: reason and qualification.
+    fn emulation_error(&mut self, gpa: u64, exit: [u64; 2]) -> VcpuExit {
         let (length, bytes) = self.instruction_bytes();
-        let info = [REASON_EPT_VIOLATION, QUALIFICATION_FETCH, 0, 0, 0];
+        let info = [exit[0], exit[1], 0, 0, 0];
         let mut words = Vec::with_capacity(8);
         if length == 0 {
             words.push(0);
@@ -75,7 +87,7 @@ impl Vcpu {
             words.extend(packed.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)));
         }
         words.extend(info);
-        Some(internal_error(KVM_INTERNAL_ERROR_EMULATION, &words, gpa))
+        internal_error(KVM_INTERNAL_ERROR_EMULATION, &words, gpa)
     }
 
     /// What can be read of the instruction at RIP, and how many bytes that are.
@@ -134,6 +146,23 @@ mod tests {
         let error = run(&mut program);
         assert_eq!((error.suberror, error.ndata, error.gpa), (KVM_INTERNAL_ERROR_EMULATION, 6, 0x5_0000));
         assert_eq!(error.data[..3], [0, REASON_EPT_VIOLATION, QUALIFICATION_FETCH]);
+    }
+
+    #[test]
+    fn a_client_that_asks_for_emulation_failures_gets_x87_on_devices() {
+        // mov ax, 0x5000; mov ds, ax; fld dword [0]; mov al, [0]
+        let code = [0xb8, 0, 0x50, 0x8e, 0xd8, 0xd9, 0x06, 0, 0, 0xa0, 0, 0];
+        let is_read = |exit| matches!(exit, VcpuExit::Mmio { gpa: 0x5_0000, write: None, .. });
+        assert!(is_read(Program::new(&code).vcpu.run().unwrap()), "it can be done");
+        let mut program = Program::new(&code);
+        program.vcpu.vm.set_exit_on_emulation_failure(1).unwrap();
+        let error = run(&mut program);
+        assert_eq!((error.suberror, error.gpa), (KVM_INTERNAL_ERROR_EMULATION, 0x5_0000));
+        assert_eq!(error.data[..2], [1, u64::from_le_bytes([15, 0xd9, 0x06, 0, 0, 0xa0, 0, 0])]);
+        let mut regs = program.vcpu.regs();
+        regs.rip += 4;
+        program.vcpu.set_regs(&regs);
+        assert!(is_read(program.vcpu.run().unwrap()), "other instructions are done all the same");
     }
 
     #[test]

@@ -18,8 +18,9 @@ use iced_x86::{Decoder, DecoderError, FlowControl, Instruction};
 
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Op};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Pending};
 use crate::exception::{Abort, Exception};
+use crate::exec::fpu;
 use crate::mmu::access::ExecPage;
 use crate::state::{CodeSize, reg};
 
@@ -463,6 +464,21 @@ impl Cpu {
             self.code.jump[jump_index(lin)] = JumpEntry { lin, context, generation, block: Some(reference) };
         }
         Ok(Some(reference))
+    }
+
+    /// Whether the instruction at RIP, which an exit has just left there, is one of the x87's. For hypervisors whose clients
+    /// count on some instructions being beyond an emulator.
+    pub fn at_x87_instruction(&mut self) -> bool {
+        let mut bytes = [0; 15];
+        let lin = self.code_linear();
+        let fetched = self.fetch_bytes(lin, &mut bytes);
+        self.pending = Pending::None;
+        let ctx = LowerCtx {
+            code_size: self.state.code_size,
+            features: &self.features,
+            stubs: &self.hostexec.stubs,
+        };
+        fetched.is_ok() && fpu::is_x87(&decode_one(&bytes, 0, &ctx).0)
     }
 
     /// Copies instruction bytes that may cross into the next page. False if the next page cannot be fetched

@@ -68,7 +68,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
 }
 
 /// Opcodes D8 to DF, and 9B.
-fn is_x87(ins: &Instruction) -> bool {
+pub(crate) fn is_x87(ins: &Instruction) -> bool {
     let code = ins.op_code();
     let first = if code.op_code_len() == 2 { code.op_code() >> 8 } else { code.op_code() };
     ins.encoding() == EncodingKind::Legacy

@@ -19,7 +19,7 @@ mod decimal;
 mod far;
 mod flag_ops;
 mod flags_system;
-mod fpu;
+pub(crate) mod fpu;
 mod fpu_image;
 mod interrupt;
 mod io;
