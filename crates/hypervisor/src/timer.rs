@@ -20,6 +20,10 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
+/// How long the thread sleeps without looking around, in milliseconds. Its descriptors are the client's, too: one that
+/// closes those that it does not know makes its guests' timers late, but VMs still end.
+const LOOK_AROUND: i32 = 500;
+
 /// A clock in nanoseconds that never goes back, as the kernel's `ktime_get()`.
 pub trait TimeSource: Send + Sync + fmt::Debug {
     /// The present time in nanoseconds.
@@ -243,7 +247,7 @@ impl Shared {
     fn serve(&self, epoll: &Epoll) {
         let mut events = [EpollEvent::default()];
         while !self.stopping.load(Ordering::SeqCst) {
-            match epoll.wait(-1, &mut events) {
+            match epoll.wait(LOOK_AROUND, &mut events) {
                 Ok(_) => {
                     self.fire_due();
                 }
@@ -402,6 +406,21 @@ mod tests {
         let client = Client::new(&timers);
         (0..10_000).for_each(|deadline| client.timer.arm(deadline));
         assert_eq!(timers.shared.queue().order.len(), 1);
+    }
+
+    #[test]
+    fn a_client_that_closes_our_descriptors_can_still_drop_its_vm() {
+        let timers = Timers::start().expect("a thread");
+        let client = Client::new(&timers);
+        let (sender, told) = mpsc::channel();
+        *client.told.lock().expect("no panic") = Some(sender);
+        let number = timers.shared.queue().alarm.as_ref().map(|alarm| alarm.descriptor.as_raw_fd());
+        let other = std::fs::File::open("/dev/null").expect("a file");
+        // SAFETY: another file takes the number, which stays open.
+        unsafe { libc::dup2(other.as_raw_fd(), number.expect("an alarm")) };
+        client.timer.arm(1);
+        told.recv_timeout(Duration::from_secs(60)).expect("late, but it fires");
+        drop(timers);
     }
 
     #[test]
