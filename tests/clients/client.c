@@ -230,6 +230,41 @@ static void forked(void)
     CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == KVM_EXIT_HLT);
 }
 
+static void *first_use(void *nothing)
+{
+    struct machine m = machine(OUT_HLT, sizeof OUT_HLT);
+    expect_out(&m);
+    return nothing;
+}
+
+/* What a thread has begun and a fork cuts off does not keep the child from doing it. */
+static void forked_during_first_use(void)
+{
+    for (int round = 0; round < 60; round++) {
+        pid_t fresh = fork();
+        if (fresh == 0) {
+            /* Nobody in this process has opened /dev/kvm before. */
+            pthread_t thread;
+            CHECK(pthread_create(&thread, NULL, first_use, NULL) == 0);
+            for (int child = 0; child < 4; child++) {
+                usleep(round * 50);
+                pid_t pid = fork();
+                if (pid == 0) {
+                    alarm(120);
+                    first_use(NULL);
+                    exit(0);
+                }
+                int status;
+                CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+            }
+            CHECK(pthread_join(thread, NULL) == 0);
+            exit(0);
+        }
+        int status;
+        CHECK(waitpid(fresh, &status, 0) == fresh && status == 0);
+    }
+}
+
 /* /dev/kvm stays what it is over exec(2); a VM belongs to the program that made it. */
 static void inherited(void)
 {
@@ -643,6 +678,14 @@ static void system_calls(void)
     int kvm = syscall(SYS_openat, AT_FDCWD, "/dev/kvm", O_RDWR, 0);
     CHECK(kvm >= 0);
     CHECK(syscall(SYS_ioctl, kvm, KVM_GET_API_VERSION, 0) == 12);
+    unsigned long long how[3] = { O_RDWR | O_CLOEXEC, 0, 0 };
+    int second = syscall(SYS_openat2, AT_FDCWD, "/dev/kvm", how, sizeof how);
+    CHECK(second >= 0 && ioctl(second, KVM_GET_API_VERSION, 0) == 12);
+    CHECK(fcntl(second, F_GETFD) == FD_CLOEXEC && close(second) == 0);
+    CHECK(syscall(SYS_openat2, AT_FDCWD, "/dev/kvm", how, 8L) == -1 && errno == EINVAL);
+    CHECK(syscall(SYS_openat2, AT_FDCWD, "/dev/kvm", (void *)8, sizeof how) == -1 && errno == EFAULT);
+    int null = syscall(SYS_openat2, AT_FDCWD, "/dev/null", how, sizeof how);
+    CHECK(null >= 0 && close(null) == 0);
     CHECK(syscall(SYS_close, kvm) == 0);
     CHECK(syscall(SYS_ioctl, kvm, KVM_GET_API_VERSION, 0) == -1 && errno == EBADF);
     /* Six arguments arrive. */
@@ -743,6 +786,7 @@ static const struct {
     { "unseen_descriptors", unseen_descriptors },
     { "passed_descriptors", passed_descriptors },
     { "forked", forked },
+    { "forked_during_first_use", forked_during_first_use },
     { "inherited", inherited },
     { "signals", signals },
     { "signal_storm", signal_storm },

@@ -56,6 +56,7 @@ behaviours! {
     unseen_descriptors,
     passed_descriptors,
     forked,
+    forked_during_first_use,
     inherited,
     signals,
     signal_storm,

@@ -46,6 +46,7 @@ impl System {
 
     /// The same with a clock of the caller's for what makes vCPUs wait.
     pub fn with_time(model: CpuModel, host: HostParams, time: Box<dyn HostTime>) -> Arc<System> {
+        silicon::make_tables();
         let bus_locks = match host.split_lock_detect {
             SplitLockDetect::RateLimit(rate) => Some(RateLimit::new(rate, SECOND)),
             _ => None,

@@ -2,8 +2,9 @@
 #![expect(unsafe_code, reason = "RDTSC and CPUID are intrinsics")]
 
 use std::arch::x86_64::{__cpuid, _rdtsc};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+use once_cell::race::OnceBox;
 
 /// How long the counter is compared with the monotonic clock where CPUID does not tell. Reading both costs about
 /// 50 ns, so this gives some 20 parts per million.
@@ -20,8 +21,9 @@ pub fn rdtsc() -> u64 {
 
 /// Frequency of the host's TSC in kHz: from CPUID leaf 0x15 or the hypervisor's timing leaf, else measured once.
 pub fn host_khz() -> u32 {
-    static KHZ: OnceLock<u32> = OnceLock::new();
-    *KHZ.get_or_init(|| from_cpuid().unwrap_or_else(measured))
+    // Nobody waits for another thread's measurement: a fork may have left that thread behind.
+    static KHZ: OnceBox<u32> = OnceBox::new();
+    *KHZ.get_or_init(|| Box::new(from_cpuid().unwrap_or_else(measured)))
 }
 
 fn from_cpuid() -> Option<u32> {

@@ -7,10 +7,11 @@ use std::io::{Seek, Write};
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use abi::{Created, Errno};
-use libc::{AT_FDCWD, FILE, c_char, c_int, mode_t};
+use abi::{Argument, Created, Errno};
+use libc::{AT_FDCWD, FILE, c_char, c_int, c_long, mode_t};
 
 use crate::path::{self, Special};
+use crate::syscall::finish;
 use crate::thread::{self, Inside};
 use crate::{interpose, next, process, raw, table};
 
@@ -31,6 +32,26 @@ unsafe fn answer(dir: c_int, path: *const c_char, flags: c_int) -> Option<c_int>
         Some(Special::Absent) => Some(Err(Errno::NOENT)),
         Some(Special::Directory) | None => None,
     })
+}
+
+/// openat2(2), which has no function in the C library.
+///
+/// # Safety
+///
+/// The arguments of openat2(2).
+pub(crate) unsafe fn openat2(dir: c_int, path: *const c_char, how: usize, size: usize) -> c_long {
+    // Flags, mode and how to resolve the path: the first edition of `struct open_how`. What restricts the way to a file
+    // is the kernel's to say.
+    let flags = match Argument(how as u64).read::<[u64; 3]>() {
+        Ok([flags, _, 0]) if size >= size_of::<[u64; 3]>() => c_int::try_from(flags).ok(),
+        _ => None,
+    };
+    // SAFETY: the caller's promise.
+    match flags.and_then(|flags| unsafe { answer(dir, path, flags) }) {
+        Some(fd) => fd.into(),
+        // SAFETY: as above.
+        None => finish(unsafe { raw::syscall(libc::SYS_openat2, [dir as usize, path as usize, how, size]) }),
+    }
 }
 
 /// A call of ours that may turn out to be none: its result as the C library gives it.

@@ -6,11 +6,12 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, Once, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
 
 use abi::Errno;
 use hypervisor::{HostParams, System};
+use once_cell::race::OnceBox;
 use silicon::model::{CpuModel, xstate};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -35,29 +36,61 @@ const DEFAULT_LOG: &str = "warn";
 
 static GENERATION: AtomicU32 = AtomicU32::new(0);
 
-/// How many forks lie between the process that loaded us and this one.
+/// Another number in a forked child than in its parent.
 #[inline]
 pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// The process that this memory belongs to; 0 until somebody asks.
+/// The process that this memory belongs to; 0 until we are loaded, while other libraries start.
 static PID: AtomicI32 = AtomicI32::new(0);
 
-/// Begins to watch for forks.
-fn watch_forks() {
-    static WATCHING: Once = Once::new();
-    WATCHING.call_once(|| {
-        PID.store(raw::pid(), Ordering::Relaxed);
-        // SAFETY: the handler lives as long as the process, which is as long as this library is loaded.
-        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
-    });
+/// Called when the library is loaded, before the client has threads.
+#[used]
+// SAFETY: a function without arguments, as the loader calls it; it needs nothing but the C library.
+#[unsafe(link_section = ".init_array")]
+static LOADED: extern "C" fn() = watch_forks;
+
+extern "C" fn watch_forks() {
+    PID.store(raw::pid(), Ordering::Relaxed);
+    // SAFETY: the handlers live as long as the process, which is as long as this library is loaded.
+    unsafe { libc::pthread_atfork(Some(begin_start), Some(end_start), Some(forked)) };
+}
+
+/// Somebody makes what there is once in a process, or forks. A child that is forked from the midst of it would wait for
+/// ever for a thread that it does not have; tables of the libraries that we use are made once, too.
+static STARTING: AtomicBool = AtomicBool::new(false);
+
+/// Nobody else starts or forks.
+struct Starting;
+
+impl Starting {
+    fn begin() -> Starting {
+        begin_start();
+        Starting
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        end_start();
+    }
+}
+
+extern "C" fn begin_start() {
+    while STARTING.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        std::thread::yield_now();
+    }
+}
+
+extern "C" fn end_start() {
+    STARTING.store(false, Ordering::Release);
 }
 
 /// Whether this is a vfork(2) child, which has its parent's memory but nothing else of it.
 pub(crate) fn is_guest_in_memory() -> bool {
-    watch_forks();
-    PID.load(Ordering::Relaxed) != raw::pid()
+    let owner = PID.load(Ordering::Relaxed);
+    owner != 0 && owner != raw::pid()
 }
 
 /// A value that is made when it is first asked for and then stays for ever.
@@ -80,13 +113,16 @@ pub(crate) fn leaked<T: Default>(place: &AtomicPtr<T>) -> &'static T {
 
 /// The machine that VMs of this process run on. ENODEV, and a message, if it is misconfigured.
 pub(crate) fn system() -> Result<Arc<System>, Errno> {
-    static SYSTEM: OnceLock<Option<Arc<System>>> = OnceLock::new();
-    SYSTEM.get_or_init(start).clone().ok_or(Errno(libc::ENODEV))
+    static SYSTEM: OnceBox<Option<Arc<System>>> = OnceBox::new();
+    let system = SYSTEM.get().unwrap_or_else(|| {
+        let _alone = Starting::begin();
+        SYSTEM.get_or_init(|| Box::new(start()))
+    });
+    system.clone().ok_or(Errno(libc::ENODEV))
 }
 
 fn start() -> Option<Arc<System>> {
     start_logging();
-    watch_forks();
     match configured() {
         Ok(system) => Some(system),
         Err(message) => {
@@ -128,6 +164,7 @@ extern "C" fn forked() {
     cancel::forget_runners();
     mask::forget_callers();
     signal::unlock();
+    end_start();
 }
 
 /// Where log lines go.
@@ -135,7 +172,8 @@ enum Log {
     /// Descriptor 2, for as long as it is the file that it was at first. (We take no copy: clients close it to tell
     /// others that they are up.)
     Stderr(Option<Identity>),
-    File(Mutex<File>),
+    /// Opened for appending, so that lines of several threads and processes do not mix.
+    File(File),
 }
 
 fn start_logging() {
@@ -150,7 +188,7 @@ fn start_logging() {
         Some(path) => {
             let file = File::options().append(true).create(true).custom_flags(libc::O_CLOEXEC).open(&path);
             match file {
-                Ok(file) => (Log::File(Mutex::new(file)), None),
+                Ok(file) => (Log::File(file), None),
                 Err(error) => (stderr, Some(error)),
             }
         }
@@ -187,10 +225,7 @@ impl Write for Line<'_> {
                 }
                 Ok(bytes.len())
             }
-            Log::File(file) => match file.lock() {
-                Ok(mut file) => file.write(bytes),
-                Err(_) => Ok(bytes.len()),
-            },
+            Log::File(file) => (&*file).write(bytes),
         }
     }
 

@@ -36,6 +36,7 @@ static WANTED: [u32; WORDS] = {
         libc::SYS_dup3,
         libc::SYS_statx,
         libc::SYS_close_range,
+        libc::SYS_openat2,
         libc::SYS_faccessat2,
     ];
     let mut words = [0; WORDS];
@@ -121,6 +122,7 @@ unsafe extern "C-unwind" fn handled(
         match number {
             libc::SYS_open => open::open(a as _, b as _, c as _),
             libc::SYS_openat => open::openat(a_fd, b as _, c as _, d as _),
+            libc::SYS_openat2 => return open::openat2(a_fd, b as _, c, d),
             libc::SYS_close => descriptor::close(a_fd),
             libc::SYS_close_range => descriptor::close_range(a as _, b as _, c as _),
             libc::SYS_dup => descriptor::dup(a_fd),
@@ -160,7 +162,8 @@ fn make_arch_prctl(code: usize, argument: usize) -> c_long {
     finish(unsafe { raw::syscall(libc::SYS_arch_prctl, [code, argument, 0, 0]) })
 }
 
-fn finish(result: isize) -> c_long {
+/// The result of a system call, as the C library gives it.
+pub(crate) fn finish(result: isize) -> c_long {
     if result < 0 {
         raw::set_errno(-result as c_int);
         return -1;

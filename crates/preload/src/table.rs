@@ -8,10 +8,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use abi::{Created, Errno, Object};
 use arc_swap::{ArcSwapOption, Guard};
+use once_cell::race::OnceBox;
 
 use crate::mask::RunMask;
 use crate::process;
@@ -24,7 +25,7 @@ const CHUNKS: usize = 1024;
 
 type Slot = ArcSwapOption<Entry>;
 
-static TABLE: [OnceLock<Box<[Slot]>>; CHUNKS] = [const { OnceLock::new() }; CHUNKS];
+static TABLE: [OnceBox<[Slot; CHUNK]>; CHUNKS] = [const { OnceBox::new() }; CHUNKS];
 
 /// An object with descriptors.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ pub(crate) struct Entry {
     /// Threads in KVM_RUN, if it is a vCPU: one that runs it, and others that wait for that.
     pub(crate) runners: AtomicU32,
     identity: Identity,
-    /// Number of forks between the first process and the one that it belongs to.
+    /// [`process::generation`] of the process that it belongs to.
     generation: u32,
     /// That process.
     pid: i32,
@@ -87,7 +88,7 @@ fn slot(fd: RawFd) -> Option<&'static Slot> {
 fn slot_or_new(fd: RawFd) -> Option<&'static Slot> {
     let fd = usize::try_from(fd).ok()?;
     let chunk = TABLE.get(fd / CHUNK)?;
-    chunk.get_or_init(|| (0..CHUNK).map(|_| Slot::const_empty()).collect()).get(fd % CHUNK)
+    chunk.get_or_init(|| Box::new([const { Slot::const_empty() }; CHUNK])).get(fd % CHUNK)
 }
 
 /// What the table says of a descriptor.

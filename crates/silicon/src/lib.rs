@@ -19,4 +19,5 @@ pub mod system;
 pub mod topology;
 pub mod vmx;
 
+pub use code::make_tables;
 pub use cpu::Cpu;

@@ -14,7 +14,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::ptr::NonNull;
 
-use iced_x86::{Decoder, DecoderError, FlowControl, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Encoder, FlowControl, Instruction};
 
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Op};
@@ -551,6 +551,13 @@ impl Cpu {
             crossing,
         })
     }
+}
+
+/// Makes the decoder's and encoder's tables, which exist once in a process and are otherwise made on first use: a process
+/// forked just then could never use them.
+pub fn make_tables() {
+    let nop = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+    std::hint::black_box((nop.op_code(), Encoder::new(64).encode(&nop, 0).is_ok()));
 }
 
 fn copy_code(host: u64, out: &mut [u8]) {

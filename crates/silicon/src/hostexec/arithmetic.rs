@@ -2,9 +2,8 @@
 //!
 //! The rules are read off the mnemonics, which are regular: an operation and a format, such as `VFMADD213PS`.
 
-use std::sync::OnceLock;
-
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use once_cell::race::OnceBox;
 
 use super::rounding::{Control, DOUBLE, Exact, Format, HALF, SINGLE};
 use super::unmasked::{self, decide, flag};
@@ -29,13 +28,13 @@ fn plain(mnemonic: Mnemonic) -> String {
 
 /// Whether instructions called so may raise SIMD floating-point exceptions.
 pub(crate) fn may_raise(mnemonic: Mnemonic) -> bool {
-    static TABLE: OnceLock<Vec<bool>> = OnceLock::new();
+    static TABLE: OnceBox<Vec<bool>> = OnceBox::new();
     let raises = |mnemonic: Mnemonic| {
         let name = plain(mnemonic);
         let arithmetic = RAISING.iter().any(|operation| name.starts_with(operation));
         arithmetic && (name.contains("cvt") || SUFFIXES.iter().any(|suffix| name.ends_with(suffix)))
     };
-    let table = TABLE.get_or_init(|| Mnemonic::values().map(raises).collect());
+    let table = TABLE.get_or_init(|| Box::new(Mnemonic::values().map(raises).collect()));
     table.get(mnemonic as usize).copied().unwrap_or(true)
 }
 
@@ -188,8 +187,8 @@ impl Kind {
 impl Arithmetic {
     /// `None` for instructions that neither overflow nor underflow, and those of complex numbers.
     pub(super) fn of(instruction: Instruction) -> Option<Arithmetic> {
-        static TABLE: OnceLock<Vec<Option<Kind>>> = OnceLock::new();
-        let table = TABLE.get_or_init(|| Mnemonic::values().map(Kind::of).collect());
+        static TABLE: OnceBox<Vec<Option<Kind>>> = OnceBox::new();
+        let table = TABLE.get_or_init(|| Box::new(Mnemonic::values().map(Kind::of).collect()));
         let Kind { operation, format, packed } = (*table.get(instruction.mnemonic() as usize)?)?;
         Some(Arithmetic { instruction, operation, format, packed })
     }

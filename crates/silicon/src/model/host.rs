@@ -3,7 +3,8 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
-use std::sync::OnceLock;
+
+use once_cell::race::OnceBox;
 
 use crate::model::feature::{CpuidRegister, FEATURES, FeatureRow, FeatureSet, Means};
 
@@ -22,8 +23,8 @@ pub struct Host {
 impl Host {
     /// The machine that we run on.
     pub fn get() -> &'static Host {
-        static HOST: OnceLock<Host> = OnceLock::new();
-        HOST.get_or_init(Host::detect)
+        static HOST: OnceBox<Host> = OnceBox::new();
+        HOST.get_or_init(|| Box::new(Host::detect()))
     }
 
     fn detect() -> Host {
