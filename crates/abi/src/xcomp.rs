@@ -40,7 +40,7 @@ impl Permissions {
 
     /// Answers an arch_prctl call on `system`'s processor; `None` for calls about something else.
     pub fn arch_prctl(&self, system: &System, code: u64, argument: Argument) -> Option<Result<i32, Errno>> {
-        let supported = system.model().features().xcr0_mask();
+        let supported = system.guest_xcr0();
         let get = |value: u64| argument.write(&value).map(|()| 0);
         let permitted = |of: &AtomicU64| supported & (!DYNAMIC | of.load(Ordering::Relaxed));
         let request = |of: &AtomicU64| {

@@ -90,6 +90,18 @@ const COVERED_BY_GUESTS: &[Rule] = &[
         };
         code.cpuid_features().iter().any(transactional)
     }),
+    ("tiles are compared with a reference model of them in silicon's own tests", |code, _| {
+        code.cpuid_features().iter().any(|feature| TILES.contains(feature))
+    }),
+];
+
+/// AMX's instruction groups: processes need the kernel's permission for tiles, and few hosts have any.
+const TILES: &[CpuidFeature] = &[
+    CpuidFeature::AMX_TILE,
+    CpuidFeature::AMX_INT8,
+    CpuidFeature::AMX_BF16,
+    CpuidFeature::AMX_FP16,
+    CpuidFeature::AMX_COMPLEX,
 ];
 
 /// Features that the model can offer on a host that lacks them, with the host's own CPUID bit

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
-use silicon::model::{CpuModel, Feature};
+use silicon::model::{CpuModel, Feature, FeatureSet};
 
 use crate::cpuid;
 use crate::error::Error;
@@ -24,6 +24,8 @@ pub const VCPU_IDS_MAX: u32 = 4 * VCPUS_MAX;
 #[derive(Debug)]
 pub struct System {
     model: CpuModel,
+    /// The model as clients are told of it: without what a process needs a permission for that it cannot ask for yet.
+    permitted: CpuModel,
     host: HostParams,
     processors: Arc<Processors>,
     time: Box<dyn HostTime>,
@@ -51,6 +53,7 @@ impl System {
             SplitLockDetect::RateLimit(rate) => Some(RateLimit::new(rate, SECOND)),
             _ => None,
         };
+        let permitted = model.without(FeatureSet::of(&[Feature::AmxTile, Feature::Xfd]));
         Arc::new(System {
             processors: Arc::new(Processors::new(&model, &host)),
             time,
@@ -59,6 +62,7 @@ impl System {
             // The kernel's DEFAULT_RATELIMIT_BURST and _INTERVAL.
             split_lock_messages: RateLimit::new(10, 5 * SECOND),
             model,
+            permitted,
             host,
         })
     }
@@ -123,12 +127,12 @@ impl System {
 
     /// Extended-state components that a guest can have (KVM_X86_XCOMP_GUEST_SUPP), as in XCR0.
     pub fn guest_xcr0(&self) -> u64 {
-        self.model.features().xcr0_mask()
+        self.permitted.features().xcr0_mask()
     }
 
     /// Bytes of the XSAVE area of its vCPUs (KVM_CAP_XSAVE2).
     pub fn xsave_size(&self) -> usize {
-        crate::vcpu::xstate::xsave_size(self.model.features().xcr0_mask())
+        crate::vcpu::xstate::xsave_size(self.guest_xcr0())
     }
 
     /// KVM_CREATE_VM.
@@ -138,7 +142,7 @@ impl System {
 
     /// KVM_GET_SUPPORTED_CPUID.
     pub fn supported_cpuid(&self) -> Vec<kvm_cpuid_entry2> {
-        cpuid::supported(&self.model, &self.host)
+        cpuid::supported(&self.permitted, &self.host)
     }
 
     /// KVM_GET_EMULATED_CPUID: what a guest may be given although the processor lacks it.

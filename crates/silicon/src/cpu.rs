@@ -17,6 +17,7 @@ use crate::model::Features;
 use crate::state::{CodeSize, CpuState, reg};
 use crate::system::deliver::Event;
 use crate::system::window::EventWindow;
+use crate::tiles::TileData;
 use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
 
 /// Why the current instruction did not complete.
@@ -101,6 +102,8 @@ pub struct Counters {
     pub split_lock_faults: u64,
     /// Locked accesses refused by UC-lock disable.
     pub uc_lock_faults: u64,
+    /// #NMs for components that IA32_XFD disables.
+    pub xfd_faults: u64,
 }
 
 /// A logical processor executing guest code.
@@ -172,6 +175,8 @@ pub struct Cpu {
     pub(crate) code: CodeCache,
     pub(crate) mmu: Mmu,
     pub(crate) hostexec: HostExec,
+    /// AMX's tiles, once there is room for them.
+    pub(crate) tiles: TileData,
 }
 
 impl Cpu {
@@ -211,6 +216,7 @@ impl Cpu {
             code: CodeCache::new(),
             mmu,
             hostexec: HostExec::default(),
+            tiles: TileData::default(),
         };
         cpu.refresh_mode();
         cpu

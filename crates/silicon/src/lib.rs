@@ -16,6 +16,7 @@ pub mod mmu;
 pub mod model;
 pub mod state;
 pub mod system;
+pub mod tiles;
 pub mod topology;
 pub mod vmx;
 

@@ -2,6 +2,7 @@
 //! interpreter and a translator can share it.
 
 use crate::flags::{Rflags, Status};
+use crate::tiles::TileConfig;
 
 /// Indices into [`CpuState::regs`]: the sixteen general registers in encoding order, then two slots that make
 /// every effective address one formula (`base + (index << scale) + disp + segment base`).
@@ -318,6 +319,15 @@ pub struct CpuState {
     pub k: [u64; 8],
     /// Vector registers.
     pub zmm: [Zmm; 32],
+    /// IA32_XFD: XSAVE components whose use is #NM.
+    pub xfd: u64,
+    /// IA32_XFD_ERR: the components that the last such #NM was for. Only software clears it.
+    pub xfd_err: u64,
+    /// TILECFG.
+    pub tile_config: TileConfig,
+    /// XINUSE\[18\]: TILEDATA is not in its initial configuration. The tiles themselves are the CPU's
+    /// ([`Cpu::reserve_tile_data`](crate::Cpu::reserve_tile_data)): few CPUs ever need them.
+    pub tile_data_used: bool,
 }
 
 impl CpuState {
@@ -372,6 +382,10 @@ impl CpuState {
             x87: X87 { fcw: 0x40, ftw: 0xff, ..X87::INIT },
             k: [0; 8],
             zmm: [Zmm([0; 64]); 32],
+            xfd: 0,
+            xfd_err: 0,
+            tile_config: TileConfig::default(),
+            tile_data_used: false,
         }
     }
 
@@ -391,6 +405,12 @@ impl CpuState {
     #[inline(always)]
     pub fn flag(&self, bits: Rflags) -> bool {
         self.rflags_system & bits.bits() != 0
+    }
+
+    /// The enabled XSAVE components that IA32_XFD disables. It has no effect on those that XCR0 does not enable.
+    #[inline(always)]
+    pub fn xfd_disabled(&self) -> u64 {
+        self.xfd & self.xcr0
     }
 
     /// I/O privilege level.

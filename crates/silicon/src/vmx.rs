@@ -39,6 +39,9 @@ pub struct Controls {
     /// 29.3.7.2) with CR0.CD masked. Otherwise the guest's page tables and IA32_PAT, and CR0.CD, say which memory is
     /// not write-back, as on a processor whose MTRRs say write-back. Nothing but bus locks depends on it.
     pub ignore_pat: bool,
+    /// MSR bitmap: RDMSR and WRMSR of IA32_XFD exit. A hypervisor that gives the guest the register only once it needs it
+    /// has its first use exit, and stores with [`Cpu::put_state_msr`](crate::Cpu::put_state_msr).
+    pub xfd_exiting: bool,
     /// Enable PML: pages newly marked in the dirty log are listed in [`Cpu::modified_pages`](crate::Cpu).
     pub page_modification_logging: bool,
     /// Added to the scaled TSC.
@@ -73,6 +76,7 @@ impl Default for Controls {
             msr_exiting: false,
             bus_lock_detection: false,
             ignore_pat: false,
+            xfd_exiting: false,
             page_modification_logging: false,
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
@@ -252,6 +256,14 @@ pub enum Exit {
         /// Guest-physical address of the fetch, or of the paging-structure entry.
         gpa: u64,
     },
+    /// The instruction at RIP needs XSAVE components that this CPU has no room for yet (AMX's tiles): make it with
+    /// [`Cpu::reserve_tile_data`](crate::Cpu::reserve_tile_data) and enter again. Nothing has happened yet that the guest
+    /// can see. Hardware has room for all of its registers and no such exit; a kernel learns of the first use by an exit
+    /// for #NM, whose reason this has.
+    StateNeeded {
+        /// As in XCR0.
+        components: u64,
+    },
     /// The page-modification log is full (reason 62).
     PageLogFull,
     /// A bus lock was taken ([`Controls::bus_lock_detection`], reason 74): the instruction or event delivery that took it
@@ -268,7 +280,7 @@ impl Exit {
     /// Basic exit reason (SDM vol. 3D, appendix C).
     pub fn reason(&self) -> u16 {
         match self {
-            Exit::Exception(_) => 0,
+            Exit::Exception(_) | Exit::StateNeeded { .. } => 0,
             Exit::ExternalInterrupt => 1,
             Exit::TripleFault => 2,
             Exit::InterruptWindow => 7,
@@ -304,6 +316,7 @@ impl Exit {
     pub fn name(&self) -> &'static str {
         match self {
             Exit::Exception(_) => "exception",
+            Exit::StateNeeded { .. } => "state_needed",
             Exit::ExternalInterrupt => "external_interrupt",
             Exit::TripleFault => "triple_fault",
             Exit::InterruptWindow => "interrupt_window",

@@ -336,6 +336,7 @@ fn guest_has(msr: StateMsr, env: &dyn MsrEnv) -> bool {
     let features = env.features();
     match msr {
         StateMsr::Xss => features.has(Feature::Xsaves),
+        StateMsr::Xfd | StateMsr::XfdErr => features.has(Feature::Xfd),
         StateMsr::TscAux => features.has(Feature::Rdtscp) || features.has(Feature::Rdpid),
         _ => true,
     }

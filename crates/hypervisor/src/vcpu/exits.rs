@@ -59,6 +59,7 @@ impl Vcpu {
             Exit::Exception(exception) => self.exception_exit(exception),
             Exit::TripleFault => Some(VcpuExit::Shutdown),
             Exit::FetchFailed { gpa } => self.fetch_failed(gpa),
+            Exit::StateNeeded { .. } => self.state_needed(),
             Exit::Budget => Some(VcpuExit::Budget),
         }
     }

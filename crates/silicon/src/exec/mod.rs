@@ -8,6 +8,7 @@ use crate::code::op::Op;
 
 mod address;
 mod alu;
+mod amx;
 mod atomic;
 mod bits;
 mod bmi;
@@ -82,6 +83,7 @@ const PLAIN: &[Lower] = &[
     vector::lower,
     fpu::lower,
     xsave::lower,
+    amx::lower,
     flags_system::lower,
     segment_load::lower,
     syscall::lower,

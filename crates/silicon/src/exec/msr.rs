@@ -73,6 +73,7 @@ impl Cpu {
         let present = row.feature.is_none_or(|feature| self.features.has(feature));
         match row.kept {
             Kept::State(StateMsr::Tsc) if self.controls.rdtsc_exiting => None,
+            Kept::State(StateMsr::Xfd) if self.controls.xfd_exiting => None,
             Kept::State(StateMsr::TscAux) => {
                 let used = self.features.has(Feature::Rdtscp) || self.features.has(Feature::Rdpid);
                 used.then_some(StateMsr::TscAux)
@@ -91,6 +92,8 @@ impl Cpu {
             StateMsr::SysenterEsp => state.sysenter_esp,
             StateMsr::SysenterEip => state.sysenter_eip,
             StateMsr::Pat => state.pat,
+            StateMsr::Xfd => state.xfd,
+            StateMsr::XfdErr => state.xfd_err,
             StateMsr::Xss => state.xss,
             StateMsr::Efer => state.efer,
             StateMsr::Star => state.star,
@@ -126,6 +129,7 @@ impl Cpu {
             | StateMsr::GsBase
             | StateMsr::KernelGsBase => self.features.is_canonical(value),
             StateMsr::Pat => valid_pat(value),
+            StateMsr::Xfd | StateMsr::XfdErr => value & !self.features.xfd_mask() == 0,
             StateMsr::Xss => value & !self.features.xss_mask() == 0,
             StateMsr::Fmask | StateMsr::TscAux => value >> 32 == 0,
             StateMsr::Efer => {
@@ -153,6 +157,8 @@ impl Cpu {
                 state.pat = value;
                 self.paging_changed();
             }
+            StateMsr::Xfd => state.xfd = value,
+            StateMsr::XfdErr => state.xfd_err = value,
             StateMsr::Xss => state.xss = value,
             StateMsr::Efer => {
                 let old = state.efer;

@@ -82,12 +82,23 @@ impl Guest {
         self.cpu.refresh_mode();
     }
 
+    /// Maps [`UNMAPPED`] to the page that has its address.
+    pub(crate) fn map_unmapped(&mut self) {
+        self.put(TABLES + 0x3000 + UNMAPPED / 4096 * 8, &(UNMAPPED | 3).to_le_bytes());
+    }
+
+    /// Maps [`UNMAPPED`] to guest-physical addresses beyond memory.
+    pub(crate) fn map_device(&mut self) {
+        self.put(TABLES + 0x3000 + UNMAPPED / 4096 * 8, &(MEMORY as u64 | 3).to_le_bytes());
+    }
+
     /// Writes guest memory.
-    pub(crate) fn put(&mut self, gpa: u64, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, gpa: u64, bytes: &[u8]) -> &mut Guest {
         assert!(gpa as usize + bytes.len() <= MEMORY);
         let base = self.memory.as_mut_ptr().cast::<u8>();
         // SAFETY: within the vector, as asserted.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), base.add(gpa as usize), bytes.len()) };
+        self
     }
 
     /// Reads guest memory.

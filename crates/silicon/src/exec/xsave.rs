@@ -12,6 +12,7 @@ use crate::mmu::Word;
 use crate::mmu::tlb::Class;
 use crate::model::xstate::{self, COMPONENTS, Component};
 use crate::state::{CodeSize, Seg, X87, cr0, cr4, reg};
+use crate::tiles::{TILE_BYTES, TILES};
 
 /// Component bits of x87, SSE and AVX.
 const FPU: u64 = xstate::X87;
@@ -23,8 +24,9 @@ const COMPACTED: u64 = 1 << 63;
 const HEADER: usize = 512;
 /// Where the components begin in the compacted format.
 const EXTENDED: usize = 576;
-/// Longest component that [`CpuState`](crate::state::CpuState) holds.
+/// Longest component that [`CpuState`](crate::state::CpuState) holds; also a tile.
 const LONGEST: usize = 1024;
+const _: () = assert!(LONGEST == TILE_BYTES);
 
 /// Which member of the family; in [`Op::r0`].
 mod form {
@@ -133,6 +135,25 @@ impl Cpu {
         }
     }
 
+    /// TILEDATA's place in an area, tile by tile: `disabled` by IA32_XFD it is written as if it were initial.
+    fn write_tiles(&mut self, seg: Seg, lin: u64, disabled: bool) -> Result<(), Abort> {
+        for tile in 0..TILES {
+            let found = self.tile(tile as u8).filter(|_| !disabled);
+            let bytes = found.map_or([0; TILE_BYTES], |tile| tile.to_bytes());
+            self.write_area(seg, lin.wrapping_add((tile * TILE_BYTES) as u64), &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn read_tiles(&mut self, seg: Seg, lin: u64) -> Result<(), Abort> {
+        let mut bytes = [0; TILE_BYTES];
+        for tile in 0..TILES {
+            self.read_area(seg, lin.wrapping_add((tile * TILE_BYTES) as u64), &mut bytes)?;
+            self.load_tile(tile, &bytes);
+        }
+        Ok(())
+    }
+
     fn read_area(&mut self, seg: Seg, lin: u64, bytes: &mut [u8]) -> Result<(), Abort> {
         match self.host_pointer(seg, lin, bytes.len(), false)? {
             Some(mem) => {
@@ -165,7 +186,9 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let enabled = cpu.state.xcr0 | if supervisor { cpu.state.xss } else { 0 };
     let requested = enabled & cpu.edx_eax();
     let compacted = matches!(form, form::XSAVEC | form::XSAVES);
-    let mut used = cpu.xinuse(requested);
+    // What IA32_XFD disables is saved as if it were in its initial configuration, whatever it is in.
+    let disabled = cpu.state.xfd_disabled();
+    let mut used = cpu.xinuse(requested & !disabled);
     let mxcsr = cpu.mxcsr();
     if compacted && requested & SSE != 0 && mxcsr != MXCSR_RESET {
         used |= SSE;
@@ -185,6 +208,10 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let mut buffer = [0; LONGEST];
     for (row, at) in placed(requested, compacted) {
         if written & (1 << row.bit) == 0 {
+            continue;
+        }
+        if 1 << row.bit == xstate::TILEDATA {
+            cpu.write_tiles(seg, lin + at as u64, disabled & xstate::TILEDATA != 0)?;
             continue;
         }
         let length = area::save(&cpu.state, row.bit, count, &mut buffer[..(row.size as usize).min(LONGEST)]);
@@ -273,12 +300,16 @@ fn read_header(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, enabled: u64) -
     Ok(words)
 }
 
-/// Restores in the order of the silicon, which shows where a fault or a bad MXCSR ends it: what gets its
+/// Restores, unless IA32_XFD disables what is to be loaded, in the order of the silicon, which shows where a fault or a bad MXCSR ends it: what gets its
 /// initial configuration, x87 and SSE, MXCSR (checked here in the compacted format, first in the standard one),
 /// the other components. What has been restored by then stays, and is restored again on a restart.
 fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: u64) -> Result<Flow, Abort> {
     let (seg, compacted, count) = (cpu.op_seg(op), layout & COMPACTED != 0, cpu.visible_registers());
     let (loaded, initial) = (requested & used, requested & !used);
+    cpu.check_xfd(loaded)?;
+    if loaded & xstate::TILEDATA != 0 {
+        cpu.need_tile_data()?;
+    }
     let mut image = [0; 416];
     let load_mxcsr = if compacted { loaded & SSE != 0 } else { requested & (SSE | AVX) != 0 };
     if loaded & FPU != 0 || load_mxcsr {
@@ -309,6 +340,10 @@ fn restore(cpu: &mut Cpu, op: &Op, lin: u64, requested: u64, used: u64, layout: 
     let places = if compacted { layout & !COMPACTED } else { requested };
     let mut buffer = [0; LONGEST];
     for (row, at) in placed(places, compacted).filter(|(row, _)| loaded & (1 << row.bit) != 0) {
+        if 1 << row.bit == xstate::TILEDATA {
+            cpu.read_tiles(seg, lin + at as u64)?;
+            continue;
+        }
         let bytes = &mut buffer[..(row.size as usize).min(LONGEST)];
         cpu.read_area(seg, lin + at as u64, bytes)?;
         area::load(&mut cpu.state, row.bit, count, bytes);

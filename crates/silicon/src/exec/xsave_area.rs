@@ -6,6 +6,7 @@ use std::ptr;
 
 use crate::hostexec::MXCSR_DEFINED;
 use crate::state::{CpuState, X87};
+use crate::tiles::{CONFIG_BYTES, TileConfig};
 
 /// Component numbers (SDM vol. 1, 13.1).
 mod component {
@@ -19,10 +20,16 @@ mod component {
     pub(super) const HI16_ZMM: u8 = 7;
     /// PKRU.
     pub(super) const PKRU: u8 = 9;
+    /// AMX's tile configuration.
+    pub(super) const TILECFG: u8 = 17;
+    /// AMX's tiles.
+    pub(super) const TILEDATA: u8 = 18;
 }
 
 /// Component number of PKRU.
 pub(super) const PKRU: u8 = component::PKRU;
+/// Component number of AMX's tiles, which are the CPU's: here they can only be made initial.
+pub(super) const TILEDATA: u8 = component::TILEDATA;
 
 /// What to write of the legacy region.
 pub(super) struct Legacy {
@@ -161,6 +168,8 @@ pub(super) fn in_use(state: &CpuState, bit: u8, count: usize) -> bool {
         (Some((rows, columns)), _) => rows_in_use(state, rows, columns),
         (None, component::OPMASK) => state.k.iter().any(|&k| k != 0),
         (None, component::PKRU) => state.pkru != 0,
+        (None, component::TILECFG) => state.tile_config.configured(),
+        (None, component::TILEDATA) => state.tile_data_used,
         _ => false,
     }
 }
@@ -179,11 +188,16 @@ pub(super) fn save(state: &CpuState, bit: u8, count: usize, to: &mut [u8]) -> us
             to[..8].copy_from_slice(&u64::from(state.pkru).to_le_bytes());
             8
         }
+        (None, component::TILECFG) => {
+            to[..CONFIG_BYTES].copy_from_slice(&state.tile_config.image());
+            CONFIG_BYTES
+        }
         _ => 0,
     }
 }
 
-/// Loads a component from its image; zeroes are the initial configuration of all of them.
+/// Loads a component from its image; zeroes are the initial configuration of all of them. A tile configuration that
+/// LDTILECFG would refuse gives the initial one.
 pub(super) fn load(state: &mut CpuState, bit: u8, count: usize, from: &[u8]) {
     match (rows_of(bit, count), bit) {
         (Some((rows, columns)), _) => load_rows(state, rows, columns, from),
@@ -193,6 +207,11 @@ pub(super) fn load(state: &mut CpuState, bit: u8, count: usize, from: &[u8]) {
             }
         }
         (None, component::PKRU) => state.pkru = word(from, 0) as u32,
+        (None, component::TILECFG) => {
+            let image = from.first_chunk();
+            state.tile_config = image.and_then(TileConfig::from_image).unwrap_or_default();
+        }
+        (None, component::TILEDATA) => state.tile_data_used = false,
         _ => {}
     }
 }

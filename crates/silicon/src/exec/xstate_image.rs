@@ -4,8 +4,9 @@
 use crate::cpu::Cpu;
 use crate::exec::xsave_area::{self as area};
 use crate::hostexec::{MXCSR_DEFINED, MXCSR_RESET};
-use crate::model::xstate::{AVX, COMPONENTS, LEGACY_AND_HEADER, SSE, X87 as FPU, size_standard};
+use crate::model::xstate::{AVX, COMPONENTS, LEGACY_AND_HEADER, SSE, TILEDATA, X87 as FPU, size_standard};
 use crate::state::X87;
+use crate::tiles::TileDataError;
 
 /// Where the header is: XSTATE_BV, XCOMP_BV and six words that are zero.
 const HEADER: usize = 512;
@@ -13,7 +14,7 @@ const HEADER: usize = 512;
 const REGISTERS: usize = 16;
 
 /// Why an image cannot be loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum XstateError {
     /// XSTATE_BV has components that are not among those allowed.
     #[error("the image has components {0:#x}, which there are not")]
@@ -24,11 +25,17 @@ pub enum XstateError {
     /// MXCSR has reserved bits set.
     #[error("MXCSR {0:#x} has reserved bits set")]
     Mxcsr(u32),
+    /// There is no memory for the tiles that the image has.
+    #[error(transparent)]
+    TileData(#[from] TileDataError),
 }
 
 impl Cpu {
     /// Writes an image of `components` in the standard format to `image`, which is filled up with zeroes; what does
     /// not fit is left out. XSTATE_BV has the components that are not in their initial configuration.
+    ///
+    /// This is the true state, live tiles that IA32_XFD disables included. An image as XSAVE would make it in the guest is
+    /// one without [`CpuState::xfd_disabled`](crate::state::CpuState::xfd_disabled) components.
     pub fn save_xstate(&self, components: u64, image: &mut [u8]) {
         image.fill(0);
         let state = &self.state;
@@ -50,7 +57,11 @@ impl Cpu {
             let Some(place) = image.get_mut(at..at + row.size as usize) else { continue };
             if area::in_use(state, row.bit, REGISTERS) {
                 used |= 1 << row.bit;
-                area::save(state, row.bit, REGISTERS, place);
+                if row.bit == area::TILEDATA {
+                    self.tile_data_image(place);
+                } else {
+                    area::save(state, row.bit, REGISTERS, place);
+                }
             }
         }
         if let Some(place) = image.get_mut(HEADER..HEADER + 8) {
@@ -59,7 +70,8 @@ impl Cpu {
     }
 
     /// Loads an image in the standard format. `allowed`: the components that it may have. What it does not have gets
-    /// its initial configuration, PKRU excepted.
+    /// its initial configuration, PKRU excepted. IA32_XFD does not matter: tiles in the image become live tiles, for which
+    /// room is made.
     ///
     /// # Errors
     ///
@@ -81,6 +93,9 @@ impl Cpu {
         if present & (FPU | SSE | AVX) != 0 && mxcsr & !MXCSR_DEFINED != 0 {
             return Err(XstateError::Mxcsr(mxcsr));
         }
+        if present & TILEDATA != 0 {
+            self.reserve_tile_data()?;
+        }
         let selectors = self.hostexec.x87_selectors;
         let bits = self.features.linear_bits();
         let state = &mut self.state;
@@ -92,9 +107,16 @@ impl Cpu {
         for row in COMPONENTS {
             let (at, length) = (row.offset as usize, row.size as usize);
             match image.get(at..at + length) {
-                Some(from) if present & (1 << row.bit) != 0 => area::load(state, row.bit, REGISTERS, from),
+                Some(from) if present & (1 << row.bit) != 0 && row.bit == area::TILEDATA => {
+                    for (tile, bytes) in from.as_chunks().0.iter().enumerate() {
+                        self.load_tile(tile, bytes);
+                    }
+                }
+                Some(from) if present & (1 << row.bit) != 0 => {
+                    area::load(&mut self.state, row.bit, REGISTERS, from);
+                }
                 _ if row.bit == area::PKRU => {}
-                _ => area::load_initial(state, row.bit, REGISTERS),
+                _ => area::load_initial(&mut self.state, row.bit, REGISTERS),
             }
         }
         self.refresh_mode();

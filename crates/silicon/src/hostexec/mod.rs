@@ -34,6 +34,10 @@ pub(crate) const MXCSR_MASKS: u32 = 0x1f80;
 pub(crate) const MXCSR_FLAGS: u32 = 0x3f;
 /// Bits that MXCSR has (MXCSR_MASK of the FXSAVE image).
 pub(crate) const MXCSR_DEFINED: u32 = 0xffff;
+/// MXCSR: denormal operands are taken for zero.
+const MXCSR_DENORMALS_ARE_ZERO: u32 = 1 << 6;
+/// MXCSR: denormal results are flushed to zero.
+const MXCSR_FLUSH_TO_ZERO: u32 = 1 << 15;
 /// x87 exception masks in the control word.
 const FCW_MASKS: u16 = 0x3f;
 
@@ -130,6 +134,16 @@ fn stmxcsr() -> u32 {
 fn ldmxcsr(value: u32) {
     // SAFETY: all callers pass defined bits; silicon does no floating-point arithmetic of its own.
     unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags)) };
+}
+
+/// Calls `compute` with an MXCSR that rounds to nearest, takes denormals for zero and flushes results to zero, all
+/// exceptions masked. Flags that it sets are lost.
+pub(crate) fn flushing_denormals<R>(compute: impl FnOnce() -> R) -> R {
+    let before = stmxcsr();
+    ldmxcsr(MXCSR_RESET | MXCSR_DENORMALS_ARE_ZERO | MXCSR_FLUSH_TO_ZERO);
+    let result = compute();
+    ldmxcsr(before);
+    result
 }
 
 impl Cpu {

@@ -5,6 +5,7 @@ use crate::model::feature::CpuidRegister;
 use crate::model::models::{CacheKind, CpuModel};
 use crate::model::{Feature, xstate};
 use crate::state::{CpuState, cr4};
+use crate::tiles::{MAX_PALETTE, ROW_BYTES, ROWS, TILE_BYTES, TILES, TMUL_MAX};
 use crate::topology::Shape;
 
 /// CPUID's four result registers.
@@ -87,6 +88,9 @@ impl CpuModel {
         }
         self.clocks(&mut table, identity);
         let features = self.features();
+        if features.has(Feature::AmxTile) {
+            tile_leaves(&mut table);
+        }
         for feature in features.set().iter().filter(|&f| f != Feature::Ht || identity.shape.per_package() > 1)
         {
             let row = feature.row();
@@ -190,6 +194,16 @@ impl CpuModel {
         };
         *table.at(0x16, 0) = CpuidValues { eax: base, ebx: self.row.turbo_mhz.max(base), ecx: 100, edx: 0 };
     }
+}
+
+/// Leaves 1DH, the palettes of tiles, and 1EH, what the matrix unit can multiply.
+fn tile_leaves(table: &mut Table) {
+    let (tile, tiles, row) = (TILE_BYTES as u32, TILES as u32, ROW_BYTES as u32);
+    table.at(0x1d, 0).eax = MAX_PALETTE.into();
+    *table.at(0x1d, 1) =
+        CpuidValues { eax: (tiles * tile) | (tile << 16), ebx: row | tiles << 16, ecx: ROWS as u32, edx: 0 };
+    let (max_k, max_n) = (TMUL_MAX.0 as u32, TMUL_MAX.1 as u32);
+    table.at(0x1e, 0).ebx = max_k | max_n << 8;
 }
 
 /// Leaf 15H: TSC / crystal as a fraction, and the crystal's frequency. Left unsaid where a 32-bit product of
@@ -385,6 +399,58 @@ mod tests {
         assert_eq!((bits(0xd, &off).ebx, bits(0xd, &on).ebx), (576, 832));
         assert_eq!(read(&cpuid, 0xd, 1, &on).unwrap().ebx, 832);
         assert_eq!(read(&cpuid, 0xd, 3, &on), Some(CpuidValues::default()));
+    }
+
+    #[test]
+    fn amx_t1_what_cpuid_tells_of_tiles() {
+        let cpuid = table("sapphire-rapids", Identity::default());
+        let values = |leaf, subleaf| {
+            let CpuidValues { eax, ebx, ecx, edx } = plain(&cpuid, leaf, subleaf);
+            [eax, ebx, ecx, edx]
+        };
+        assert_eq!(values(0xd, 17), [64, 2752, 0b010, 0]);
+        assert_eq!(values(0xd, 18), [8192, 2816, 0b110, 0]);
+        assert_eq!(values(0x1d, 0), [1, 0, 0, 0]);
+        assert_eq!(values(0x1d, 1), [0x0400_2000, 0x0008_0040, 0x10, 0]);
+        assert_eq!(values(0x1d, 2), [0; 4]);
+        assert_eq!(values(0x1e, 0), [0, 0x4010, 0, 0]);
+        assert_eq!(values(7, 0)[3] >> 22 & 0b1101, 0b1101, "BF16, TILE, INT8");
+        assert_eq!(values(0xd, 1)[0] >> 4 & 1, 1, "XFD");
+        // The sizes follow XCR0.
+        for (xcr0, standard, compacted) in [(1, 576, 576), (0x6_0003, 11008, 8832), (0x6_0207, 11008, 9152)] {
+            let dynamic = Dynamic { xcr0, ..Dynamic::default() };
+            let size = |subleaf| read(&cpuid, 0xd, subleaf, &dynamic).unwrap().ebx;
+            assert_eq!((size(0), size(1)), (standard, compacted), "{xcr0:#x}");
+        }
+        let max = table("max", Identity::default());
+        assert_eq!(
+            (plain(&max, 7, 1).eax >> 21 & 1, plain(&max, 7, 1).edx >> 8 & 1),
+            (1, 1),
+            "FP16, COMPLEX"
+        );
+    }
+
+    #[test]
+    fn amx_t1_a_processor_without_tiles_does_not_tell_of_them() {
+        for model in
+            ["skylake", "sapphire-rapids,-amx_tile", "sapphire-rapids,-xfd", "sapphire-rapids,-xsaves"]
+        {
+            let features = CpuModel::parse(model).unwrap().features();
+            let any =
+                [Feature::AmxTile, Feature::AmxInt8, Feature::AmxBf16].map(|feature| features.has(feature));
+            assert_eq!(
+                (any, features.xcr0_mask() & xstate::AMX, features.xfd_mask()),
+                ([false; 3], 0, 0),
+                "{model}"
+            );
+            let cpuid = table(model, Identity::default());
+            for (leaf, subleaf) in [(0xd, 17), (0xd, 18), (0x1d, 0), (0x1d, 1), (0x1e, 0)] {
+                assert_eq!(
+                    read(&cpuid, leaf, subleaf, &Dynamic::default()).unwrap_or_default(),
+                    CpuidValues::default()
+                );
+            }
+        }
     }
 
     #[test]

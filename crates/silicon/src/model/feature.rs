@@ -221,10 +221,10 @@ features! {
     Pconfig "pconfig" (7 0 Edx 18) Nobody {PCONFIG};
     ArchLbr "arch_lbr" (7 0 Edx 19) Nobody;
     Ibt "ibt" (7 0 Edx 20) Nobody {CET_IBT};
-    AmxBf16 "amx_bf16" (7 0 Edx 22) Nobody {AMX_BF16} needs AmxTile;
+    AmxBf16 "amx_bf16" (7 0 Edx 22) Own {AMX_BF16} needs AmxTile;
     Avx512fp16 "avx512_fp16" (7 0 Edx 23) HostAvx512 {AVX512_FP16} needs Avx512bw;
-    AmxTile "amx_tile" (7 0 Edx 24) Nobody {AMX_TILE} needs Xsave;
-    AmxInt8 "amx_int8" (7 0 Edx 25) Nobody {AMX_INT8} needs AmxTile;
+    AmxTile "amx_tile" (7 0 Edx 24) Own {AMX_TILE} needs Xsaves Xgetbv1 Xfd;
+    AmxInt8 "amx_int8" (7 0 Edx 25) Own {AMX_INT8} needs AmxTile;
     SpecCtrl "spec_ctrl" ["ibrs" "ibpb"] (7 0 Edx 26) Own;
     Stibp "stibp" ["intel_stibp"] (7 0 Edx 27) Own needs SpecCtrl;
     FlushL1d "flush_l1d" (7 0 Edx 28) Own;
@@ -244,12 +244,12 @@ features! {
     Fred "fred" (7 1 Eax 17) Nobody {FRED};
     Lkgs "lkgs" (7 1 Eax 18) Nobody {LKGS};
     Wrmsrns "wrmsrns" (7 1 Eax 19) Nobody {WRMSRNS};
-    AmxFp16 "amx_fp16" (7 1 Eax 21) Nobody {AMX_FP16} needs AmxTile;
+    AmxFp16 "amx_fp16" (7 1 Eax 21) Own {AMX_FP16} needs AmxTile;
     AvxIfma "avx_ifma" (7 1 Eax 23) HostAvx {AVX_IFMA} needs Avx2;
     Lam "lam" (7 1 Eax 26) Nobody;
     AvxVnniInt8 "avx_vnni_int8" (7 1 Edx 4) HostAvx {AVX_VNNI_INT8} needs Avx2;
     AvxNeConvert "avx_ne_convert" (7 1 Edx 5) HostAvx {AVX_NE_CONVERT} needs Avx2;
-    AmxComplex "amx_complex" (7 1 Edx 8) Nobody {AMX_COMPLEX} needs AmxTile;
+    AmxComplex "amx_complex" (7 1 Edx 8) Own {AMX_COMPLEX} needs AmxTile;
     AvxVnniInt16 "avx_vnni_int16" (7 1 Edx 10) HostAvx {AVX_VNNI_INT16} needs Avx2;
     Prefetchiti "prefetchiti" (7 1 Edx 14) Own {PREFETCHITI};
     McdtNo "mcdt_no" (7 2 Edx 5) Own;
@@ -259,7 +259,7 @@ features! {
     Xsavec "xsavec" (0xd 1 Eax 1) Own {XSAVEC} needs Xsave;
     Xgetbv1 "xgetbv1" (0xd 1 Eax 2) Own needs Xsave;
     Xsaves "xsaves" (0xd 1 Eax 3) Own {XSAVES} needs Xsavec;
-    Xfd "xfd" (0xd 1 Eax 4) Nobody needs Xsave;
+    Xfd "xfd" (0xd 1 Eax 4) Own needs Xsaves Xgetbv1;
 
     Ptwrite "ptwrite" (0x14 0 Ebx 4) Nobody {PTWRITE};
 

@@ -307,6 +307,8 @@ static MAX: ModelRow = ModelRow {
     base: Some(&SAPPHIRE_RAPIDS),
     adds: FeatureSet::of(&[
         Avx512vp2intersect,
+        AmxFp16,
+        AmxComplex,
         Sha512,
         Sm3,
         Sm4,
@@ -317,7 +319,7 @@ static MAX: ModelRow = ModelRow {
         Prefetchiti,
         UcLockDisable,
     ]),
-    drops: FeatureSet::of(&[Hle, Rtm, Enqcmd, Tsxldtrk, AmxBf16, AmxTile, AmxInt8, Xfd]),
+    drops: FeatureSet::of(&[Hle, Rtm, Enqcmd, Tsxldtrk]),
     ..SAPPHIRE_RAPIDS
 };
 
@@ -429,6 +431,13 @@ impl CpuModel {
     /// Whether `feature` is offered.
     pub fn has(&self, feature: Feature) -> bool {
         self.features.has(feature)
+    }
+
+    /// The same without `features`, and without what needs them.
+    pub fn without(&self, features: FeatureSet) -> CpuModel {
+        let left = self.features.set().minus(features).consistent();
+        let features = Features::new(left, self.features.physical_bits()).with_signature(self.signature());
+        CpuModel { features, ..self.clone() }
     }
 
     /// Features of the part that are not offered on this machine.

@@ -30,6 +30,10 @@ pub enum StateMsr {
     SysenterEip,
     /// IA32_PAT.
     Pat,
+    /// IA32_XFD.
+    Xfd,
+    /// IA32_XFD_ERR.
+    XfdErr,
     /// IA32_XSS.
     Xss,
     /// IA32_EFER.
@@ -132,8 +136,8 @@ pub static MSRS: &[MsrRow] = &[
     state(0x175, "IA32_SYSENTER_ESP", Some(F::Sep), StateMsr::SysenterEsp),
     state(0x176, "IA32_SYSENTER_EIP", Some(F::Sep), StateMsr::SysenterEip),
     physical(0x1a0, "IA32_MISC_ENABLE", Core, 0x0085_0089, 0x0000_0004_0044_0009, None),
-    physical(0x1c4, "IA32_XFD", Thread, 0, 1 << 18, Some(F::Xfd)),
-    physical(0x1c5, "IA32_XFD_ERR", Thread, 0, 1 << 18, Some(F::Xfd)),
+    state(0x1c4, "IA32_XFD", Some(F::Xfd), StateMsr::Xfd),
+    state(0x1c5, "IA32_XFD_ERR", Some(F::Xfd), StateMsr::XfdErr),
     state(0x277, "IA32_PAT", Some(F::Pat), StateMsr::Pat),
     physical(0x6e0, "IA32_TSC_DEADLINE", Thread, 0, u64::MAX, Some(F::TscDeadline)),
     state(0xda0, "IA32_XSS", Some(F::Xsaves), StateMsr::Xss),

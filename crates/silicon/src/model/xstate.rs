@@ -18,23 +18,25 @@ pub struct Component {
     pub supervisor: bool,
     /// Starts at a multiple of 64 in the compacted format.
     pub aligned: bool,
+    /// IA32_XFD can disable it.
+    pub xfd: bool,
     /// What brings it.
     pub feature: Feature,
 }
 
 /// The components beyond the legacy area (x87 and SSE, bits 0 and 1).
 pub static COMPONENTS: &[Component] = &[
-    extended(2, 256, 576, false, Feature::Avx),
-    extended(5, 64, 1088, false, Feature::Avx512f),
-    extended(6, 512, 1152, false, Feature::Avx512f),
-    extended(7, 1024, 1664, false, Feature::Avx512f),
-    extended(9, 8, 2688, false, Feature::Pku),
-    extended(17, 64, 2752, true, Feature::AmxTile),
-    extended(18, 8192, 2816, true, Feature::AmxTile),
+    extended(2, 256, 576, Feature::Avx),
+    extended(5, 64, 1088, Feature::Avx512f),
+    extended(6, 512, 1152, Feature::Avx512f),
+    extended(7, 1024, 1664, Feature::Avx512f),
+    extended(9, 8, 2688, Feature::Pku),
+    Component { aligned: true, ..extended(17, 64, 2752, Feature::AmxTile) },
+    Component { aligned: true, xfd: true, ..extended(18, 8192, 2816, Feature::AmxTile) },
 ];
 
-const fn extended(bit: u8, size: u32, offset: u32, aligned: bool, feature: Feature) -> Component {
-    Component { bit, size, offset, supervisor: false, aligned, feature }
+const fn extended(bit: u8, size: u32, offset: u32, feature: Feature) -> Component {
+    Component { bit, size, offset, supervisor: false, aligned: false, xfd: false, feature }
 }
 
 /// Features whose XSAVE components the host's own CPUID describes otherwise than [`COMPONENTS`], or not at all. A program
@@ -59,7 +61,11 @@ pub const AVX512: u64 = 7 << 5;
 /// PKRU.
 pub const PKRU: u64 = 1 << 9;
 /// AMX's tile configuration and tile data.
-pub const AMX: u64 = 3 << 17;
+pub const AMX: u64 = TILECFG | TILEDATA;
+/// AMX's tile configuration.
+pub const TILECFG: u64 = 1 << 17;
+/// AMX's tiles.
+pub const TILEDATA: u64 = 1 << 18;
 
 /// Bytes of the legacy area and the XSAVE header.
 pub const LEGACY_AND_HEADER: u32 = 576;
@@ -79,6 +85,14 @@ impl Features {
             return 0;
         }
         self.components().filter(|c| c.supervisor).fold(0, |bits, c| bits | 1 << c.bit)
+    }
+
+    /// The bits of IA32_XFD that can be set: CPUID.(0DH,i).ECX\[2\].
+    pub fn xfd_mask(&self) -> u64 {
+        if !self.has(Feature::Xfd) {
+            return 0;
+        }
+        self.components().filter(|c| c.xfd).fold(0, |bits, c| bits | 1 << c.bit)
     }
 
     /// Whether XSETBV can write `value` to XCR0 (SDM vol. 1, 13.3).
@@ -109,7 +123,8 @@ impl Features {
             edx: (xss >> 32) as u32,
         };
         let components = self.components().map(|c| {
-            let flags = u32::from(c.supervisor) | u32::from(c.aligned) << 1;
+            let xfd = c.xfd && self.has(Feature::Xfd);
+            let flags = u32::from(c.supervisor) | u32::from(c.aligned) << 1 | u32::from(xfd) << 2;
             (u32::from(c.bit), CpuidValues { eax: c.size, ebx: c.offset, ecx: flags, edx: 0 })
         });
         [(0, main), (1, extended)].into_iter().chain(components).collect()
@@ -164,6 +179,25 @@ mod tests {
     }
 
     #[test]
+    fn amx_t2_tiles_are_enabled_with_their_configuration_or_not_at_all() {
+        let amx = features(&[Feature::Xsave, Feature::Avx, Feature::AmxTile, Feature::Xfd]);
+        for (value, valid) in [
+            (0x2_0003, false),
+            (0x4_0003, false),
+            (0x6_0003, true),
+            (0x6_0001, true),
+            (0x6_0007, true),
+            (0x6_0002, false),
+            (0xe_0003, false),
+        ] {
+            assert_eq!(amx.valid_xcr0(value), valid, "{value:#x}");
+        }
+        assert_eq!(amx.xfd_mask(), TILEDATA);
+        assert_eq!(features(&[Feature::Xsave, Feature::AmxTile]).xfd_mask(), 0, "without XFD");
+        assert_eq!(features(&[Feature::Xsave, Feature::Xfd]).xfd_mask(), 0, "without tiles");
+    }
+
+    #[test]
     fn sizes() {
         assert_eq!(size_standard(3), 576);
         assert_eq!(size_standard(7), 832);
@@ -172,5 +206,6 @@ mod tests {
         assert_eq!(size_compacted(0x2e7), 2440);
         assert_eq!(size_compacted(0x6_02e7), 10752);
         assert_eq!(size_standard(0x6_02e7), 11008);
+        assert_eq!(size_compacted(1 << 18), 8768);
     }
 }

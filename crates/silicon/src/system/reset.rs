@@ -4,7 +4,7 @@ use crate::cpu::{Cpu, Pending};
 use crate::state::{Activity, CpuState, Seg, cr0};
 
 impl Cpu {
-    /// INIT (SDM vol. 3A, table 10-1): like RESET, but x87, SSE and AVX state, MSRs, XCR0, PKRU and CR0.CD
+    /// INIT (SDM vol. 3A, table 10-1): like RESET, but x87, SSE, AVX and AMX state, MSRs, XCR0, PKRU and CR0.CD
     /// and NW stay. The processor then waits for a start-up IPI; the bootstrap processor's owner makes it
     /// active instead.
     pub fn init_reset(&mut self) {
@@ -29,6 +29,10 @@ impl Cpu {
         state.x87 = old.x87;
         state.k = old.k;
         state.zmm = old.zmm;
+        state.xfd = old.xfd;
+        state.xfd_err = old.xfd_err;
+        state.tile_config = old.tile_config;
+        state.tile_data_used = old.tile_data_used;
         self.state = state;
         self.pending = Pending::None;
         self.pending_debug = 0;
