@@ -5,6 +5,7 @@
 
 use hypervisor::dirty_ring::BYTES_MAX;
 use hypervisor::msr::MCE_BANKS;
+use hypervisor::notify::Setting;
 use hypervisor::routing::MAX_ROUTES;
 use hypervisor::split_lock::VmPolicy;
 use hypervisor::system::{VCPU_IDS_MAX, VCPUS_MAX};
@@ -18,7 +19,10 @@ use kvm_bindings::*;
 
 use crate::coalesced::RING_PAGE;
 use crate::error::Errno;
-use crate::ring3::{RING3_CAP_PINNED_VCPUS, RING3_CAP_SPLIT_LOCK_POLICY};
+use crate::ring3::{
+    RING3_CAP_NOTIFY, RING3_CAP_NOTIFY_WINDOW, RING3_CAP_PINNED_VCPUS, RING3_CAP_SPLIT_LOCK_POLICY,
+    RING3_NOTIFY_THERE,
+};
 use crate::run::SYNC_REGS;
 
 /// What KVM_CHECK_EXTENSION answers.
@@ -73,7 +77,7 @@ macro_rules! capabilities {
     (@ $enable:expr) => { Some($enable) };
 }
 
-use Answer::{Of, Value};
+use Answer::{Of, OfVm, Value};
 
 capabilities! {
     // The system and its VMs.
@@ -138,6 +142,7 @@ capabilities! {
     EXIT_ON_EMULATION_FAILURE KVM_CAP_EXIT_ON_EMULATION_FAILURE   Value(1), enable Vm::set_exit_on_emulation_failure;
     EXIT_HYPERCALL            KVM_CAP_EXIT_HYPERCALL              Value(EXIT_HYPERCALLS), enable Vm::set_exit_hypercalls;
     X86_BUS_LOCK_EXIT         KVM_CAP_X86_BUS_LOCK_EXIT           Of(bus_lock_exit), enable Vm::set_bus_lock_exit;
+    X86_NOTIFY_VMEXIT         KVM_CAP_X86_NOTIFY_VMEXIT           Of(|system| system.has_notify_exit().into()), enable Vm::set_notify_vmexit;
     DISABLE_QUIRKS            KVM_CAP_DISABLE_QUIRKS              Value(1), enable Vm::disable_quirks;
     DISABLE_QUIRKS2           KVM_CAP_DISABLE_QUIRKS2             Value(QUIRKS), enable Vm::disable_quirks2;
 
@@ -180,11 +185,26 @@ capabilities! {
     // ring3's own.
     RING3_SPLIT_LOCK_POLICY   RING3_CAP_SPLIT_LOCK_POLICY         Value(VmPolicy::BITS), enable Vm::set_split_lock_policy;
     RING3_PINNED_VCPUS        RING3_CAP_PINNED_VCPUS              Value(1), enable Vm::declare_pinned;
+    RING3_NOTIFY              RING3_CAP_NOTIFY                    OfVm(notify), enable Vm::set_notify;
+    RING3_NOTIFY_WINDOW       RING3_CAP_NOTIFY_WINDOW             OfVm(notify_window);
 }
 
 /// The modes of bus-lock detection, where there is any.
 fn bus_lock_exit(system: &System) -> u32 {
     if system.detects_bus_locks() { BUS_LOCK_EXIT } else { 0 }
+}
+
+/// A VM's setting, or that of new ones.
+fn notify_setting(system: &System, vm: Option<&Vm>) -> Setting {
+    vm.map_or_else(|| system.notify_setting(), |vm| vm.policy().notify())
+}
+
+fn notify(system: &System, vm: Option<&Vm>) -> u32 {
+    RING3_NOTIFY_THERE | notify_setting(system, vm).flags()
+}
+
+fn notify_window(system: &System, vm: Option<&Vm>) -> u32 {
+    notify_setting(system, vm).window
 }
 
 fn find(number: u64) -> Option<&'static Capability> {

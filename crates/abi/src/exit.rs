@@ -6,7 +6,7 @@ use hypervisor::vcpu::{DebugExit, HypercallExit, InternalError, MsrExit};
 use hypervisor::{Vcpu, VcpuExit};
 use kvm_bindings::*;
 
-use crate::ring3::{RING3_EXIT_SPLIT_LOCK, RING3_SPLIT_LOCK_IMPLICIT, SplitLockRecord};
+use crate::ring3::{NotifyRecord, RING3_EXIT_SPLIT_LOCK, RING3_SPLIT_LOCK_IMPLICIT, SplitLockRecord};
 use crate::run::{PIO_DATA, RunArea, field};
 
 /// `kvm_run.hypercall.flags`: the guest is in 64-bit mode.
@@ -97,6 +97,11 @@ pub(crate) fn report(area: &RunArea, exit: &VcpuExit, reads: u32) {
             area.set(field!(area, __bindgen_anon_1.ex.exception), AC);
             area.set(field!(area, __bindgen_anon_1.ex.error_code), 0);
             KVM_EXIT_EXCEPTION
+        }
+        VcpuExit::Notify(exit) => {
+            // The client may know of the first word alone.
+            area.set(field!(area, __bindgen_anon_1).cast(), NotifyRecord::of(&exit));
+            KVM_EXIT_NOTIFY
         }
         // Only tools set a limit.
         VcpuExit::Budget => KVM_EXIT_UNKNOWN,

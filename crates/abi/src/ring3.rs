@@ -2,6 +2,9 @@
 //! 0x5233_0000 ("R3") and up, far from the kernel's, which count from 0. A client that enables none of the capabilities never
 //! sees one of the exits. docs/ring3-abi.md is the description for clients.
 
+use hypervisor::vcpu::NotifyExit;
+use kvm_bindings::KVM_NOTIFY_CONTEXT_INVALID;
+
 /// KVM_CAP of a VM: what becomes of split locks that must not be executed
 /// ([`VmPolicy`](hypervisor::split_lock::VmPolicy)). KVM_CHECK_EXTENSION answers all bits of the argument.
 pub const RING3_CAP_SPLIT_LOCK_POLICY: u32 = 0x5233_0001;
@@ -41,3 +44,48 @@ pub struct SplitLockRecord {
 
 /// It fits into the union.
 const _: () = assert!(size_of::<SplitLockRecord>() <= 256);
+
+/// The notify VM exit of a VM, at any time. KVM_ENABLE_CAP takes what KVM_CAP_X86_NOTIFY_VMEXIT takes, and no flags for off; each
+/// vCPU has it from its next entry to guest mode on. KVM_CHECK_EXTENSION on the VM answers the flags and
+/// [`RING3_NOTIFY_THERE`]; on the system, those of new VMs.
+pub const RING3_CAP_NOTIFY: u32 = 0x5233_0010;
+/// KVM_CHECK_EXTENSION answers the window, in ticks of the crystal (25 MHz), as an unsigned number.
+pub const RING3_CAP_NOTIFY_WINDOW: u32 = 0x5233_0011;
+
+/// In the answer to [`RING3_CAP_NOTIFY`]: it is there, whatever is enabled; and KVM_EXIT_NOTIFY comes with a
+/// [`NotifyRecord`].
+pub const RING3_NOTIFY_THERE: u32 = 1 << 16;
+
+/// What stands in the union of `kvm_run` (offset 32) with KVM_EXIT_NOTIFY. The kernel's structure is its first word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct NotifyRecord {
+    /// KVM_NOTIFY_*.
+    pub flags: u32,
+    /// IDT-vectoring information; 0: the exit did not come in a delivery.
+    pub vectoring: u32,
+    /// IDT-vectoring error code.
+    pub error_code: u32,
+    /// How many exits in a row had this RIP, this one included.
+    pub repeats: u32,
+    /// RIP.
+    pub rip: u64,
+    /// Exit qualification.
+    pub qualification: u64,
+    /// Ticks of the crystal without an event window.
+    pub ticks: u64,
+}
+
+impl NotifyRecord {
+    pub(crate) fn of(exit: &NotifyExit) -> NotifyRecord {
+        NotifyRecord {
+            flags: if exit.context_invalid { KVM_NOTIFY_CONTEXT_INVALID } else { 0 },
+            vectoring: exit.vectoring,
+            error_code: exit.error_code,
+            repeats: exit.repeats,
+            rip: exit.rip,
+            qualification: exit.qualification,
+            ticks: exit.ticks,
+        }
+    }
+}

@@ -58,6 +58,11 @@ pub enum Error {
         /// The guest's RIP.
         rip: u64,
     },
+    /// The processor has lost the guest's registers (a notify VM exit with KVM_NOTIFY_CONTEXT_INVALID).
+    #[error(
+        "the guest's context is lost: set the registers (KVM_SET_SREGS, KVM_SET_REGS) or give the guest up"
+    )]
+    ContextLost,
     /// The interrupt controllers refuse.
     #[error(transparent)]
     IrqChip(#[from] IrqChipError),
@@ -94,6 +99,7 @@ impl Error {
             Error::Interrupted => libc::EINTR,
             Error::Again => libc::EAGAIN,
             Error::SplitLock { .. } => libc::EFAULT,
+            Error::ContextLost => libc::EIO,
             Error::Host(e) => e.raw_os_error().unwrap_or(libc::EIO),
         }
     }

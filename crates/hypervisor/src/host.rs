@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use silicon::topology::Shape;
 
+use crate::notify::{DEFAULT_THROTTLE_MS, DEFAULT_WINDOW_US, LONGEST_WINDOW_US};
 use crate::split_lock::Policy;
 
 /// `split_lock_detect=`: what happens to split locks (kernel: arch/x86/kernel/cpu/intel.c; what it means for guests is in
@@ -53,6 +54,12 @@ pub struct HostParams {
     pub ignore_msrs: bool,
     /// `kvm.report_ignored_msrs=0|1`: and are logged.
     pub report_ignored_msrs: bool,
+    /// `kvm_intel.notify_window_us=N|off`: the window of the notify VM exit of VMs that ask for none, in microseconds. VMs
+    /// that exist keep theirs ([`System::set_notify_window`](crate::System::set_notify_window)).
+    pub notify_window_us: Option<u32>,
+    /// `kvm_intel.notify_throttle_ms=N`: how long a vCPU that makes no progress from one notify VM exit to the next is held
+    /// back at most; 0: not at all.
+    pub notify_throttle_ms: u32,
 }
 
 impl Default for HostParams {
@@ -64,6 +71,8 @@ impl Default for HostParams {
             split_lock_policy: Policy::default(),
             ignore_msrs: false,
             report_ignored_msrs: true,
+            notify_window_us: Some(DEFAULT_WINDOW_US),
+            notify_throttle_ms: DEFAULT_THROTTLE_MS,
         }
     }
 }
@@ -123,6 +132,20 @@ static PARAMS: &[Row] = &[
         name: "kvm.report_ignored_msrs",
         values: "0|1",
         set: |p, v| put(&mut p.report_ignored_msrs, module_bool(v)),
+    },
+    Row {
+        name: "kvm_intel.notify_window_us",
+        values: "off|0..171798691",
+        set: |p, v| {
+            let window = if v == "off" { Some(None) } else { v.parse().ok().map(Some) };
+            let fits = window.filter(|w: &Option<u32>| w.is_none_or(|us| us <= LONGEST_WINDOW_US));
+            put(&mut p.notify_window_us, fits)
+        },
+    },
+    Row {
+        name: "kvm_intel.notify_throttle_ms",
+        values: "0..10000",
+        set: |p, v| put(&mut p.notify_throttle_ms, v.parse().ok().filter(|ms| *ms <= 10_000)),
     },
 ];
 
@@ -220,6 +243,20 @@ mod tests {
     }
 
     #[test]
+    fn the_notify_window_is_microseconds_or_off() {
+        let window = |line: &str| HostParams::parse(line).map(|params| params.notify_window_us);
+        assert_eq!(window(""), Ok(Some(100)));
+        assert_eq!(window("kvm_intel.notify_window_us=off"), Ok(None));
+        assert_eq!(window("kvm-intel.notify-window-us=0"), Ok(Some(0)));
+        assert_eq!(window("kvm_intel.notify_window_us=171798691"), Ok(Some(171_798_691)));
+        for wrong in ["171798692", "-1", "", "1ms"] {
+            let line = format!("kvm_intel.notify_window_us={wrong}");
+            assert!(window(&line).is_err(), "{wrong}");
+        }
+        assert!(HostParams::parse("kvm_intel.notify_throttle_ms=10001").is_err());
+    }
+
+    #[test]
     fn smt_pairs_threads() {
         let shape = |line, cpus| HostParams::parse(line).unwrap().shape(cpus);
         assert_eq!(shape("", 4), Shape { sockets: 1, cores: 4, threads: 1 });
@@ -234,7 +271,8 @@ mod tests {
             unknown,
             "unknown host parameter 'mitigations'; known parameters: smt=on|off \
              split_lock_detect=off|warn|fatal|ratelimit:1..1000 kernel.split_lock_mitigate=0|1 \
-             ring3.split_lock_policy=efault|kill|forward|emulate kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1"
+             ring3.split_lock_policy=efault|kill|forward|emulate kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1 \
+             kvm_intel.notify_window_us=off|0..171798691 kvm_intel.notify_throttle_ms=0..10000"
         );
         let value = HostParams::parse("smt=maybe").unwrap_err().to_string();
         assert_eq!(value, "host parameter smt: 'maybe' is not one of on|off");

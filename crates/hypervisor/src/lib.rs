@@ -15,6 +15,8 @@ pub mod kvmclock;
 pub mod memory;
 pub mod modules;
 pub mod msr;
+pub mod nested;
+pub mod notify;
 pub mod processors;
 pub mod routing;
 pub mod split_lock;

@@ -23,10 +23,12 @@ enum Value {
     Text(&'static str),
     /// One that can be set.
     Of(fn(&HostParams) -> bool),
+    /// A number that can be set.
+    NumberOf(fn(&HostParams) -> i64),
 }
 
 use Module::{Kvm, KvmIntel};
-use Value::{Number, Of, Switch, Text};
+use Value::{Number, NumberOf, Of, Switch, Text};
 
 static PARAMETERS: &[(Module, &str, Value)] = &[
     (Kvm, "eager_page_split", Switch(false)),
@@ -62,6 +64,8 @@ static PARAMETERS: &[(Module, &str, Value)] = &[
     (KvmIntel, "fasteoi", Switch(true)),
     (KvmIntel, "flexpriority", Switch(true)),
     (KvmIntel, "nested", Switch(false)),
+    (KvmIntel, "notify_throttle_ms", NumberOf(|host| host.notify_throttle_ms.into())),
+    (KvmIntel, "notify_window_us", NumberOf(|host| host.notify_window_us.map_or(-1, i64::from))),
     (KvmIntel, "pml", Switch(false)),
     (KvmIntel, "preemption_timer", Switch(false)),
     (KvmIntel, "pt_mode", Number(0)),
@@ -81,6 +85,7 @@ pub fn parameter(host: &HostParams, module: Module, name: &str) -> Option<String
         Number(number) => format!("{number}\n"),
         Text(text) => format!("{text}\n"),
         Of(get) => switch(get(host)),
+        NumberOf(get) => format!("{}\n", get(host)),
     })
 }
 
@@ -96,6 +101,7 @@ mod tests {
             (Kvm, "ignore_msrs", Some("Y\n")),
             (Kvm, "tdp_mmu", Some("N\n")),
             (KvmIntel, "ept", Some("Y\n")),
+            (KvmIntel, "notify_window_us", Some("100\n")),
             (KvmIntel, "vmentry_l1d_flush", Some("not required\n")),
             (KvmIntel, "tdp_mmu", None),
             (Kvm, "", None),

@@ -1,7 +1,7 @@
 //! The system object: what a client opens `/dev/kvm` for.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use silicon::model::{CpuModel, Feature, FeatureSet};
@@ -10,6 +10,7 @@ use crate::cpuid;
 use crate::error::Error;
 use crate::host::{HostParams, SplitLockDetect};
 use crate::msr;
+use crate::notify;
 use crate::processors::Processors;
 use crate::split_lock::{self, RateLimit};
 use crate::time::{HostTime, Monotonic};
@@ -35,10 +36,14 @@ pub struct System {
     bus_locks: Option<RateLimit>,
     /// Messages about them are limited too.
     split_lock_messages: RateLimit,
+    /// `kvm_intel.notify_window_us`, which can be written: microseconds, or [`NOTIFY_OFF`].
+    notify_window: AtomicU64,
 }
 
 /// A second in nanoseconds.
 const SECOND: u64 = 1_000_000_000;
+/// The notify VM exit of new VMs is off.
+const NOTIFY_OFF: u64 = u64::MAX;
 
 impl System {
     /// A machine with processors of `model`, booted with `host`.
@@ -61,6 +66,7 @@ impl System {
             bus_locks,
             // The kernel's DEFAULT_RATELIMIT_BURST and _INTERVAL.
             split_lock_messages: RateLimit::new(10, 5 * SECOND),
+            notify_window: AtomicU64::new(host.notify_window_us.map_or(NOTIFY_OFF, u64::from)),
             model,
             permitted,
             host,
@@ -112,9 +118,38 @@ impl System {
         &self.model
     }
 
-    /// The host kernel's parameters.
+    /// The host kernel's parameters at boot.
     pub fn host(&self) -> &HostParams {
         &self.host
+    }
+
+    /// The notify VM exit of VMs yet to be created (`kvm_intel.notify_window_us`).
+    pub fn notify_setting(&self) -> notify::Setting {
+        if !self.has_notify_exit() {
+            return notify::Setting::default();
+        }
+        notify::Setting::of_parameter(u32::try_from(self.notify_window.load(Ordering::Relaxed)).ok())
+    }
+
+    /// Sets the parameter: microseconds, `None` for off. VMs that exist, and vCPUs of theirs yet to be created, keep what
+    /// they have. EINVAL for more than the processor's field holds.
+    pub fn set_notify_window(&self, microseconds: Option<u32>) -> Result<(), Error> {
+        if microseconds.is_some_and(|us| us > notify::LONGEST_WINDOW_US) {
+            return Err(Error::Invalid("kvm_intel.notify_window_us"));
+        }
+        self.notify_window.store(microseconds.map_or(NOTIFY_OFF, u64::from), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether the processor has the notify VM exit.
+    pub fn has_notify_exit(&self) -> bool {
+        self.model.notify_threshold().is_some()
+    }
+
+    /// The host kernel's parameters as they are now.
+    pub fn parameters(&self) -> HostParams {
+        let window = u32::try_from(self.notify_window.load(Ordering::Relaxed)).ok();
+        HostParams { notify_window_us: window, ..self.host.clone() }
     }
 
     /// vCPUs that run well at the same time (KVM_CAP_NR_VCPUS): one for each processor of the host, but four on any; VMMs

@@ -107,7 +107,7 @@ fn below_modules(path: &[u8]) -> Option<Special> {
         (Some(b"parameters"), Some(name), None) => {
             let system = process::system().ok()?;
             let name = OsStr::from_bytes(name).to_str()?;
-            let text = modules::parameter(system.host(), module, name);
+            let text = modules::parameter(&system.parameters(), module, name);
             Some(text.map_or(Special::Absent, Special::Parameter))
         }
         _ => None,

@@ -367,6 +367,9 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender) {
             VcpuExit::InternalError(error) => {
                 format!("the guest executes instructions at {:#x}, where there is no memory", error.gpa)
             }
+            VcpuExit::Notify(exit) => {
+                format!("the processor has lost the guest's context at {:#x}", exit.rip)
+            }
             _ => format!("unexpected exit {exit:?}"),
         };
         return ender.end(Outcome::InternalError { cpu, reason, registers: registers::dump(vcpu) });

@@ -287,6 +287,8 @@ pub(crate) fn set_cpuid(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Er
 }
 
 #[cfg(test)]
+mod notify_tests;
+#[cfg(test)]
 mod split_lock_tests;
 #[cfg(test)]
 mod tests;

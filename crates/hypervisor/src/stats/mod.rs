@@ -144,6 +144,10 @@ statistics! {
     uc_locks "uc_locks_refused" Count;
     /// Time that the vCPU was held back for split locks and bus locks.
     split_lock_throttle "split_lock_throttle_ns" Nanoseconds;
+    /// Exits because no event window had come for too long, with a valid context or without.
+    notify_window_exits "notify_window_exits" Count;
+    /// Time that the vCPU was held back for making no progress between them.
+    notify_throttle "notify_throttle_ns" Nanoseconds;
 }
 
 statistics! {

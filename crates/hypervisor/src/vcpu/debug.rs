@@ -64,6 +64,13 @@ impl GuestDebug {
         self.has(KVM_GUESTDBG_SINGLESTEP)
     }
 
+    /// The exceptions that it wants to hear of, as an exception bitmap.
+    pub(super) fn intercepts(&self) -> u32 {
+        let has = |flag: u32, vector: u8| if self.has(flag) { 1 << vector } else { 0 };
+        has(KVM_GUESTDBG_USE_SW_BP, vector::BP)
+            | has(KVM_GUESTDBG_USE_HW_BP | KVM_GUESTDBG_SINGLESTEP, vector::DB)
+    }
+
     /// Puts the debugger's breakpoints in the place of the guest's, or the guest's back.
     pub(super) fn exchange(&mut self, state: &mut CpuState) {
         if self.has(KVM_GUESTDBG_USE_HW_BP) {
@@ -92,11 +99,7 @@ impl Vcpu {
             dr7: registers[7],
             stepped: false,
         };
-        let has = |flag: u32, vector: u8| if control & flag != 0 { 1 << vector } else { 0 };
         let controls = &mut self.cpu.controls;
-        controls.exception_bitmap = self.locks.intercepted()
-            | has(KVM_GUESTDBG_USE_SW_BP, vector::BP)
-            | has(KVM_GUESTDBG_USE_HW_BP | KVM_GUESTDBG_SINGLESTEP, vector::DB);
         controls.mov_dr_exiting = control & KVM_GUESTDBG_USE_HW_BP != 0;
         controls.monitor_trap_flag = control & KVM_GUESTDBG_SINGLESTEP != 0;
         Ok(())

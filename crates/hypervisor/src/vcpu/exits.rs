@@ -17,10 +17,11 @@ impl Vcpu {
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
         match exit {
             Exit::InterruptWindow | Exit::NmiWindow => None,
-            Exit::ExternalInterrupt | Exit::PageLogFull | Exit::Notify(_) => {
+            Exit::ExternalInterrupt | Exit::PageLogFull => {
                 self.requeue_vectored();
                 None
             }
+            Exit::Notify(notify) => self.notify_exit(notify),
             // That there was one is noted of every exit, since another may have come in its place.
             Exit::BusLock => None,
             Exit::MonitorTrap => Some(self.step_exit()),

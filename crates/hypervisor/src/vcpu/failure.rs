@@ -3,7 +3,7 @@
 
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_INTERNAL_ERROR_SIMUL_EX,
 };
 use silicon::exception::{Exception, vector};
 use silicon::system::deliver::Event;
@@ -34,8 +34,7 @@ pub struct InternalError {
 }
 
 /// IDT-vectoring information (SDM vol. 3C, 25.9.3).
-fn vectoring(event: Event) -> u64 {
-    const VALID: u64 = 1 << 31;
+pub(super) fn vectoring_information(event: Event) -> u32 {
     let (number, kind, error_code) = match event {
         Event::Interrupt(vector) => (vector, 0, false),
         Event::Nmi => (vector::NMI, 2, false),
@@ -43,14 +42,33 @@ fn vectoring(event: Event) -> u64 {
         Event::Software { vector, .. } => (vector, if vector <= vector::OF { 6 } else { 4 }, false),
         Event::Int1 { .. } => (vector::DB, 5, false),
     };
-    u64::from(number) | kind << 8 | u64::from(error_code) << 11 | VALID
+    information(number, kind, error_code)
+}
+
+/// VM-exit interruption information of a hardware exception (SDM vol. 3C, 25.9.2).
+fn interruption_information(exception: Exception) -> u32 {
+    information(exception.vector, 3, exception.error_code.is_some())
+}
+
+fn information(vector: u8, kind: u32, error_code: bool) -> u32 {
+    const VALID: u32 = 1 << 31;
+    u32::from(vector) | kind << 8 | u32::from(error_code) << 11 | VALID
+}
+
+/// KVM_INTERNAL_ERROR_SIMUL_EX: `exception` exits, and was met in the delivery of `event` (kernel: `handle_exception_nmi`).
+pub(super) fn simultaneous_exceptions(event: Event, exception: Exception) -> VcpuExit {
+    let vectoring = vectoring_information(event).into();
+    let interruption = interruption_information(exception).into();
+    // The last word is the host's processor, which is not ours to know.
+    let words = [vectoring, interruption, exception.error_code.unwrap_or(0).into(), 0];
+    internal_error(KVM_INTERNAL_ERROR_SIMUL_EX, &words, 0)
 }
 
 impl Vcpu {
     /// The processor could not execute the instruction at RIP, or deliver an event, because there is no memory at `gpa`.
     pub(super) fn fetch_failed(&mut self, gpa: u64) -> Option<VcpuExit> {
         if let Some(event) = self.requeue_vectored() {
-            let words = [vectoring(event), REASON_EPT_MISCONFIGURATION, 0, gpa, 0];
+            let words = [vectoring_information(event).into(), REASON_EPT_MISCONFIGURATION, 0, gpa, 0];
             return Some(internal_error(KVM_INTERNAL_ERROR_DELIVERY_EV, &words, gpa));
         }
         let wanted = self.vm.policy().exits_on_emulation_failure();

@@ -65,18 +65,12 @@ impl VcpuHandle {
         self.interrupted.load(Ordering::SeqCst)
     }
 
-    /// Sleeps for `time`, or until KVM_RUN has to return. Kicks for any other reason are left for the next entry.
+    /// Sleeps for `time`, or until KVM_RUN has to return or somebody wants the vCPU's attention.
     pub(crate) fn pause(&self, time: Duration) {
         self.sleeping.store(true, Ordering::SeqCst);
-        let since = Instant::now();
-        loop {
-            let seen = self.kicks.load(Ordering::SeqCst);
-            match time.checked_sub(since.elapsed()) {
-                Some(left) if !left.is_zero() && !self.interrupted() => {
-                    futex(&self.kicks, libc::FUTEX_WAIT, seen, Some(left));
-                }
-                _ => break,
-            }
+        let seen = self.kicks.load(Ordering::SeqCst);
+        if !self.interrupted() {
+            futex(&self.kicks, libc::FUTEX_WAIT, seen, Some(time));
         }
         self.sleeping.store(false, Ordering::SeqCst);
     }

@@ -11,6 +11,7 @@ mod handle;
 mod hypercall;
 mod mce;
 mod msr;
+mod notify;
 mod ports;
 mod pre_fault;
 mod registers;
@@ -42,6 +43,7 @@ use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
 use debug::GuestDebug;
 use events::Events;
+use notify::NotifyState;
 use ports::ReadAhead;
 use split_lock::Locks;
 use steal::StealTime;
@@ -51,6 +53,7 @@ pub use failure::InternalError;
 pub use handle::VcpuHandle;
 pub use hypercall::HypercallExit;
 pub use msr::MsrExit;
+pub use notify::NotifyExit;
 pub use run::{RunRequest, RunState};
 pub use split_lock::SplitLockExit;
 pub use tsc::TscSync;
@@ -109,6 +112,8 @@ pub enum VcpuExit {
     /// A split lock that must not be executed, under [`Policy::Exit`](crate::split_lock::Policy) (RING3_EXIT_SPLIT_LOCK) or
     /// [`Policy::Kill`](crate::split_lock::Policy): the thread is to get SIGBUS, and KVM_EXIT_EXCEPTION says why.
     SplitLock(SplitLockExit),
+    /// KVM_EXIT_NOTIFY: no event window for too long. Only if the client has asked for it, or with the guest's context lost.
+    Notify(NotifyExit),
     /// The instruction limit of [`silicon::vmx::Controls`] was reached (tests and tools only).
     Budget,
 }
@@ -153,6 +158,7 @@ pub struct Vcpu {
     read_ahead: ReadAhead,
     steal: StealTime,
     locks: Locks,
+    notify: NotifyState,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -173,6 +179,7 @@ impl Vcpu {
         let model = vm.system().model();
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
+        cpu.event_window.threshold = model.notify_threshold();
         let tsc_khz = vm.tsc_khz();
         vm.tsc_sync().begin(&mut cpu.controls, tsc_khz)?;
         let exits = |disabled: u32| vm.policy().disabled_exits() & disabled == 0;
@@ -220,6 +227,7 @@ impl Vcpu {
             read_ahead: ReadAhead::default(),
             steal: StealTime::default(),
             locks,
+            notify: NotifyState::default(),
             has_run: false,
             tsc_khz,
             reset_state,
@@ -333,6 +341,7 @@ impl Vcpu {
         self.cpu.injection = None;
         self.events = Events::default();
         self.forget_accesses();
+        self.notify = NotifyState::default();
         self.msrs.reset();
         self.cpu.refresh_mode();
         self.cpu.paging_changed();

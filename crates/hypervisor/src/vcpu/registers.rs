@@ -242,6 +242,7 @@ impl Vcpu {
             return Err(Error::Invalid("CR0, CR4, EFER and CS.L contradict each other"));
         }
         self.set_apic_base(sregs.apic_base)?;
+        self.notify.context_given();
         let s = &mut self.cpu.state;
         s.segs = [&sregs.es, &sregs.cs, &sregs.ss, &sregs.ds, &sregs.fs, &sregs.gs].map(segment_in);
         s.tr = segment_in(&sregs.tr);

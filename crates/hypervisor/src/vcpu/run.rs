@@ -150,6 +150,10 @@ impl Vcpu {
             if std::mem::take(&mut self.events.triple_fault) {
                 return Ok(VcpuExit::Shutdown);
             }
+            self.require_context()?;
+            if self.is_held_back() {
+                continue;
+            }
             self.update_clock();
             if self.list_modified_pages() {
                 return Ok(VcpuExit::DirtyRingFull);
@@ -186,6 +190,7 @@ impl Vcpu {
     /// Enters guest mode; events that it leaves undelivered are taken back.
     pub(super) fn enter(&mut self, enter: fn(&mut Cpu) -> Exit) -> Exit {
         self.sync_to_vapic();
+        self.update_intercepts();
         self.debug.stepped = false;
         self.debug.exchange(&mut self.cpu.state);
         let exit = enter(&mut self.cpu);
@@ -251,6 +256,7 @@ impl Vcpu {
             self.events = Events { external: self.events.external, ..Events::default() };
             self.forget_accesses();
             self.unhalted = false;
+            self.notify.context_given();
             self.msrs.init();
             lapic.reset(true);
             self.mp_state = KVM_MP_STATE_INIT_RECEIVED;

@@ -210,10 +210,9 @@ impl Vcpu {
             // RIP is at the INT, which is executed again.
             self.cpu.idt_vectoring = None;
         }
-        self.requeue_vectored();
+        let event = self.requeue_vectored();
         let Some(access) = self.cpu.refused_lock.take() else {
-            self.events.raise(exception);
-            return None;
+            return self.raise_in_delivery(event, exception);
         };
         let situation = Situation {
             host: self.vm.system().host().split_lock_detect,

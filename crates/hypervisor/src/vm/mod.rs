@@ -20,6 +20,7 @@ use crate::irqchip::bus::ApicSettings;
 use crate::kvmclock::ClockBase;
 use crate::memory::Memory;
 use crate::msr::filter::MsrFilters;
+use crate::notify::LogLimit;
 use crate::split_lock;
 use crate::stats::VmStats;
 use crate::system::{System, VCPU_IDS_MAX, VCPUS_MAX};
@@ -42,6 +43,8 @@ pub struct Vm {
     coalesced: CoalescedIo,
     msr_filters: MsrFilters,
     policy: Policy,
+    /// Lines about notify VM exits.
+    notify_log: LogLimit,
     dirty_ring_bytes: OnceLock<u32>,
     dirty_rings: Mutex<Vec<Arc<DirtyRing>>>,
     stats: VmStats,
@@ -69,7 +72,7 @@ pub(crate) struct Setup {
 impl Vm {
     pub(crate) fn new(system: Arc<System>) -> Result<Arc<Vm>, Error> {
         let memory = Memory::new(system.model().features().physical_bits());
-        let policy = Policy::new(system.host());
+        let policy = Policy::new(system.host(), system.notify_setting());
         Ok(Arc::new(Vm {
             place: system.processors().place_vm(),
             system,
@@ -81,6 +84,7 @@ impl Vm {
             coalesced: CoalescedIo::default(),
             msr_filters: MsrFilters::default(),
             policy,
+            notify_log: LogLimit::default(),
             dirty_ring_bytes: OnceLock::new(),
             dirty_rings: Mutex::default(),
             stats: VmStats::new()?,
@@ -125,6 +129,10 @@ impl Vm {
     /// KVM_GET_STATS_FD on the VM.
     pub fn stats_descriptor(&self) -> Result<OwnedFd, Error> {
         Ok(self.stats.descriptor(&format!("kvm-{}", std::process::id()))?)
+    }
+
+    pub(crate) fn notify_log(&self) -> &LogLimit {
+        &self.notify_log
     }
 
     /// KVM_CREATE_DEVICE: there are no devices of any type. ENODEV.

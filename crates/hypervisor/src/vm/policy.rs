@@ -18,6 +18,8 @@ use silicon::bus_lock::core_capabilities;
 use super::Vm;
 use crate::error::Error;
 use crate::host::HostParams;
+use crate::irqchip::lapic::Waker;
+use crate::notify::Setting;
 use crate::split_lock::VmPolicy;
 
 /// Quirks that KVM_CAP_DISABLE_QUIRKS2 switches off.
@@ -60,11 +62,12 @@ pub struct Policy {
     /// [`VmPolicy`] as its bits.
     split_locks: AtomicU32,
     pinned: AtomicBool,
+    notify: AtomicU64,
 }
 
 impl Policy {
     /// What VMs begin with on `host`.
-    pub(super) fn new(host: &HostParams) -> Policy {
+    pub(super) fn new(host: &HostParams, notify: Setting) -> Policy {
         let split_locks = VmPolicy { policy: host.split_lock_policy, enforced: false };
         Policy {
             bus_lock_exit: AtomicBool::new(false),
@@ -79,6 +82,7 @@ impl Policy {
             hide_platform_info: AtomicBool::new(false),
             halt_poll_ns: AtomicU32::new(0),
             manual_dirty_log: AtomicU64::new(0),
+            notify: AtomicU64::new(notify.bits()),
         }
     }
 }
@@ -92,6 +96,11 @@ fn bits(value: u64, valid: u32) -> Result<u32, Error> {
 }
 
 impl Policy {
+    /// The notify VM exit.
+    pub fn notify(&self) -> Setting {
+        Setting::from_bits(self.notify.load(Ordering::Relaxed)).unwrap_or_default()
+    }
+
     /// The exits that the guest's HLT, MWAIT, PAUSE and C-states do not cause (KVM_X86_DISABLE_EXITS_*).
     pub fn disabled_exits(&self) -> u32 {
         self.disabled_exits.load(Ordering::Relaxed)
@@ -279,6 +288,37 @@ impl Vm {
             return Err(Error::Invalid("vCPUs exist already"));
         }
         self.policy().pinned.store(pinned, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// KVM_CAP_X86_NOTIFY_VMEXIT: EINVAL without the flag that enables it, on processors that have no such exit, and once
+    /// there are vCPUs. The window is in ticks of the crystal.
+    pub fn set_notify_vmexit(&self, bits: u64) -> Result<(), Error> {
+        if !Setting::from_bits(bits)?.enabled {
+            return Err(Error::Invalid(
+                "the notify VM exit cannot be switched off by KVM_CAP_X86_NOTIFY_VMEXIT",
+            ));
+        }
+        let setup = self.setup();
+        if !setup.vcpus.is_empty() {
+            return Err(Error::Invalid("vCPUs exist already"));
+        }
+        self.store_notify(bits)
+    }
+
+    /// The same at any time, also off; each vCPU has it from its next entry on, which comes at once.
+    pub fn set_notify(&self, bits: u64) -> Result<(), Error> {
+        Setting::from_bits(bits)?;
+        self.store_notify(bits)?;
+        self.vcpus().iter().for_each(|vcpu| vcpu.kick());
+        Ok(())
+    }
+
+    fn store_notify(&self, bits: u64) -> Result<(), Error> {
+        if Setting::from_bits(bits)?.enabled && !self.system().has_notify_exit() {
+            return Err(Error::Invalid("the processor has no notify VM exit"));
+        }
+        self.policy().notify.store(bits, Ordering::Relaxed);
         Ok(())
     }
 

@@ -50,7 +50,7 @@ impl Event {
     }
 
     /// The error code that is pushed.
-    fn error_code(&self) -> Option<u32> {
+    pub fn error_code(&self) -> Option<u32> {
         match *self {
             Event::Exception(e) | Event::Injected(e) => e.error_code,
             _ => None,
