@@ -89,6 +89,8 @@ programs! {
     PAGES_32 "pages32" 1 "pages32";
     /// Interrupts within repeated string instructions, and code that writes over what follows it.
     REPEAT "repeat" 1 "repeat";
+    /// Split-lock detection, UC-lock disable, bus-lock traps.
+    SPLIT_LOCK "split_lock" 1 "split_lock";
     /// The local APIC in x2APIC mode.
     X2APIC "x2apic" 4 "ipi";
 }

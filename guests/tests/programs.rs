@@ -315,6 +315,22 @@ behaviours! {
         the_task_priority_holds_its_class_back
         delivery_mode_nmi_ignores_if
     }
+    split_lock SPLIT_LOCK {
+        sl_b1_the_registers_read_back_what_was_written
+        sl_b2_split_words_are_refused_at_cpl_0
+        sl_b2_split_words_are_refused_at_cpl_3
+        sl_b2_alignment_checks_refuse_more_at_cpl_3
+        sl_b3_every_locked_operation_is_refused
+        sl_b3_bit_strings_are_looked_at_where_the_bit_is
+        sl_b4_accesses_without_a_lock_are_let_through
+        sl_b5_bus_locks_trap_at_cpl_3_alone
+        sl_b6_a_trap_has_all_its_causes
+        sl_b7_dr6_has_a_bit_for_bus_locks_where_they_are_detected
+        sl_b8_descriptor_updates_are_refused
+        sl_b9_locks_on_uncacheable_memory_are_bus_locks
+        sl_b9_locks_on_uncacheable_memory_can_be_refused
+        sl_b10_page_walks_and_cmpxchg16b_never_split
+    }
     x2apic X2APIC {
         fixed_interrupts_reach_one_self_all_and_others
         logical_destinations

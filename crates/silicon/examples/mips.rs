@@ -1,5 +1,6 @@
 //! How fast the interpreter is on a few small loops, in millions of guest instructions per second of CPU time:
-//! `cargo run --release -p silicon --example mips [NAME] [ROUNDS]`.
+//! `cargo run --release -p silicon --example mips [NAME] [ROUNDS]`. With the name `lock-detection`: what it costs locked
+//! accesses that are not split that the detection of split locks and bus locks is on.
 #![expect(
     unsafe_code,
     reason = "guest memory is written through its host pointer, the CPU clock read from libc"
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use silicon::Cpu;
+use silicon::bus_lock::{debugctl, test_ctrl};
 use silicon::mmu::ept::{Ept, Region};
 use silicon::model::Features;
 use silicon::state::{CodeSize, Segment, cr0, cr4, efer, reg};
@@ -87,7 +89,22 @@ const PROGRAMS: &[Program] = &[
             0xce, 0x4c, 0x89, 0xd7, 0x44, 0x89, 0xc1, 0xff, 0xc9, 0x75, 0xe3, 0xe6, 0xf4,
         ],
     },
+    LOCKED,
 ];
+
+/// Uncontended locked accesses within a line.
+const LOCKED: Program = Program {
+    name: "locked",
+    rounds: 2_000_000,
+    // lock inc dword [rsi]; lock xadd [rsi+8], rax; xchg [rdi], rdx; lock cmpxchg [rdi+8], rdx; dec; jnz
+    code: &[
+        0xf0, 0xff, 0x06, 0xf0, 0x48, 0x0f, 0xc1, 0x46, 0x08, 0x48, 0x87, 0x17, 0xf0, 0x48, 0x0f, 0xb1, 0x57,
+        0x08, 0xff, 0xc9, 0x75, 0xea, 0xe6, 0xf4,
+    ],
+};
+
+/// Pairs of runs that `lock-detection` makes.
+const PAIRS: usize = 31;
 
 #[repr(C, align(4096))]
 #[derive(Clone)]
@@ -115,7 +132,7 @@ fn cpu(memory: &mut [Page]) -> Cpu {
     let segment = |selector, attributes| Segment { base: 0, limit: !0, attributes, selector };
     cpu.state.segs = [segment(16, 0xc093); 6];
     cpu.state.segs[1] = segment(8, 0xa09b);
-    cpu.state.cr0 |= cr0::PE | cr0::PG | cr0::NE;
+    cpu.state.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::ET;
     cpu.state.cr3 = TABLES;
     cpu.state.cr4 = cr4::PAE;
     cpu.state.efer = efer::LME | efer::LMA;
@@ -132,27 +149,64 @@ fn cpu_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
+/// Runs `program` on a CPU that `prepare` has had; instructions, and seconds of CPU time.
+fn measure(program: &Program, rounds: Option<u64>, prepare: impl Fn(&mut Cpu)) -> (u64, f64) {
+    let mut memory = vec![Page([0; 4096]); MEMORY / 4096];
+    let mut cpu = cpu(&mut memory);
+    put(&mut memory, CODE, program.code);
+    cpu.state.rip = CODE;
+    cpu.state.regs[usize::from(reg::RCX)] = rounds.unwrap_or(program.rounds);
+    cpu.state.regs[usize::from(reg::RSP)] = DATA;
+    cpu.state.regs[usize::from(reg::RSI)] = DATA;
+    cpu.state.regs[usize::from(reg::RDI)] = DATA + 0x10_0000;
+    prepare(&mut cpu);
+    let begin = cpu_time();
+    let exit = cpu.run();
+    let seconds = (cpu_time() - begin).as_secs_f64();
+    assert!(matches!(exit, Exit::Io(_)), "{}: {exit:?} at {:#x}", program.name, cpu.state.rip);
+    (cpu.instructions(), seconds)
+}
+
+/// Everything that looks for split locks and bus locks is on.
+fn detect(cpu: &mut Cpu) {
+    cpu.test_ctrl.set(test_ctrl::SPLIT_LOCK_DETECT | test_ctrl::UC_LOCK_DISABLE);
+    cpu.state.debugctl = debugctl::BUS_LOCK_DETECT;
+    cpu.controls.bus_lock_detection = true;
+}
+
+/// The same loop with and without detection, in turn and in changing order; the median of the pairs' ratios.
+fn lock_detection(rounds: Option<u64>) {
+    let off = || measure(&LOCKED, rounds, |_| ()).1;
+    let on = || measure(&LOCKED, rounds, detect).1;
+    off();
+    let pair = |n| {
+        if n % 2 == 0 {
+            let off = off();
+            on() / off
+        } else {
+            let on = on();
+            on / off()
+        }
+    };
+    let mut ratios: Vec<f64> = (0..PAIRS).map(pair).collect();
+    ratios.sort_by(f64::total_cmp);
+    let percent = |n: usize| (ratios[n] - 1.0) * 100.0;
+    let (low, middle, high) = (percent(PAIRS / 4), percent(PAIRS / 2), percent(PAIRS - 1 - PAIRS / 4));
+    println!("locked accesses with detection on: {middle:+.2} % CPU time (quartiles {low:+.2}, {high:+.2})");
+}
+
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let wanted = arguments.next();
     let rounds: Option<u64> = arguments.next().and_then(|text| text.parse().ok());
+    if wanted.as_deref() == Some("lock-detection") {
+        return lock_detection(rounds);
+    }
     for program in PROGRAMS {
         if wanted.as_ref().is_some_and(|name| name != program.name) {
             continue;
         }
-        let mut memory = vec![Page([0; 4096]); MEMORY / 4096];
-        let mut cpu = cpu(&mut memory);
-        put(&mut memory, CODE, program.code);
-        cpu.state.rip = CODE;
-        cpu.state.regs[usize::from(reg::RCX)] = rounds.unwrap_or(program.rounds);
-        cpu.state.regs[usize::from(reg::RSP)] = DATA;
-        cpu.state.regs[usize::from(reg::RSI)] = DATA;
-        cpu.state.regs[usize::from(reg::RDI)] = DATA + 0x10_0000;
-        let begin = cpu_time();
-        let exit = cpu.run();
-        let seconds = (cpu_time() - begin).as_secs_f64();
-        assert!(matches!(exit, Exit::Io(_)), "{}: {exit:?} at {:#x}", program.name, cpu.state.rip);
-        let instructions = cpu.instructions();
+        let (instructions, seconds) = measure(program, rounds, |_| ());
         println!("{:14} {:8.1} MIPS  {:.3} s", program.name, instructions as f64 / seconds / 1e6, seconds);
     }
 }
