@@ -142,10 +142,11 @@ pub struct Cpu {
     /// The physical MSR_TEST_CTRL: that of the thread that the CPU is loaded on. Read at each locked access that is split or
     /// goes to memory that is not write-back.
     pub test_ctrl: TestCtrl,
-    /// The locked accesses of the next instruction go through atomically although [`Cpu::test_ctrl`] would refuse them: all
-    /// other CPUs of the VM stand still meanwhile. They are bus locks all the same: BLD and bus-lock detection report them.
-    /// The hypervisor sets it before an entry; it ends when the instruction at RIP completes or faults, or when an event is
-    /// delivered, and outlasts exits that repeat the instruction (ports, MMIO).
+    /// The locked accesses of the next instruction, or of the delivery of the event that the entry injects, go through
+    /// atomically although [`Cpu::test_ctrl`] would refuse them: all other CPUs of the VM stand still meanwhile. They are bus
+    /// locks all the same: BLD and bus-lock detection report them. The hypervisor sets it before an entry; it ends when the
+    /// instruction at RIP completes or faults, or when an event has been delivered, and outlasts exits that repeat the
+    /// instruction (ports, MMIO).
     pub permit_locked_access: bool,
     /// The locked access that the last exception refused, set with [`Exit::Exception`] when #AC or #GP is from split-lock
     /// detection or UC-lock disable; `None` for those of any other cause. RIP is at the instruction, which has changed nothing.

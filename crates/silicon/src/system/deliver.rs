@@ -112,11 +112,11 @@ impl Cpu {
     /// A benign fault that its own delivery causes again (#AC for a user-mode handler on an odd stack) goes on for
     /// ever: nothing but what [`super::window`] says ends it.
     pub(crate) fn deliver(&mut self, event: Event) -> Result<(), Exit> {
-        self.end_lock_permission();
         // Bus locks of the delivery are looked at right after it.
         self.stepping = true;
         let delivered = self.deliver_serially(event);
         self.stepping = false;
+        self.end_lock_permission();
         delivered?;
         if self.bus_lock_is_due() { Err(Exit::BusLock) } else { Ok(()) }
     }

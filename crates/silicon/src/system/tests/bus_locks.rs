@@ -365,6 +365,15 @@ fn sl_b8_an_event_whose_delivery_splits_is_vectoring() {
     assert_eq!(machine.run(&[0x90]), Exit::Exception(Exception::AC));
     assert_eq!(machine.cpu.idt_vectoring, Some(Event::Interrupt(0x40)));
     assert!(machine.cpu.refused_lock.is_some());
+    // The permission to make the access covers the delivery that is tried again, and ends with it.
+    machine.cpu.permit_locked_access = true;
+    machine.cpu.injection = Some(Injection::Interrupt(0x40));
+    assert_eq!((machine.cpu.run(), machine.vector()), (Exit::Hlt, Some(0x40)));
+    assert!(!machine.cpu.permit_locked_access);
+    assert_eq!(machine.cpu.counters.bus_locks, 1);
+    let at = machine.cpu.state.gdtr.base + 0x45;
+    machine.put_word(at, 1, 0x9a);
+    machine.cpu.state.rip = CODE0;
     // With detection off the delivery takes a bus lock, which is reported in the handler.
     machine.cpu.test_ctrl.set(0);
     machine.cpu.controls.bus_lock_detection = true;
