@@ -260,6 +260,10 @@ impl Cpu {
                 return Ok(Next::Again);
             }
         }
+        if self.controls.smi_exiting && self.smi_allowed() {
+            self.exit_instruction_length = 0;
+            return Err(Exit::Smi);
+        }
         if self.controls.nmi_window_exiting && self.nmi_allowed() {
             return Err(Exit::NmiWindow);
         }
@@ -322,6 +326,7 @@ impl Cpu {
             || self.state.any_breakpoint()
             || controls.interrupt_window_exiting
             || controls.nmi_window_exiting
+            || controls.smi_exiting
             || controls.monitor_trap_flag
             || self.event_window.stalls_instructions()
             || self.step_next

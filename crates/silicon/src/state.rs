@@ -248,6 +248,8 @@ pub struct CpuState {
     pub cpl: u8,
     /// SS.B (32-bit stack pointer) outside 64-bit mode.
     pub stack32: bool,
+    /// In system management mode (SDM vol. 3C, chapter 31); see `Cpu::set_smm`.
+    pub smm: bool,
     /// [`interruptibility`] bits.
     pub interruptibility: u32,
     /// Activity state.
@@ -347,6 +349,7 @@ impl CpuState {
             code_size: CodeSize::Bits16,
             cpl: 0,
             stack32: false,
+            smm: false,
             interruptibility: 0,
             activity: Activity::Active,
             segs: [data, real(0xf000, 0xffff_0000, 0x9b), data, data, data, data],

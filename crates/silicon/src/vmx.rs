@@ -16,6 +16,8 @@ pub struct Controls {
     pub interrupt_window_exiting: bool,
     /// NMI-window exiting: exit as soon as an NMI could be delivered.
     pub nmi_window_exiting: bool,
+    /// An SMI waits: exit ([`Exit::Smi`]) as soon as it can be taken.
+    pub smi_exiting: bool,
     /// HLT exiting.
     pub hlt_exiting: bool,
     /// PAUSE exiting.
@@ -66,6 +68,7 @@ impl Default for Controls {
             exception_bitmap: 0,
             interrupt_window_exiting: false,
             nmi_window_exiting: false,
+            smi_exiting: false,
             hlt_exiting: true,
             pause_exiting: false,
             mwait_exiting: true,
@@ -179,6 +182,8 @@ pub enum Exit {
     ExternalInterrupt,
     /// Triple fault (reason 2).
     TripleFault,
+    /// The SMI that [`Controls::smi_exiting`] tells of can be taken now (reason 6, other SMI).
+    Smi,
     /// An interrupt can be delivered now (reason 7).
     InterruptWindow,
     /// An NMI can be delivered now (reason 8).
@@ -191,6 +196,9 @@ pub enum Exit {
     Invd,
     /// RDPMC (reason 15).
     Rdpmc,
+    /// RSM in system management mode (reason 17). The state that it returns to lies in memory in a layout of the
+    /// hypervisor's, which loads it; without the SMM-transfer monitor only the reason is the SDM's.
+    Rsm,
     /// RDTSC or RDTSCP with RDTSC exiting (reason 16).
     Rdtsc,
     /// VMCALL (reason 18).
@@ -283,6 +291,7 @@ impl Exit {
             Exit::Exception(_) | Exit::StateNeeded { .. } => 0,
             Exit::ExternalInterrupt => 1,
             Exit::TripleFault => 2,
+            Exit::Smi => 6,
             Exit::InterruptWindow => 7,
             Exit::NmiWindow => 8,
             Exit::Cpuid => 10,
@@ -290,6 +299,7 @@ impl Exit {
             Exit::Invd => 13,
             Exit::Rdpmc => 15,
             Exit::Rdtsc => 16,
+            Exit::Rsm => 17,
             Exit::Vmcall | Exit::Vmmcall => 18,
             Exit::VmxInstruction(reason) => *reason,
             Exit::Cr8 { .. } => 28,
@@ -319,6 +329,7 @@ impl Exit {
             Exit::StateNeeded { .. } => "state_needed",
             Exit::ExternalInterrupt => "external_interrupt",
             Exit::TripleFault => "triple_fault",
+            Exit::Smi => "smi",
             Exit::InterruptWindow => "interrupt_window",
             Exit::NmiWindow => "nmi_window",
             Exit::Cpuid => "cpuid",
@@ -326,6 +337,7 @@ impl Exit {
             Exit::Invd => "invd",
             Exit::Rdpmc => "rdpmc",
             Exit::Rdtsc => "rdtsc",
+            Exit::Rsm => "rsm",
             Exit::Vmcall | Exit::Vmmcall => "vmcall",
             Exit::VmxInstruction(_) => "vmx_instruction",
             Exit::Cr8 { .. } => "cr8_access",

@@ -1,4 +1,4 @@
-//! CPUID, the time-stamp counter, MONITOR and MWAIT and their user-mode forms, hypercalls, SERIALIZE, RDPMC.
+//! CPUID, the time-stamp counter, MONITOR and MWAIT and their user-mode forms, hypercalls, SERIALIZE, RDPMC, RSM.
 
 use iced_x86::{Code, Instruction, Register};
 
@@ -27,6 +27,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         Code::Umonitor_r16 | Code::Umonitor_r32 | Code::Umonitor_r64 => umonitor,
         Code::Umwait_r32 | Code::Umwait_r64 | Code::Tpause_r32 | Code::Tpause_r64 => user_wait,
         Code::Serialize => serialize,
+        Code::Rsm => rsm,
         _ => return None,
     };
     let mut op = op_base(ins, ctx, handler);
@@ -61,6 +62,13 @@ fn vmcall(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
 
 fn vmmcall(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
     Err(cpu.exit(Exit::Vmmcall))
+}
+
+/// #UD outside of system management mode.
+fn rsm(cpu: &mut Cpu, _: &Op) -> Result<Flow, Abort> {
+    let in_smm = cpu.state.smm;
+    defined_if(cpu, in_smm)?;
+    Err(cpu.exit(Exit::Rsm))
 }
 
 impl Cpu {

@@ -152,10 +152,10 @@ fn modes(info: &OpCodeInfo) -> impl Iterator<Item = (u32, CodeSize)> {
     modes.into_iter().filter(|mode| mode.2).map(|(bits, size, _)| (bits, size))
 }
 
-/// Forms that are #UD by definition, and RSM, which is outside system-management mode.
+/// Forms that are #UD by definition.
 fn is_refused(code: Code) -> bool {
     use Mnemonic::*;
-    matches!(code.mnemonic(), Ud0 | Ud1 | Ud2 | Rsm)
+    matches!(code.mnemonic(), Ud0 | Ud1 | Ud2)
 }
 
 /// The forms without a handler, and those that could not be made.

@@ -396,7 +396,6 @@ fn instructions_that_no_model_has() {
         &[0x0f, 0x01, 0xc2],       // vmlaunch
         &[0x0f, 0x01, 0xd8],       // vmrun
         &[0x0f, 0x37],             // getsec
-        &[0x0f, 0xaa],             // rsm
         &[0x0f, 0x0b],             // ud2
         &[0x0f, 0xb9, 0xc0],       // ud1
         &[0x0f, 0xff, 0xc0],       // ud0
@@ -406,6 +405,15 @@ fn instructions_that_no_model_has() {
     for bytes in cases {
         assert_eq!(run(&mut long_mode(), bytes), Err(UD), "{bytes:x?}");
     }
+}
+
+#[test]
+fn rsm_is_for_system_management_mode() {
+    const RSM: &[u8] = &[0x0f, 0xaa];
+    let mut cpu = long_mode();
+    assert_eq!(run(&mut cpu, RSM), Err(UD));
+    cpu.set_smm(true);
+    assert_eq!(run(&mut cpu, RSM), Err(Pending::Exit(Exit::Rsm)));
 }
 
 #[test]

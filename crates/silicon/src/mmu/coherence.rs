@@ -152,6 +152,7 @@ impl Cpu {
             Mail::WritesDropped { gfn } => self.settle(gfn),
             Mail::Written { gfn, from, to } => self.drop_code(gfn, from, to),
             Mail::AllWritten => self.code.clear(),
+            Mail::CompareCode => self.code.new_epoch(),
         }
     }
 

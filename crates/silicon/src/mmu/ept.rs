@@ -14,10 +14,16 @@ use std::sync::{Arc, RwLock};
 use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT};
 use crate::mmu::world::{Mail, World};
 
+/// Set in the guest-physical addresses of accesses that are made in system management mode, of which chipsets make an
+/// address space of its own (SDM vol. 3C, 31.4: SMRAM, and the processor's SMI-acknowledge transaction). It is above
+/// all that a processor can address (MAXPHYADDR is 52 at most). Regions with it are seen there alone, all others
+/// elsewhere alone. No exit carries it.
+pub const SMM_SPACE: u64 = 1 << 52;
+
 /// One contiguous range of guest-physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// First guest-physical address; page-aligned.
+    /// First guest-physical address; page-aligned. May have [`SMM_SPACE`].
     pub gpa: u64,
     /// Bytes; a multiple of the page size.
     pub size: u64,
@@ -334,6 +340,12 @@ impl Ept {
             page = next;
         }
         fresh
+    }
+
+    /// Memory may have been written under another of its addresses, where nobody looks for code: CPUs compare the
+    /// blocks that they use from now on.
+    pub fn code_may_have_changed(&self) {
+        self.world.send_all(Mail::CompareCode);
     }
 
     /// Counts the changes of the map.

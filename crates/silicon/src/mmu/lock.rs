@@ -19,6 +19,7 @@ use crate::bus_lock::{LockKind, LockedAccess};
 use crate::cpu::{Cpu, Pending};
 use crate::exception::Abort;
 use crate::mmu::Word;
+use crate::mmu::ept::SMM_SPACE;
 use crate::mmu::slow::{Place, exchange_host, first_part};
 use crate::mmu::tlb::{Class, PAGE_MASK};
 use crate::mmu::walk::{Access, Kind};
@@ -206,7 +207,8 @@ impl Cpu {
         let uncached =
             first.uncached || (place.is_none() && self.second_page_uncached(seg, lin, size, access)?);
         let implicit = self.mmu.implicit;
-        let lock = LockedAccess { lin, gpa: first.gpa, size: size as u8, kind, implicit };
+        let gpa = first.gpa & !SMM_SPACE;
+        let lock = LockedAccess { lin, gpa, size: size as u8, kind, implicit };
         self.claim_bus_lock(lock, uncached)?;
         Ok(Checked { place, lock: Some(lock) })
     }

@@ -33,7 +33,7 @@ use crate::model::Feature;
 use crate::state::{cr0, cr4, efer};
 
 use self::coherence::Link;
-use self::ept::{Backing, Ept, Map};
+use self::ept::{Backing, Ept, Map, SMM_SPACE};
 use self::tlb::{Class, Tlb};
 
 pub mod access;
@@ -107,8 +107,8 @@ impl Caching {
 /// What cached translations depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Registers {
-    /// What address spaces as a whole depend on, down to the CPU's MAXPHYADDR, 1 GiB pages and memory types.
-    layout: (u64, u64, u64, u8, bool, Caching),
+    /// What address spaces as a whole depend on, down to the CPU's MAXPHYADDR, 1 GiB pages, memory types and SMM.
+    layout: (u64, u64, u64, u8, bool, Caching, bool),
     /// What only rights depend on.
     rights: (u64, u64),
     cr3: u64,
@@ -131,6 +131,7 @@ impl Registers {
                 cpu.features.physical_bits(),
                 cpu.features.has(Feature::Pdpe1gb),
                 Caching::of(cpu),
+                state.smm,
             ),
             rights: (state.cr0 & cr0::WP, state.cr4 & (cr4::SMAP | cr4::PKE)),
             cr3: state.cr3,
@@ -268,7 +269,13 @@ impl Cpu {
         if self.state.cr4 & cr4::PCIDE != 0 { self.state.cr3 as u16 & 0xfff } else { 0 }
     }
 
-    /// The region that holds `gpa`.
+    /// What the address of an access has above what translation gives: [`SMM_SPACE`] in system management mode.
+    #[inline]
+    pub(crate) fn space(&self) -> u64 {
+        if self.state.smm { SMM_SPACE } else { 0 }
+    }
+
+    /// The region that holds `gpa`, which has its [`Cpu::space`].
     #[inline]
     fn backing(&mut self, gpa: u64) -> Option<&Backing> {
         let mmu = &mut self.mmu;

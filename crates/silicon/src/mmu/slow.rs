@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::mmu::Word;
 use crate::mmu::access::ExecPage;
+use crate::mmu::ept::SMM_SPACE;
 use crate::mmu::tlb::{Class, Leaf, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 use crate::mmu::walk::{Access, Kind};
 use crate::state::{CodeSize, Seg, cr4};
@@ -14,7 +15,7 @@ use crate::vmx::{BusAccess, Exit, Space};
 /// Where an access goes, as far as the end of the page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
-    /// Guest-physical address.
+    /// Guest-physical address, with the CPU's [`Cpu::space`].
     pub(super) gpa: u64,
     /// Host address, if memory backs it.
     host: Option<u64>,
@@ -249,7 +250,8 @@ impl Cpu {
         let lin = self.checked(Seg::Cs, lin)?;
         let (leaf, walked) = self.leaf(lin, access)?;
         let Some(host) = self.backing(leaf.page()).map(|b| b.host(leaf.page())) else {
-            return Err(self.exit(Exit::FetchFailed { gpa: leaf.page() | (lin & PAGE_MASK) }));
+            let gpa = leaf.page() & !SMM_SPACE | (lin & PAGE_MASK);
+            return Err(self.exit(Exit::FetchFailed { gpa }));
         };
         let gfn = leaf.page() >> PAGE_SHIFT;
         if walked {
@@ -373,19 +375,21 @@ impl Cpu {
 
     /// Reads a paging-structure entry of 8 or 4 bytes; `None` if no memory backs it.
     pub(crate) fn peek_entry(&mut self, gpa: u64, wide: bool) -> Option<u64> {
+        let gpa = gpa | self.space();
         let host = self.backing(gpa)?.host(gpa);
         Some(read_host(host, if wide { 8 } else { 4 }))
     }
 
     /// Reads a byte of memory with no effect on the guest and no regard to rights; `None` if none is there.
     pub(crate) fn peek_byte(&mut self, lin: u64) -> Option<u8> {
-        let (gpa, ..) = self.translate(lin)?;
+        let gpa = self.translate(lin)?.0 | self.space();
         let host = self.backing(gpa)?.host(gpa);
         Some(read_host(host, 1) as u8)
     }
 
     /// Replaces a paging-structure entry if it is still `old`. One that cannot be written stays as it is.
     pub(crate) fn exchange_entry(&mut self, gpa: u64, old: u64, new: u64, wide: bool) -> bool {
+        let gpa = gpa | self.space();
         let Some(backing) = self.backing(gpa) else { return true };
         if backing.region.readonly {
             return true;
@@ -416,7 +420,7 @@ impl Cpu {
 }
 
 fn memory(address: u64, size: usize, write: Option<u64>) -> BusAccess {
-    BusAccess { space: Space::Memory, address, size: size as u8, write }
+    BusAccess { space: Space::Memory, address: address & !SMM_SPACE, size: size as u8, write }
 }
 
 /// One host load of 1, 2, 4 or 8 bytes from guest memory.

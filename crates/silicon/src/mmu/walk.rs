@@ -107,10 +107,11 @@ enum Miss {
 type Reader = fn(&mut Cpu, u64, bool) -> Result<u64, Abort>;
 
 impl Cpu {
-    /// Translates `lin` for `access`, setting accessed and dirty flags; raises the #PF that it meets.
+    /// Translates `lin` for `access`, setting accessed and dirty flags; raises the #PF that it meets. The page has the
+    /// CPU's [`Cpu::space`].
     pub(crate) fn walk(&mut self, lin: u64, access: Access) -> Result<Leaf, Abort> {
         if self.state.cr0 & cr0::PG == 0 {
-            return Ok(self.identity(lin));
+            return Ok(Leaf(self.identity(lin).0 | self.space()));
         }
         self.counters.page_walks += 1;
         for _ in 0..RESTARTS {
@@ -124,7 +125,7 @@ impl Cpu {
             }
             if self.set_flags(&path, access.kind == Kind::Write) {
                 let dirty = if access.kind == Kind::Write { Leaf::DIRTY } else { 0 };
-                return Ok(Leaf(leaf.0 | dirty));
+                return Ok(Leaf(leaf.0 | dirty | self.space()));
             }
         }
         Err(self.retry())

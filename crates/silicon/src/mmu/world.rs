@@ -43,6 +43,8 @@ pub(crate) enum Mail {
     },
     /// Any code may have been written.
     AllWritten,
+    /// Any code may have been written, though hardly: compare it.
+    CompareCode,
 }
 
 /// The CPUs of one VM.

@@ -5,6 +5,7 @@ pub mod debug;
 pub mod deliver;
 pub mod reset;
 pub mod segment;
+pub mod smm;
 pub(crate) mod stack;
 pub(crate) mod task;
 #[cfg(test)]

@@ -4,6 +4,7 @@
 mod access;
 mod coherence;
 mod random;
+mod smm;
 mod walk;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};

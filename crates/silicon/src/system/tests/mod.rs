@@ -8,6 +8,7 @@ mod flags;
 mod notify;
 mod random;
 mod segments;
+mod smm;
 mod tasks;
 mod transfers;
 mod v8086;
