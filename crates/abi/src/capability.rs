@@ -84,6 +84,7 @@ capabilities! {
     USER_MEMORY               KVM_CAP_USER_MEMORY                 Value(1);
     USER_MEMORY2              KVM_CAP_USER_MEMORY2                Value(1);
     NR_MEMSLOTS               KVM_CAP_NR_MEMSLOTS                 Value(hypervisor::memory::SLOTS_MAX);
+    MULTI_ADDRESS_SPACE       KVM_CAP_MULTI_ADDRESS_SPACE         Value(hypervisor::memory::ADDRESS_SPACES);
     READONLY_MEM              KVM_CAP_READONLY_MEM                Value(1);
     SYNC_MMU                  KVM_CAP_SYNC_MMU                    Value(1);
     DESTROY_MEMORY_REGION_WORKS KVM_CAP_DESTROY_MEMORY_REGION_WORKS Value(1);
@@ -120,6 +121,7 @@ capabilities! {
     MP_STATE                  KVM_CAP_MP_STATE                    Value(1);
     HLT                       KVM_CAP_HLT                         Value(1);
     USER_NMI                  KVM_CAP_USER_NMI                    Value(1);
+    X86_SMM                   KVM_CAP_X86_SMM                     Value(1);
     VAPIC                     KVM_CAP_VAPIC                       Value(1);
     VCPU_EVENTS               KVM_CAP_VCPU_EVENTS                 Value(1);
     VCPU_ATTRIBUTES           KVM_CAP_VCPU_ATTRIBUTES             Value(1);

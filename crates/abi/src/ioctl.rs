@@ -190,6 +190,7 @@ ioctls! {
     KVM_SET_XSAVE                  0xa5 In    kvm_xsave                   => Vcpu vcpu::set_xsave;
     KVM_GET_XCRS                   0xa6 Out   kvm_xcrs                    => Vcpu vcpu::get_xcrs;
     KVM_SET_XCRS                   0xa7 In    kvm_xcrs                    => Vcpu vcpu::set_xcrs;
+    KVM_SMI                        0xb7 Value ()                          => Vcpu vcpu::smi;
     KVM_KVMCLOCK_CTRL              0xad Value ()                          => Vcpu vcpu::kvmclock_ctrl;
     KVM_GET_SREGS2                 0xcc Out   kvm_sregs2                  => Vcpu vcpu::get_sregs2;
     KVM_SET_SREGS2                 0xcd In    kvm_sregs2                  => Vcpu vcpu::set_sregs2;
@@ -210,8 +211,11 @@ fn lookup(object: &Object, number: u32) -> Option<&'static Ioctl> {
 ///
 /// # Errors
 ///
-/// ENOTTY for a number that the object does not have; else what the kernel gives for the call.
+/// EIO once the VM is dead. ENOTTY for a number that the object does not have; else what the kernel gives for the call.
 pub fn ioctl(object: &Object, number: u32, argument: Argument) -> Result<Reply, Errno> {
+    if object.is_dead() {
+        return Err(Errno::IO);
+    }
     // The one call that must cost nothing before it begins.
     if let (Object::Vcpu(vcpu), RUN) = (object, number) {
         return run::run(vcpu, argument);
@@ -265,6 +269,7 @@ mod tests {
             ("KVM_PRE_FAULT_MEMORY", 0xc040_aed5),
             ("KVM_SET_GUEST_DEBUG", 0x4048_ae9b),
             ("KVM_GET_SREGS2", 0x8140_aecc),
+            ("KVM_SMI", 0x0000_aeb7),
         ];
         for (name, number) in known {
             let row = IOCTLS.iter().find(|row| row.name == name).unwrap();

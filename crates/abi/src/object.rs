@@ -28,6 +28,17 @@ pub enum Object {
     Vcpu(Arc<VcpuObject>),
 }
 
+impl Object {
+    /// Whether it belongs to a VM that cannot go on.
+    pub(crate) fn is_dead(&self) -> bool {
+        match self {
+            Object::System(_) => false,
+            Object::Vm(vm) => vm.is_dead(),
+            Object::Vcpu(vcpu) => vcpu.vm.is_dead(),
+        }
+    }
+}
+
 /// A new object, and the descriptor that the client gets for it.
 #[derive(Debug)]
 pub struct Created {
@@ -55,6 +66,8 @@ pub enum Reply {
 #[derive(Debug)]
 pub struct VcpuObject {
     vcpu: Mutex<LockedVcpu>,
+    /// The VM that it belongs to.
+    vm: Arc<Vm>,
     /// For those who interrupt and watch it while it runs.
     pub handle: Arc<VcpuHandle>,
     /// The `kvm_run` area.
@@ -154,9 +167,9 @@ impl Created {
         if let Some(bytes) = dirty_ring {
             vcpu.attach_dirty_ring(Box::new(SharedEntries::map(&fd, bytes)?));
         }
-        let handle = vcpu.handle();
+        let (handle, vm) = (vcpu.handle(), vcpu.vm().clone());
         let vcpu = Mutex::new(LockedVcpu { vcpu, answer: Answer::None });
-        let object = VcpuObject { vcpu, handle, run, dirty_ring: dirty_ring.unwrap_or(0) };
+        let object = VcpuObject { vcpu, vm, handle, run, dirty_ring: dirty_ring.unwrap_or(0) };
         Ok(Created { object: Object::Vcpu(Arc::new(object)), fd })
     }
 }

@@ -9,8 +9,8 @@ use hypervisor::split_lock::Policy;
 use hypervisor::vcpu::RunRequest;
 use hypervisor::{Vcpu, VcpuExit};
 use kvm_bindings::{
-    KVM_EXIT_INTR, KVM_RUN_X86_BUS_LOCK, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
-    KVM_SYNC_X86_VALID_FIELDS, kvm_run,
+    KVM_EXIT_INTR, KVM_RUN_X86_BUS_LOCK, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS, kvm_run,
 };
 
 use crate::error::Errno;
@@ -172,9 +172,9 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
     let result = vcpu.run_request(request);
     sync_out(&mut vcpu, area, valid);
     let state = vcpu.run_state();
-    if state.bus_lock {
-        area.set(field!(area, flags), KVM_RUN_X86_BUS_LOCK as u16);
-    }
+    let flag = |set: bool, flag: u32| if set { flag as u16 } else { 0 };
+    let flags = flag(state.bus_lock, KVM_RUN_X86_BUS_LOCK) | flag(state.smm, KVM_RUN_X86_SMM);
+    area.set(field!(area, flags), flags);
     area.set(field!(area, if_flag), state.interrupt_flag.into());
     area.set(field!(area, ready_for_interrupt_injection), state.ready_for_interrupt.into());
     area.set(field!(area, cr8), state.cr8);

@@ -72,6 +72,9 @@ pub enum Error {
     /// An irqfd or ioeventfd is refused.
     #[error(transparent)]
     EventFd(#[from] EventFdError),
+    /// The VM cannot go on, and neither can its calls.
+    #[error("the VM is dead: {0}")]
+    Dead(&'static str),
     /// The host refused a resource.
     #[error("the host refused: {0}")]
     Host(#[from] std::io::Error),
@@ -100,6 +103,7 @@ impl Error {
             Error::Again => libc::EAGAIN,
             Error::SplitLock { .. } => libc::EFAULT,
             Error::ContextLost => libc::EIO,
+            Error::Dead(_) => libc::EIO,
             Error::Host(e) => e.raw_os_error().unwrap_or(libc::EIO),
         }
     }

@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_millis(2);
 /// KVM_SET_USER_MEMORY_REGION and KVM_SET_USER_MEMORY_REGION2.
 const MEMORY_REGION: [u8; 2] = [0x46, 0x49];
+/// KVM_SMI. Without SMRAM it is the end of the VM, which is dull if it happens to all of them soon.
+const SMI: u8 = 0xb7;
 
 /// Memory that calls point into, with an inaccessible page behind it.
 #[derive(Clone, Copy, Debug)]
@@ -228,6 +230,9 @@ impl Session {
             IOCTLS.iter().collect()
         };
         let row = fitting[rng.below(fitting.len() as u64) as usize];
+        if row.nr == SMI && rng.percent(70) {
+            return None;
+        }
         let mut command = row.number();
         if rng.percent(2) {
             command ^= 1 << rng.below(32);
@@ -275,7 +280,8 @@ impl Session {
         const HOST: u64 = 24;
         let half = ARENA as u64 / 2;
         if rng.percent(70) {
-            self.arena.write(at + SLOT_AND_FLAGS, rng.below(6) | rng.below(4) << 32);
+            let space = u64::from(rng.percent(40)) << 16;
+            self.arena.write(at + SLOT_AND_FLAGS, space | rng.below(6) | rng.below(4) << 32);
             self.arena.write(at + GPA, rng.below(64) * PAGE * if rng.percent(90) { 16 } else { 0x1_0000 });
             self.arena.write(at + SIZE, rng.below(half / PAGE) * PAGE);
         }

@@ -100,6 +100,11 @@ pub(crate) fn nmi(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
     DONE
 }
 
+pub(crate) fn smi(vcpu: &mut Vcpu, _: Argument) -> Result<Reply, Errno> {
+    vcpu.smi();
+    DONE
+}
+
 pub(crate) fn get_debugregs(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
     argument.write(&vcpu.debugregs())?;
     DONE

@@ -196,3 +196,28 @@ fn a_wrong_cr8_is_refused_where_the_client_has_the_local_apic() {
     assert_eq!(client.call("KVM_GET_SREGS", &mut sregs), Ok(0));
     assert_eq!(sregs.cr8, 7);
 }
+
+#[test]
+fn kvm_run_says_that_the_vcpu_is_in_smm() {
+    let client = Client::new();
+    let area = client.area();
+    for (smm, flags) in [(1, KVM_RUN_X86_SMM), (0, 0)] {
+        let mut events = kvm_vcpu_events { flags: KVM_VCPUEVENT_VALID_SMM, ..Default::default() };
+        events.smi.smm = smm;
+        assert_eq!(client.call("KVM_SET_VCPU_EVENTS", &mut events), Ok(0));
+        area.set(field!(area, immediate_exit), 1);
+        assert_eq!(client.value("KVM_RUN", 0), Err(Errno::INTERRUPTED));
+        assert_eq!(u32::from(area.get(field!(area, flags))), flags);
+    }
+}
+
+#[test]
+fn an_smi_without_smram_is_the_end_of_the_vm() {
+    let client = Client::new();
+    assert_eq!(client.value("KVM_SMI", 0), Ok(0));
+    assert_eq!(client.value("KVM_RUN", 0), Err(Errno::IO));
+    assert_eq!(client.call("KVM_GET_REGS", &mut kvm_regs::default()), Err(Errno::IO));
+    let vm = Object::Vm(client.vm.clone());
+    assert!(matches!(ioctl(&vm, 0xae03, Argument(0)), Err(Errno::IO)));
+    assert!(matches!(ioctl(&vm, 0xffff, Argument(0)), Err(Errno::IO)));
+}

@@ -164,7 +164,7 @@ fn a_split_irqchip_tells_userspace_of_eois() {
         assert_eq!(machine.cpus[0].acknowledge(), Some(vector));
         assert_eq!(machine.chip.eoi_left_to_memory(&machine.cpus[0]).is_none(), told.is_some());
         machine.write(0, reg::EOI, 0);
-        assert_eq!(machine.cpus[0].take_events().ioapic_eoi, told);
+        assert_eq!(machine.cpus[0].take_events(false).ioapic_eoi, told);
     }
     assert!(machine.chip.chip_state(KVM_IRQCHIP_IOAPIC).is_err());
     assert!(machine.chip.create_pit(true).is_err());

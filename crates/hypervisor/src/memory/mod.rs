@@ -1,4 +1,7 @@
 //! Memory slots: KVM_SET_USER_MEMORY_REGION (kernel: virt/kvm/kvm_main.c, `__kvm_set_memory_region`).
+//!
+//! A VM has two address spaces ([`Space`]). Both are in one guest-physical map, one of them with
+//! [`SMM_SPACE`] in its addresses.
 #![expect(unsafe_code, reason = "slots are host memory of the VMM, reached by address")]
 
 use std::collections::BTreeMap;
@@ -6,18 +9,56 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
-use silicon::mmu::ept::{Ept, Logging, Region};
+use silicon::mmu::ept::{Ept, Logging, Region, SMM_SPACE};
 
 use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
 
-/// Slots that a VM can have: 32767 less the three that the kernel keeps for itself (`KVM_USER_MEM_SLOTS`).
+/// Address spaces of a VM (the answer of KVM_CAP_MULTI_ADDRESS_SPACE).
+pub const ADDRESS_SPACES: u32 = 2;
+/// Slots that an address space can have: 32767 less the three that the kernel keeps for itself (`KVM_USER_MEM_SLOTS`).
 pub const SLOTS_MAX: u32 = 32_764;
 const PAGE: u64 = 4096;
 /// Pages that a slot can have (kernel: `KVM_MEM_MAX_NR_PAGES`).
 const SLOT_PAGES_MAX: u64 = (1 << 31) - 1;
 /// Where the addresses of processes end (kernel: `TASK_SIZE_MAX`).
 const HOST_END: u64 = (1 << 47) - PAGE;
+
+/// An address space of a VM. Bits 31:16 of a slot's number choose one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Space {
+    /// What vCPUs and everybody else see.
+    #[default]
+    Normal = 0,
+    /// What vCPUs in system management mode see.
+    Smm = 1,
+}
+
+impl Space {
+    /// That of a vCPU.
+    pub fn of_vcpu(in_smm: bool) -> Space {
+        if in_smm { Space::Smm } else { Space::Normal }
+    }
+
+    /// That of a slot, if there can be such a slot.
+    fn of_slot(slot: u32) -> Option<Space> {
+        match (slot >> 16, slot & 0xffff) {
+            (0, 0..SLOTS_MAX) => Some(Space::Normal),
+            (1, 0..SLOTS_MAX) => Some(Space::Smm),
+            _ => None,
+        }
+    }
+
+    /// An address in the guest-physical map, and back.
+    fn address(self, gpa: u64) -> Option<u64> {
+        let bits = if self == Space::Smm { SMM_SPACE } else { 0 };
+        (gpa < SMM_SPACE).then_some(gpa | bits)
+    }
+
+    fn split(address: u64) -> (Space, u64) {
+        (Space::of_vcpu(address & SMM_SPACE != 0), address & !SMM_SPACE)
+    }
+}
 
 /// The memory slots of a VM and the guest-physical map made from them.
 #[derive(Debug)]
@@ -41,14 +82,14 @@ impl Default for Memory {
 #[derive(Debug, Default)]
 struct Slots {
     by_number: BTreeMap<u32, kvm_userspace_memory_region>,
-    /// Slot by its first address.
-    by_address: BTreeMap<u64, u32>,
+    /// For each address space: slot by its first address.
+    by_address: [BTreeMap<u64, u32>; ADDRESS_SPACES as usize],
 }
 
 impl Slots {
-    /// Whether another slot than `slot` has part of `from..to`.
-    fn overlaps(&self, slot: u32, from: u64, to: u64) -> bool {
-        let below = self.by_address.range(..to).rev();
+    /// Whether another slot than `slot` has part of `from..to` of its address space.
+    fn overlaps(&self, space: Space, slot: u32, from: u64, to: u64) -> bool {
+        let below = self.by_address[space as usize].range(..to).rev();
         // They do not overlap each other, so the last one that begins below `to` ends last.
         below.map(|(_, number)| number).filter(|number| **number != slot).take(1).any(|number| {
             self.by_number.get(number).is_some_and(|s| s.guest_phys_addr + s.memory_size > from)
@@ -56,20 +97,20 @@ impl Slots {
     }
 
     /// The slot that has `gpa`.
-    fn at(&self, gpa: u64) -> Option<&kvm_userspace_memory_region> {
-        let (_, number) = self.by_address.range(..=gpa).next_back()?;
+    fn at(&self, space: Space, gpa: u64) -> Option<&kvm_userspace_memory_region> {
+        let (_, number) = self.by_address[space as usize].range(..=gpa).next_back()?;
         self.by_number.get(number).filter(|slot| gpa - slot.guest_phys_addr < slot.memory_size)
     }
 
-    fn remove(&mut self, slot: u32) {
+    fn remove(&mut self, space: Space, slot: u32) {
         if let Some(old) = self.by_number.remove(&slot) {
-            self.by_address.remove(&old.guest_phys_addr);
+            self.by_address[space as usize].remove(&old.guest_phys_addr);
         }
     }
 
-    fn insert(&mut self, region: kvm_userspace_memory_region) {
-        self.remove(region.slot);
-        self.by_address.insert(region.guest_phys_addr, region.slot);
+    fn insert(&mut self, space: Space, region: kvm_userspace_memory_region) {
+        self.remove(space, region.slot);
+        self.by_address[space as usize].insert(region.guest_phys_addr, region.slot);
         self.by_number.insert(region.slot, region);
     }
 }
@@ -115,22 +156,23 @@ impl Memory {
     /// `all_dirty`: a slot whose writes begin to be logged starts with all pages dirty.
     pub fn set_region(&self, region: kvm_userspace_memory_region, all_dirty: bool) -> Result<(), Error> {
         let mut slots = self.slots();
-        let change = self.check(&region, &slots)?;
+        let (space, change) = self.check(&region, &slots)?;
+        let address = |gpa| space.address(gpa).unwrap_or(gpa);
         let logging = match region.flags & KVM_MEM_LOG_DIRTY_PAGES {
             0 => Logging::Off,
             _ if all_dirty => Logging::OnAllDirty,
             _ => Logging::On,
         };
         let new = Region {
-            gpa: region.guest_phys_addr,
+            gpa: address(region.guest_phys_addr),
             size: region.memory_size,
             host: region.userspace_addr,
             readonly: region.flags & KVM_MEM_READONLY != 0,
         };
         let done = match change {
             Change::None => true,
-            Change::Delete { from } => self.ept.change_region(Some(from), None),
-            Change::Replace { from } => self.ept.change_region(Some(from), Some((new, logging))),
+            Change::Delete { from } => self.ept.change_region(Some(address(from)), None),
+            Change::Replace { from } => self.ept.change_region(Some(address(from)), Some((new, logging))),
             Change::Create => self.ept.change_region(None, Some((new, logging))),
         };
         if !done {
@@ -138,18 +180,18 @@ impl Memory {
         }
         match change {
             Change::None => {}
-            Change::Delete { .. } => slots.remove(region.slot),
-            Change::Replace { .. } | Change::Create => slots.insert(region),
+            Change::Delete { .. } => slots.remove(space, region.slot),
+            Change::Replace { .. } | Change::Create => slots.insert(space, region),
         }
         Ok(())
     }
 
     /// What `region` asks for, checked as the kernel checks it, in its order.
-    fn check(&self, region: &kvm_userspace_memory_region, slots: &Slots) -> Result<Change, Error> {
+    fn check(&self, region: &kvm_userspace_memory_region, slots: &Slots) -> Result<(Space, Change), Error> {
         let invalid = |why| Err(refused(region.slot, why, libc::EINVAL));
-        if !slot_exists(region.slot) {
+        let Some(space) = Space::of_slot(region.slot) else {
             return invalid("no such slot number or address space");
-        }
+        };
         if region.flags & !(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY) != 0 {
             return invalid("unknown flags");
         }
@@ -169,7 +211,7 @@ impl Memory {
         let old = slots.by_number.get(&region.slot);
         if size == 0 {
             return match old {
-                Some(old) => Ok(Change::Delete { from: old.guest_phys_addr }),
+                Some(old) => Ok((space, Change::Delete { from: old.guest_phys_addr })),
                 None => invalid("deletes a slot that does not exist"),
             };
         }
@@ -182,31 +224,36 @@ impl Memory {
             {
                 return invalid("size, host address and read-only flag of a slot cannot change");
             }
-            Some(old) if old.guest_phys_addr == gpa && old.flags == region.flags => return Ok(Change::None),
+            Some(old) if old.guest_phys_addr == gpa && old.flags == region.flags => {
+                return Ok((space, Change::None));
+            }
             Some(old) => Change::Replace { from: old.guest_phys_addr },
         };
-        if slots.overlaps(region.slot, gpa, end) {
+        if slots.overlaps(space, region.slot, gpa, end) {
             return Err(refused(region.slot, "overlaps another slot", libc::EEXIST));
         }
         if end > self.gpa_end {
             return invalid("beyond the physical address width");
         }
-        Ok(change)
+        Ok((space, change))
     }
 
-    /// The first address of a slot that logs writes: EINVAL if there can be no such slot, ENOENT if it does not log.
-    fn logged(&self, slots: &Slots, slot: u32) -> Result<kvm_userspace_memory_region, Error> {
-        if !slot_exists(slot) {
+    /// A slot that logs writes, with its address in the map: EINVAL if there can be no such slot, ENOENT if it does not
+    /// log.
+    fn logged(&self, slots: &Slots, slot: u32) -> Result<(u64, kvm_userspace_memory_region), Error> {
+        let Some(space) = Space::of_slot(slot) else {
             return Err(refused(slot, "no such slot number or address space", libc::EINVAL));
-        }
+        };
         let logs = |s: &&kvm_userspace_memory_region| s.flags & KVM_MEM_LOG_DIRTY_PAGES != 0;
-        slots.by_number.get(&slot).filter(logs).copied().ok_or_else(|| not_logged(slot))
+        let region = slots.by_number.get(&slot).filter(logs).copied().ok_or_else(|| not_logged(slot))?;
+        let address = space.address(region.guest_phys_addr).ok_or_else(|| not_logged(slot))?;
+        Ok((address, region))
     }
 
     /// KVM_GET_DIRTY_LOG: the bitmap of the slot's pages written since their bits were cleared; `clear`s them, too.
     pub fn dirty_log(&self, slot: u32, clear: bool) -> Result<Vec<u64>, Error> {
         let slots = self.slots();
-        let gpa = self.logged(&slots, slot)?.guest_phys_addr;
+        let (gpa, _) = self.logged(&slots, slot)?;
         let log = if clear { self.ept.take_dirty(gpa) } else { self.ept.dirty(gpa) };
         log.ok_or_else(|| not_logged(slot))
     }
@@ -219,17 +266,17 @@ impl Memory {
         mask: impl FnOnce(usize) -> Result<Vec<u64>, E>,
     ) -> Result<(), E> {
         let DirtyRange { slot, first_page, pages } = range;
-        if slot_exists(slot) && !first_page.is_multiple_of(64) {
+        if Space::of_slot(slot).is_some() && !first_page.is_multiple_of(64) {
             return Err(refused(slot, "the first page is not a multiple of 64", libc::EINVAL).into());
         }
-        let region = self.logged(&self.slots(), slot)?;
+        let (_, region) = self.logged(&self.slots(), slot)?;
         let left = (region.memory_size / PAGE).checked_sub(first_page);
         if left.is_none_or(|left| pages > left || pages < left && !pages.is_multiple_of(64)) {
             return Err(refused(slot, "the pages are not the slot's", libc::EINVAL).into());
         }
         let mask = mask(pages.div_ceil(64) as usize)?;
         let slots = self.slots();
-        let gpa = self.logged(&slots, slot)?.guest_phys_addr;
+        let (gpa, _) = self.logged(&slots, slot)?;
         match self.ept.clear_dirty(gpa, first_page, &mask) {
             true => Ok(()),
             false => Err(not_logged(slot).into()),
@@ -238,7 +285,12 @@ impl Memory {
 
     /// Reads guest-physical memory. False if any byte of it is not in a slot.
     pub fn read(&self, gpa: u64, out: &mut [u8]) -> bool {
-        self.pieces(gpa, out.len() as u64, false, |host, from, len| {
+        self.read_in(Space::Normal, gpa, out)
+    }
+
+    /// [`Memory::read`] in an address space.
+    pub fn read_in(&self, space: Space, gpa: u64, out: &mut [u8]) -> bool {
+        self.pieces(space, gpa, out.len() as u64, false, |host, from, len| {
             // SAFETY: `pieces` gives host ranges of registered slots, which the VMM keeps mapped; `from..from + len`
             // lies within `out`.
             unsafe {
@@ -249,11 +301,17 @@ impl Memory {
 
     /// Writes guest-physical memory. False if any byte of it is not in a writable slot.
     pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
-        let done = self.pieces(gpa, data.len() as u64, true, |host, from, len| {
+        self.write_in(Space::Normal, gpa, data)
+    }
+
+    /// [`Memory::write`] in an address space.
+    pub fn write_in(&self, space: Space, gpa: u64, data: &[u8]) -> bool {
+        let done = self.pieces(space, gpa, data.len() as u64, true, |host, from, len| {
             // SAFETY: as in `read`.
             unsafe { std::ptr::copy_nonoverlapping(data[from..from + len].as_ptr(), host as *mut u8, len) };
         });
-        let fresh = self.ept.mark_dirty(gpa, data.len() as u64);
+        let Some(address) = space.address(gpa) else { return done };
+        let fresh = self.ept.mark_dirty(address, (data.len() as u64).min(SMM_SPACE - gpa));
         if !fresh.is_empty() && self.lists_pages.load(Ordering::Relaxed) {
             self.modified().extend(fresh);
         }
@@ -269,7 +327,7 @@ impl Memory {
         self.modified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lists the pages at the addresses `pages`, and those that were written by others, in a vCPU's ring. What there is
+    /// Lists the pages at the addresses `pages` of the map, and those that were written by others, in a vCPU's ring. What there is
     /// no room for stays in `pages`.
     pub(crate) fn list_modified(&self, pages: &mut Vec<u64>, ring: &DirtyRing) {
         pages.append(&mut self.modified());
@@ -277,10 +335,13 @@ impl Memory {
             return;
         }
         let slots = self.slots();
-        let listed = pages.iter().position(|&gpa| match slots.at(gpa) {
-            Some(slot) => !ring.push(slot.slot, (gpa - slot.guest_phys_addr) / PAGE),
-            // The slot has gone meanwhile, and its pages with it.
-            None => false,
+        let listed = pages.iter().position(|&address| {
+            let (space, gpa) = Space::split(address);
+            match slots.at(space, gpa) {
+                Some(slot) => !ring.push(slot.slot, (gpa - slot.guest_phys_addr) / PAGE),
+                // The slot has gone meanwhile, and its pages with it.
+                None => false,
+            }
         });
         pages.drain(..listed.unwrap_or(pages.len()));
     }
@@ -289,8 +350,11 @@ impl Memory {
     pub(crate) fn reset_pages(&self, pages: &[(u32, u64)]) {
         let slots = self.slots();
         let address = |&(slot, page): &(u32, u64)| {
-            let slot = slots.by_number.get(&slot)?;
-            (page < slot.memory_size / PAGE).then(|| slot.guest_phys_addr + page * PAGE)
+            let (space, slot) = (Space::of_slot(slot)?, slots.by_number.get(&slot)?);
+            if page >= slot.memory_size / PAGE {
+                return None;
+            }
+            space.address(slot.guest_phys_addr + page * PAGE)
         };
         let addresses: Vec<u64> = pages.iter().filter_map(address).collect();
         if !addresses.is_empty() {
@@ -300,9 +364,10 @@ impl Memory {
 
     /// Has the host populate the memory behind at most `size` bytes, whole pages, from `gpa` on, as reads of it would;
     /// how many bytes, which all belong to one slot. ENOENT if no slot has the first.
-    pub(crate) fn populate(&self, gpa: u64, size: u64) -> Result<u64, Error> {
-        let region = self.ept.find(gpa).ok_or(Error::NotFound("a slot of this address"))?;
-        let inside = gpa - region.gpa;
+    pub(crate) fn populate(&self, space: Space, gpa: u64, size: u64) -> Result<u64, Error> {
+        let found = space.address(gpa).and_then(|at| Some((at, self.ept.find(at)?)));
+        let (at, region) = found.ok_or(Error::NotFound("a slot of this address"))?;
+        let inside = at - region.gpa;
         let size = size.min(region.size - inside);
         let host = region.host + inside;
         // SAFETY: populating changes no byte; an address without memory is an error.
@@ -320,10 +385,17 @@ impl Memory {
         }
     }
 
-    fn pieces(&self, gpa: u64, len: u64, write: bool, mut each: impl FnMut(u64, usize, usize)) -> bool {
+    fn pieces(
+        &self,
+        space: Space,
+        gpa: u64,
+        len: u64,
+        write: bool,
+        mut each: impl FnMut(u64, usize, usize),
+    ) -> bool {
         let mut done = 0;
         while done < len {
-            let Some(at) = gpa.checked_add(done) else { return false };
+            let Some(at) = gpa.checked_add(done).and_then(|gpa| space.address(gpa)) else { return false };
             let Some(region) = self.ept.find(at) else { return false };
             if write && region.readonly {
                 return false;
@@ -350,11 +422,6 @@ enum Change {
     Delete {
         from: u64,
     },
-}
-
-/// Whether there can be a slot of this number: bits 31:16 are the address space, of which there is one.
-fn slot_exists(slot: u32) -> bool {
-    slot < SLOTS_MAX
 }
 
 fn refused(slot: u32, why: &'static str, errno: i32) -> Error {

@@ -105,7 +105,20 @@ fn existing_slots_change_as_kvm_lets_them() {
         ("beside another", region(1, 0x1_c000, 0x4000, 0x10_0000), Ok(())),
         ("around another", region(3, 0x1_0000, 0x20_0000, 0x10_0000), Err(libc::EEXIST)),
         ("inside another", region(3, 0x1_d000, 0x1000, 0x10_0000), Err(libc::EEXIST)),
-        ("SMRAM of a VM without SMM", region(1 << 16, 0, 0x1000, 0x10_0000), Err(libc::EINVAL)),
+        ("SMRAM beside them", region(1 << 16, 0x1_c000, 0x1000, 0x10_0000), Ok(())),
+        ("over SMRAM", region(1 << 16 | 7, 0x1_b000, 0x2000, 0x10_0000), Err(libc::EEXIST)),
+        ("a slot too many of SMRAM", region(1 << 16 | SLOTS_MAX, 0, 0x1000, 0x10_0000), Err(libc::EINVAL)),
+        ("a third address space", region(2 << 16, 0, 0x1000, 0x10_0000), Err(libc::EINVAL)),
+        (
+            "SMRAM beyond the address width",
+            region(1 << 16 | 1, 1 << 40, 0x1000, 0x10_0000),
+            Err(libc::EINVAL),
+        ),
+        (
+            "SMRAM at the other space's bit",
+            region(1 << 16 | 1, 1 << 52, 0x1000, 0x10_0000),
+            Err(libc::EINVAL),
+        ),
         ("beyond the address width", region(3, (1 << 40) - 0x1000, 0x2000, 0x10_0000), Err(libc::EINVAL)),
         ("up to the address width", region(3, (1 << 40) - 0x2000, 0x2000, 0x10_0000), Ok(())),
         ("of the kernel", region(4, 0, 0x1000, 1 << 47), Err(libc::EINVAL)),
@@ -163,4 +176,28 @@ fn a_log_that_starts_full_is_cleared_by_hand() {
     assert_eq!(memory.dirty_log(3, true).unwrap(), [!3, 1 << 35]);
     memory.set(region(3, 0x100_0000, 100 << 12, host)).unwrap();
     assert_eq!(errno(memory.dirty_log(3, true)), Err(libc::ENOENT));
+}
+
+#[test]
+fn each_address_space_has_its_memory_and_log() {
+    let (mut a, mut b) = (vec![0u8; 8192], vec![0u8; 8192]);
+    let align = |v: &mut Vec<u8>| (v.as_mut_ptr() as u64 + 4095) & !4095;
+    let memory = Memory::default();
+    memory.set(logged(region(1, 0x3_0000, 4096, align(&mut a)))).unwrap();
+    memory.set(logged(region(1 << 16 | 1, 0x3_0000, 4096, align(&mut b)))).unwrap();
+    assert!(memory.write(0x3_0000, b"a") && memory.write_in(Space::Smm, 0x3_0001, b"b"));
+    let mut bytes = [0; 2];
+    assert!(memory.read(0x3_0000, &mut bytes) && &bytes == b"a\0");
+    assert!(memory.read_in(Space::Smm, 0x3_0000, &mut bytes) && &bytes == b"\0b");
+    assert_eq!((memory.take(1).unwrap(), memory.take(1 << 16 | 1).unwrap()), (vec![1], vec![1]));
+    assert!(memory.write_in(Space::Smm, 0x3_0000, b"b"));
+    assert_eq!((memory.take(1).unwrap(), memory.take(1 << 16 | 1).unwrap()), (vec![0], vec![1]));
+    // The bit that tells them apart is no address.
+    assert!(!memory.read(1 << 52 | 0x3_0000, &mut bytes) && !memory.write(1 << 52 | 0x3_0000, b"c"));
+    assert!(!memory.read((1 << 52) - 1, &mut bytes));
+    assert_eq!(memory.slot_count(), 2);
+    memory.set(region(1 << 16 | 1, 0, 0, 0)).unwrap();
+    assert!(!memory.read_in(Space::Smm, 0x3_0000, &mut bytes) && memory.read(0x3_0000, &mut bytes));
+    assert_eq!(errno(memory.take(1 << 16 | 1)), Err(libc::ENOENT));
+    assert_eq!(errno(memory.take(2 << 16)), Err(libc::EINVAL));
 }

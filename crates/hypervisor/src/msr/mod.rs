@@ -152,6 +152,7 @@ impl MsrState {
     pub fn init(&mut self) {
         self.put(Slot::SystemTime, 0);
         self.put(Slot::StealTime, 0);
+        self.put(Slot::SmiCount, 0);
         self.clock_changed = true;
     }
 
@@ -177,6 +178,21 @@ impl MsrState {
     /// MSR_KVM_STEAL_TIME: address of the structure, bit 0 enables it.
     pub fn steal_time(&self) -> u64 {
         self.get(Slot::StealTime)
+    }
+
+    /// IA32_SMBASE.
+    pub fn smbase(&self) -> u64 {
+        self.get(Slot::Smbase)
+    }
+
+    /// RSM has found another SMBASE in the state-save area.
+    pub fn set_smbase(&mut self, value: u32) {
+        self.put(Slot::Smbase, value.into());
+    }
+
+    /// MSR_SMI_COUNT: an SMI has been taken.
+    pub fn count_smi(&mut self) {
+        self.put(Slot::SmiCount, self.get(Slot::SmiCount).wrapping_add(1));
     }
 
     /// IA32_MISC_ENABLE.

@@ -2,9 +2,9 @@
 //! (Kernel: `kvm_check_and_inject_events` and `kvm_multiple_exception` in arch/x86/kvm/x86.c.)
 
 use kvm_bindings::{
-    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD, KVM_VCPUEVENT_VALID_SHADOW,
-    KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
-    KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI, kvm_vcpu_events,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI, kvm_vcpu_events,
 };
 use silicon::exception::{Exception, vector};
 use silicon::flags::Rflags;
@@ -65,6 +65,12 @@ pub(super) struct Events {
     pub(super) external: Option<u8>,
     /// The processor shuts down at the next entry.
     pub(super) triple_fault: bool,
+    /// An SMI has come that nobody has seen yet (kernel: `KVM_REQ_SMI`).
+    pub(super) smi_requested: bool,
+    /// An SMI waits to be taken; hardware holds one, too.
+    pub(super) smi_pending: bool,
+    /// NMIs were blocked already when the SMI was taken whose handler runs: they stay so after it.
+    pub(super) smm_inside_nmi: bool,
 }
 
 impl Events {
@@ -171,6 +177,7 @@ impl Vcpu {
     /// KVM_GET_VCPU_EVENTS.
     pub fn vcpu_events(&mut self) -> kvm_vcpu_events {
         self.take_nmis();
+        self.process_smi();
         self.deliver_payload_early();
         let mut out = kvm_vcpu_events::default();
         let with_payload = self.exception_payload();
@@ -200,6 +207,9 @@ impl Vcpu {
         out.nmi.injected = self.events.nmi_injected.into();
         out.nmi.pending = self.events.nmis as u8;
         out.nmi.masked = (blocking & interruptibility::NMI != 0).into();
+        out.smi.smm = self.cpu.state.smm.into();
+        out.smi.pending = self.events.smi_pending.into();
+        out.smi.smm_inside_nmi = self.events.smm_inside_nmi.into();
         out.smi.latched_init = self.lapic.as_ref().is_some_and(|lapic| lapic.events().init).into();
         out.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
         if with_payload {
@@ -213,7 +223,7 @@ impl Vcpu {
     }
 
     /// KVM_SET_VCPU_EVENTS. EINVAL for flags that do not exist or were not enabled, for vectors that are no exceptions,
-    /// and for system management mode, which there is not.
+    /// and for system management mode of a vCPU that waits for a start-up IPI.
     pub fn set_vcpu_events(&mut self, given: &kvm_vcpu_events) -> Result<(), Error> {
         let has = |flag: u32| given.flags & flag != 0;
         if given.flags & !FLAGS != 0
@@ -229,8 +239,10 @@ impl Vcpu {
             return Err(Error::Invalid("the vector is no exception's"));
         }
         let smi = &given.smi;
-        if has(KVM_VCPUEVENT_VALID_SMM) && (smi.smm | smi.pending | smi.smm_inside_nmi) != 0 {
-            return Err(Error::Invalid("system management mode"));
+        // INIT is blocked there.
+        let waits = self.mp_state == KVM_MP_STATE_INIT_RECEIVED;
+        if has(KVM_VCPUEVENT_VALID_SMM) && (smi.smm | smi.pending) != 0 && waits {
+            return Err(Error::Invalid("system management mode: the vCPU waits for a start-up IPI"));
         }
         self.take_nmis();
         let error_code = (given.exception.has_error_code != 0).then_some(given.exception.error_code);
@@ -258,6 +270,13 @@ impl Vcpu {
         if has(KVM_VCPUEVENT_VALID_NMI_PENDING) {
             self.events.nmis = 0;
             self.queue_nmis(given.nmi.pending.into());
+        }
+        if has(KVM_VCPUEVENT_VALID_SMM) {
+            self.put_smm(smi.smm != 0);
+            self.events.smi_pending = smi.pending != 0;
+            if smi.smm != 0 {
+                self.events.smm_inside_nmi = smi.smm_inside_nmi != 0;
+            }
         }
         if let Some(lapic) = &self.lapic {
             if has(KVM_VCPUEVENT_VALID_SIPI_VECTOR) {
@@ -313,6 +332,7 @@ impl Vcpu {
 
     /// Decides what to inject at the next entry, or which window to wait for.
     pub(super) fn prepare_events(&mut self) {
+        self.cpu.controls.smi_exiting = false;
         self.cpu.controls.nmi_window_exiting = false;
         self.cpu.controls.interrupt_window_exiting = false;
         self.cpu.injection = self.next_injection();
@@ -320,6 +340,14 @@ impl Vcpu {
             return;
         }
         let free = self.cpu.injection.is_none() && !self.events.reinjects();
+        if self.events.smi_pending && !self.cpu.state.smm {
+            if !free || !self.cpu.smi_allowed() {
+                // Nothing else is injected before it.
+                self.cpu.controls.smi_exiting = true;
+                return;
+            }
+            self.take_smi();
+        }
         if free && self.events.nmis != 0 && self.cpu.nmi_allowed() {
             self.events.nmis -= 1;
             self.cpu.injection = Some(Injection::Nmi);
@@ -486,8 +514,6 @@ mod tests {
             ("triple fault is not enabled", |e| e.flags = KVM_VCPUEVENT_VALID_TRIPLE_FAULT),
             ("vector", |e| (e.exception.injected, e.exception.nr) = (1, 32)),
             ("NMI is no exception", |e| (e.exception.injected, e.exception.nr) = (1, 2)),
-            ("SMM", |e| (e.flags, e.smi.smm) = (KVM_VCPUEVENT_VALID_SMM, 1)),
-            ("SMI", |e| (e.flags, e.smi.pending) = (KVM_VCPUEVENT_VALID_SMM, 1)),
         ];
         for (name, change) in cases {
             let result = vcpu.set_vcpu_events(&given(change)).map_err(|e| e.errno());

@@ -16,7 +16,7 @@ impl Vcpu {
     /// Acts on an exit: `Some` if it concerns user space.
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
         match exit {
-            Exit::InterruptWindow | Exit::NmiWindow => None,
+            Exit::InterruptWindow | Exit::NmiWindow | Exit::Smi => None,
             Exit::ExternalInterrupt | Exit::PageLogFull => {
                 self.requeue_vectored();
                 None
@@ -24,6 +24,7 @@ impl Vcpu {
             Exit::Notify(notify) => self.notify_exit(notify),
             // That there was one is noted of every exit, since another may have come in its place.
             Exit::BusLock => None,
+            Exit::Rsm => self.rsm(),
             Exit::MonitorTrap => Some(self.step_exit()),
             Exit::Io(access) => self.port_access(access),
             Exit::EptViolation(access) => self.memory_access(access),

@@ -124,7 +124,7 @@ impl Vcpu {
         let start = self.linear_rip();
         for (byte, at) in bytes.iter_mut().zip(start..) {
             let Some((gpa, ..)) = self.cpu.translate(at) else { break };
-            if !self.vm.memory().read(gpa, std::slice::from_mut(byte)) {
+            if !self.vm.memory().read_in(self.space(), gpa, std::slice::from_mut(byte)) {
                 break;
             }
             length += 1;

@@ -80,7 +80,7 @@ impl Vcpu {
             let fault = FAULT_WRITE | if user { FAULT_USER } else { 0 };
             match self.cpu.translate(at) {
                 Some((gpa, true, allows_user)) if allows_user || !user => {
-                    self.vm.memory().write(gpa, &[byte]);
+                    self.vm.memory().write_in(self.space(), gpa, &[byte]);
                 }
                 _ => return Err(Exception::pf(at, fault)),
             }

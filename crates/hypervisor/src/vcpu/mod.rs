@@ -16,6 +16,7 @@ mod ports;
 mod pre_fault;
 mod registers;
 mod run;
+mod smm;
 mod split_lock;
 mod steal;
 #[cfg(test)]
@@ -265,8 +266,13 @@ impl Vcpu {
         self.mp_state == KVM_MP_STATE_UNINITIALIZED
     }
 
-    /// KVM_SET_MP_STATE. EINVAL for states that this VM cannot be in.
+    /// KVM_SET_MP_STATE. EINVAL for states that this VM cannot be in, and for INIT and start-up IPIs where system management
+    /// mode blocks them.
     pub fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), Error> {
+        let starts = matches!(state.mp_state, KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_SIPI_RECEIVED);
+        if starts && (self.cpu.state.smm || self.events.smi_pending) {
+            return Err(Error::Invalid("mp_state: INIT is blocked"));
+        }
         match (state.mp_state, &self.lapic) {
             (KVM_MP_STATE_RUNNABLE, _) => {}
             (KVM_MP_STATE_SIPI_RECEIVED, Some(lapic)) => {

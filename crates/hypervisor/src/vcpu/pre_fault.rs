@@ -27,7 +27,7 @@ impl Vcpu {
             let step = STEP - range.gpa % STEP;
             let done = match self.handle.interrupted() {
                 true => Err(Error::Interrupted),
-                false => self.vm.memory().populate(range.gpa, range.size.min(step)),
+                false => self.vm.memory().populate(self.space(), range.gpa, range.size.min(step)),
             };
             match done {
                 Ok(done) => {

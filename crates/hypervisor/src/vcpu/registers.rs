@@ -5,7 +5,7 @@ use kvm_bindings::{
     kvm_segment, kvm_sregs, kvm_sregs2,
 };
 use silicon::model::Features;
-use silicon::state::{Segment, TableRegister, cr0, cr4, efer, reg};
+use silicon::state::{CpuState, Segment, TableRegister, cr0, cr4, efer, reg};
 
 use super::events::Acknowledged;
 use super::{APIC_BASE_BSP, Vcpu};
@@ -60,11 +60,25 @@ fn valid(sregs: &kvm_sregs, features: &Features) -> bool {
     } else if long || sregs.cs.l != 0 {
         return false;
     }
-    let without = |bit, needs| sregs.cr0 & bit != 0 && sregs.cr0 & needs == 0;
-    sregs.cr4 & !features.cr4_mask() == 0
-        && sregs.cr0 >> 32 == 0
-        && !without(cr0::PG, cr0::PE)
-        && !without(cr0::NW, cr0::CD)
+    sregs.cr4 & !features.cr4_mask() == 0 && valid_cr0(sregs.cr0)
+}
+
+/// Whether the bits of CR0 go together (kernel: `kvm_is_valid_cr0`).
+pub(super) fn valid_cr0(value: u64) -> bool {
+    let without = |bit, needs| value & bit != 0 && value & needs == 0;
+    value >> 32 == 0 && !without(cr0::PG, cr0::PE) && !without(cr0::NW, cr0::CD)
+}
+
+/// The CPL that goes with the other registers: SS.DPL (SDM vol. 3C, 25.4.1); real mode runs at 0 and virtual-8086 mode
+/// at 3.
+pub(super) fn level(state: &CpuState) -> u8 {
+    if state.real_mode() {
+        0
+    } else if state.v8086() {
+        3
+    } else {
+        state.segs[2].dpl()
+    }
 }
 
 /// What `kvm_sregs2` has in common with `kvm_sregs`.
@@ -254,14 +268,7 @@ impl Vcpu {
         s.cr3 = sregs.cr3;
         s.cr4 = sregs.cr4;
         s.efer = sregs.efer;
-        // SS.DPL is the CPL (SDM vol. 3C, 25.4.1); real mode runs at 0 and virtual-8086 mode at 3.
-        s.cpl = if s.real_mode() {
-            0
-        } else if s.v8086() {
-            3
-        } else {
-            s.segs[2].dpl()
-        };
+        s.cpl = level(s);
         self.set_cr8(sregs.cr8);
         let s = &self.cpu.state;
         let reset_vector = s.rip == 0xfff0 && s.segs[1].selector == 0xf000 && s.segs[1].base == 0xffff_0000;

@@ -40,6 +40,8 @@ pub struct RunState {
     pub apic_base: u64,
     /// The guest has taken a bus lock since KVM_RUN began (KVM_RUN_X86_BUS_LOCK); only with KVM_CAP_X86_BUS_LOCK_EXIT.
     pub bus_lock: bool,
+    /// The vCPU is in system management mode.
+    pub smm: bool,
 }
 
 impl Vcpu {
@@ -139,6 +141,10 @@ impl Vcpu {
             if self.owes_bus_lock() {
                 continue;
             }
+            if self.vm.is_dead() {
+                return Err(Error::Dead("there was no memory for the state of an SMI"));
+            }
+            self.process_smi();
             self.take_apic_events();
             if let Some(vector) = self.ioapic_eoi.take() {
                 return Ok(VcpuExit::IoapicEoi { vector });
@@ -159,6 +165,9 @@ impl Vcpu {
                 return Ok(VcpuExit::DirtyRingFull);
             }
             self.prepare_events();
+            if self.vm.is_dead() {
+                continue;
+            }
             self.update_msr_exiting();
             self.update_bus_lock_detection();
             let exit = self.enter(enter);
@@ -209,7 +218,9 @@ impl Vcpu {
             return Error::Interrupted;
         }
         let lapic = self.lapic.clone();
-        self.handle.sleep_until(0, || lapic.as_deref().is_none_or(Lapic::has_events));
+        let (vm, blocked) = (self.vm.clone(), self.cpu.state.smm);
+        let has_events = |lapic: &Lapic| lapic.has_events(blocked);
+        self.handle.sleep_until(0, || vm.is_dead() || lapic.as_deref().is_none_or(has_events));
         self.take_apic_events();
         if self.handle.interrupted() { Error::Interrupted } else { Error::Again }
     }
@@ -244,16 +255,19 @@ impl Vcpu {
     /// INIT, SIPI, NMIs and EOIs that the LAPIC has received.
     pub(super) fn take_apic_events(&mut self) {
         let Some(lapic) = self.lapic.clone() else { return };
-        if !lapic.has_events() {
+        let blocked = self.cpu.state.smm;
+        if !lapic.has_events(blocked) {
             return;
         }
-        let events = lapic.take_events();
+        let events = lapic.take_events(blocked);
         self.queue_nmis(events.nmi);
+        self.events.smi_requested |= events.smi;
         self.unhalted |= events.unhalt;
         self.ioapic_eoi = events.ioapic_eoi.or(self.ioapic_eoi);
         if events.init {
             self.cpu.init_reset();
-            self.events = Events { external: self.events.external, ..Events::default() };
+            let Events { external, smi_requested, .. } = self.events;
+            self.events = Events { external, smi_requested, ..Events::default() };
             self.forget_accesses();
             self.unhalted = false;
             self.notify.context_given();
@@ -291,7 +305,8 @@ impl Vcpu {
         let events = &self.events;
         let waiting =
             events.has_exception() || events.triple_fault || self.unhalted || self.cpu.pending_debug != 0;
-        let now = halted && (events.nmis != 0 && self.cpu.nmi_allowed() || waiting);
+        let smi = events.smi_requested || events.smi_pending && self.cpu.smi_allowed();
+        let now = halted && (events.nmis != 0 && self.cpu.nmi_allowed() || smi || waiting);
         let external = events.external.is_some();
         let (lapic, chip) = (self.lapic.as_deref(), self.vm.irqchip());
         let runnable = || match (lapic, chip) {
@@ -300,8 +315,10 @@ impl Vcpu {
             }
             _ => true,
         };
+        let (vm, blocked) = (&self.vm, self.cpu.state.smm);
+        let has_events = |lapic: &Lapic| lapic.has_events(blocked);
         let poll = if halted { self.vm.policy().halt_poll_ns() } else { 0 };
-        self.handle.sleep_until(poll, || runnable() || lapic.is_some_and(Lapic::has_events));
+        self.handle.sleep_until(poll, || runnable() || vm.is_dead() || lapic.is_some_and(has_events));
         // An NMI that has just come is taken from the events first; the next round finds it here.
         if halted && runnable() {
             self.mp_state = KVM_MP_STATE_RUNNABLE;
@@ -334,6 +351,7 @@ impl Vcpu {
             cr8: self.cr8(),
             apic_base: self.apic_base(),
             bus_lock: self.locks.bus_lock && self.vm.policy().bus_lock_exit(),
+            smm: self.cpu.state.smm,
         }
     }
 }
@@ -457,7 +475,7 @@ mod tests {
             ..crate::irqchip::bus::Message::from_icr(1 << 14, 0)
         };
         program.vcpu.vm.irqchip().unwrap().bus().deliver(None, &kick);
-        assert!(lapic.has_events());
+        assert!(lapic.has_events(false));
         assert!(matches!(program.vcpu.run().unwrap(), VcpuExit::Io { port: 0x10, .. }));
     }
 }

@@ -304,6 +304,7 @@ impl Vcpu {
     pub(super) fn execute_step(&mut self, step: Step, enter: fn(&mut Cpu) -> Exit) -> Exit {
         let claim = (step == Step::Undetected).then(|| self.claim(Want::SplitLocks));
         self.cpu.permit_locked_access = step == Step::Permitted;
+        self.cpu.controls.smi_exiting = false;
         if self.events.reinjects() {
             self.cpu.injection = self.next_injection();
         }

@@ -8,7 +8,7 @@ mod memory;
 pub mod policy;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::coalesced::CoalescedIo;
@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::eventfd::{IoEventFds, IrqFds};
 use crate::irqchip::IrqChip;
 use crate::irqchip::bus::ApicSettings;
+use crate::irqchip::lapic::Waker;
 use crate::kvmclock::ClockBase;
 use crate::memory::Memory;
 use crate::msr::filter::MsrFilters;
@@ -45,6 +46,7 @@ pub struct Vm {
     policy: Policy,
     /// Lines about notify VM exits.
     notify_log: LogLimit,
+    dead: AtomicBool,
     dirty_ring_bytes: OnceLock<u32>,
     dirty_rings: Mutex<Vec<Arc<DirtyRing>>>,
     stats: VmStats,
@@ -85,6 +87,7 @@ impl Vm {
             msr_filters: MsrFilters::default(),
             policy,
             notify_log: LogLimit::default(),
+            dead: AtomicBool::new(false),
             dirty_ring_bytes: OnceLock::new(),
             dirty_rings: Mutex::default(),
             stats: VmStats::new()?,
@@ -161,6 +164,17 @@ impl Vm {
 
     pub(crate) fn tsc_sync(&self) -> MutexGuard<'_, TscSync> {
         self.tsc_sync.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VM is in a state that it cannot be in: from now on each call on it gives EIO (kernel: `kvm_vm_dead`).
+    pub(crate) fn kill(&self) {
+        self.dead.store(true, Ordering::SeqCst);
+        self.setup().vcpus.iter().for_each(|vcpu| vcpu.kick());
+    }
+
+    /// Whether no call on the VM and its vCPUs is served any more.
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::SeqCst)
     }
 
     /// Handles of the vCPUs created so far, in creation order.

@@ -108,6 +108,11 @@ const EVENT_SIPI_VECTOR: u32 = 0xff << 8;
 const EVENT_NMI_COUNT: u32 = 3 << 16;
 const EVENT_EOI_VECTOR: u32 = 0xff << 24;
 
+/// The events that are not to be taken.
+fn blocked(init_blocked: bool) -> u32 {
+    if init_blocked { EVENT_INIT } else { 0 }
+}
+
 impl ApicEvents {
     fn from_bits(bits: u32) -> Self {
         Self {
@@ -216,9 +221,9 @@ impl Lapic {
         self.enter(|state, _| state.acknowledge())
     }
 
-    /// Whether there are events to take. One load.
-    pub fn has_events(&self) -> bool {
-        self.events.load(Ordering::SeqCst) != 0
+    /// Whether there are events to take. One load. `init_blocked`: the vCPU cannot take INIT now, which is left pending.
+    pub fn has_events(&self, init_blocked: bool) -> bool {
+        self.events.load(Ordering::SeqCst) & !blocked(init_blocked) != 0
     }
 
     /// The events, left in place.
@@ -226,17 +231,25 @@ impl Lapic {
         ApicEvents::from_bits(self.events.load(Ordering::SeqCst))
     }
 
-    /// Takes all events.
-    pub fn take_events(&self) -> ApicEvents {
-        if !self.has_events() {
+    /// Takes all events. `init_blocked`: INIT stays, and a start-up IPI comes to nothing (kernel:
+    /// `kvm_apic_accept_events`).
+    pub fn take_events(&self, init_blocked: bool) -> ApicEvents {
+        if !self.has_events(init_blocked) {
             return ApicEvents::default();
         }
-        ApicEvents::from_bits(self.events.swap(0, Ordering::SeqCst))
+        let kept = blocked(init_blocked);
+        let taken = self.events.fetch_and(kept, Ordering::SeqCst) & !kept;
+        ApicEvents::from_bits(if init_blocked { taken & !EVENT_SIPI } else { taken })
+    }
+
+    /// Takes an SMI alone.
+    pub fn take_smi(&self) -> bool {
+        self.events().smi && self.events.fetch_and(!EVENT_SMI, Ordering::SeqCst) & EVENT_SMI != 0
     }
 
     /// Takes the NMIs alone.
     pub fn take_nmis(&self) -> u32 {
-        if !self.has_events() {
+        if !self.has_events(false) {
             return 0;
         }
         (self.events.fetch_and(!EVENT_NMI_COUNT, Ordering::SeqCst) & EVENT_NMI_COUNT) >> 16
@@ -435,11 +448,6 @@ impl Lapic {
             count if count >> 16 < 2 => events + (1 << 16),
             _ => events,
         })
-    }
-
-    /// An SMI from outside (KVM_SMI).
-    pub fn queue_smi(&self) -> bool {
-        self.post(|events| events | EVENT_SMI)
     }
 
     /// A start-up IPI, or the pending one that userspace restores.

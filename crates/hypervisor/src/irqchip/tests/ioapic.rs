@@ -124,7 +124,7 @@ fn delivery_modes() {
         let machine = Machine::enabled(1);
         machine.redirect(20, 0, low);
         machine.chip.irq_line(20, true);
-        let taken = machine.cpus[0].take_events();
+        let taken = machine.cpus[0].take_events(false);
         assert_eq!((taken.smi, taken.nmi, taken.init), events, "{low:#x}");
         assert_eq!(machine.cpus[0].next_interrupt(), vector, "{low:#x}");
     }

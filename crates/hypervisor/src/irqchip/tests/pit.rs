@@ -226,10 +226,10 @@ fn watchdog_at_lint0() {
     machine.write(0, reg::LVT_LINT0, 0x400);
     load(&machine, 0, 2, 11_932);
     machine.pass(ns(11_932));
-    assert_eq!(machine.cpus[0].take_events().nmi, 1);
+    assert_eq!(machine.cpus[0].take_events(false).nmi, 1);
     machine.write(0, reg::LVT_LINT0, 0x1_0400);
     machine.pass(ns(11_932));
-    assert_eq!(machine.cpus[0].take_events().nmi, 0);
+    assert_eq!(machine.cpus[0].take_events(false).nmi, 0);
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn step(machine: &Machine, random: &mut Random) {
         33 => lapic.end_of_interrupt(),
         34 => machine.pass(random.below(3_000_000)),
         35 => lapic.set_tsc_deadline(value, random.value(), random.value() as u32),
-        36 => _ = lapic.take_events(),
+        36 => _ = lapic.take_events(false),
         37 => lapic.set_features(ApicFeatures {
             cmci: value & 1 != 0,
             tsc_deadline: value & 2 != 0,
