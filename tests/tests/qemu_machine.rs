@@ -122,6 +122,38 @@ fn system_reset_20_times() {
     let _ = std::fs::remove_file(disk);
 }
 
+/// Says `S` if SeaBIOS has had SMIs before, and a write to the port for them makes one more; else `F`.
+const SAY_SMI: &[u8] = &[
+    0x66, 0xb9, 0x34, 0x00, 0x00, 0x00, // mov ecx, MSR_SMI_COUNT
+    0x0f, 0x32, 0x66, 0x89, 0xc3, // rdmsr; mov ebx, eax
+    0xb0, 0x12, 0xe6, 0xb2, // mov al, 0x12; out 0xb2, al
+    0x0f, 0x32, 0x66, 0x29, 0xd8, // rdmsr; sub eax, ebx
+    0x66, 0x83, 0xf8, 0x01, 0x75, 0x09, // cmp eax, 1; jne no
+    0x66, 0x85, 0xdb, 0x74, 0x04, // test ebx, ebx; jz no
+    0xb0, b'S', 0xeb, 0x02, // mov al, 'S'; jmp say
+    0xb0, b'F', // no: mov al, 'F'
+    0xba, 0xf8, 0x03, 0xee, // say: mov dx, 0x3f8; out dx, al
+    0xb0, b'\n', 0xee, // mov al, '\n'; out dx, al
+    0xfb, 0xf4, 0xeb, 0xfc, // sti; 1: hlt; jmp 1b
+];
+
+#[test]
+fn seabios_uses_system_management_mode() {
+    let disk = boot_sector("smm.img", SAY_SMI);
+    for machine in ["q35,smm=on", "pc,smm=on"] {
+        let drive = format!("if=virtio,format=raw,file={}", text(&disk));
+        let arguments = ["-m", "64", "-smp", "2", "-drive", &drive];
+        let mut qemu = Qemu::start("qemu-smm", machine, "max", &arguments).unwrap();
+        for boots in 1..=2 {
+            qemu.wait_for("\n", boots).unwrap();
+            qemu.command(r#"{"execute":"system_reset"}"#).unwrap();
+        }
+        qemu.wait_for("\n", 3).unwrap();
+        assert!(!qemu.console().contains('F'), "{machine}: {}", qemu.console());
+    }
+    let _ = std::fs::remove_file(disk);
+}
+
 #[test]
 fn the_guest_reboots() {
     let guest = guest("qemu-reboot", "6.12", "echo I am up\nreboot -f\n").unwrap();
@@ -234,20 +266,33 @@ fn seabios_boots_from_a_disk() {
     let _ = std::fs::remove_file(disk);
 }
 
-#[test]
-fn ovmf_boots_a_kernel() {
-    const CODE: &str = "/usr/share/OVMF/OVMF_CODE.fd";
-    packages::require(&[(CODE, "ovmf")]).unwrap();
-    let variables = scratch("ovmf-vars.fd");
-    std::fs::copy("/usr/share/OVMF/OVMF_VARS.fd", &variables).unwrap();
-    let guest = guest("qemu-ovmf", "6.12", "dmesg | grep -i 'efi: EFI v'\necho I am up\n").unwrap();
-    let code = format!("if=pflash,format=raw,readonly=on,file={CODE}");
-    let variables_drive = format!("if=pflash,format=raw,file={}", text(&variables));
-    let firmware = ["-drive", &code, "-drive", &variables_drive, "-no-reboot"];
-    let mut qemu = start("qemu-ovmf", "q35", &guest, &firmware);
+/// Boots a kernel from OVMF: `code` is its image, `variables` the template of its variable store.
+fn boot_ovmf(name: &str, machine: &str, code: &str, variables: &str, more: &[&str]) {
+    packages::require(&[(code, "ovmf")]).unwrap();
+    let store = scratch(&format!("{name}-vars.fd"));
+    std::fs::copy(variables, &store).unwrap();
+    let guest = guest(name, "6.12", "dmesg | grep -i 'efi: EFI v'\necho I am up\n").unwrap();
+    let code = format!("if=pflash,format=raw,readonly=on,file={code}");
+    let store_drive = format!("if=pflash,format=raw,file={}", text(&store));
+    let mut arguments = vec!["-drive", &code, "-drive", &store_drive, "-no-reboot"];
+    arguments.extend(more);
+    let mut qemu = start(name, machine, &guest, &arguments);
     qemu.wait_for("I am up", 1).unwrap();
     qemu.wait().unwrap();
     qemu.healthy();
     assert!(qemu.console().contains("efi: EFI v"), "{}", qemu.console());
-    let _ = std::fs::remove_file(variables);
+    let _ = std::fs::remove_file(store);
+}
+
+#[test]
+fn ovmf_boots_a_kernel() {
+    boot_ovmf("qemu-ovmf", "q35", "/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd", &[]);
+}
+
+/// The variables are behind SMIs there, whose handler runs on all processors, in long mode.
+#[test]
+fn ovmf_keeps_its_variables_in_system_management_mode() {
+    const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd";
+    let secure = ["-smp", "2", "-global", "driver=cfi.pflash01,property=secure,value=on"];
+    boot_ovmf("qemu-ovmf-smm", "q35,smm=on", CODE, "/usr/share/OVMF/OVMF_VARS_4M.fd", &secure);
 }

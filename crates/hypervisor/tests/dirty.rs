@@ -146,3 +146,41 @@ fn a_full_ring_stops_the_vcpu_until_it_is_read() {
     }
     assert!(total >= 448, "{total}");
 }
+
+#[test]
+fn a_ring_tells_what_was_written_in_smm_from_the_rest() {
+    let vm = system().create_vm().unwrap();
+    vm.set_dirty_ring(1024 * 16).unwrap();
+    let guest = Guest::new(vm.clone(), &[0xf4, 0xf4], KVM_MEM_LOG_DIRTY_PAGES);
+    // The same memory in both address spaces.
+    let smram = kvm_bindings::kvm_userspace_memory_region {
+        slot: 1 << 16 | 5,
+        flags: KVM_MEM_LOG_DIRTY_PAGES,
+        guest_phys_addr: 0,
+        memory_size: guest::SIZE,
+        userspace_addr: guest.host(0),
+    };
+    vm.set_user_memory_region(smram).unwrap();
+    let mut vcpu = guest.vcpu(0);
+    let ring = Ring(Arc::new(Mutex::new(vec![(0, 0, 0); 1024])));
+    vcpu.attach_dirty_ring(Box::new(ring.clone()));
+    // The handler: mov [0x5000], al; rsm
+    assert!(vm.memory().write(0x3_8000, &[0xa2, 0x00, 0x50, 0x0f, 0xaa]));
+    let mut harvest = || {
+        let mut entries = ring.0.lock().unwrap();
+        let fresh = entries.iter_mut().filter(|entry| entry.0 == 1);
+        let mut pages: Vec<_> =
+            fresh.map(|entry| (std::mem::replace(&mut entry.0, 2), entry.1, entry.2)).collect();
+        pages.sort_unstable();
+        pages.into_iter().map(|(_, slot, page)| (slot, page)).collect::<Vec<_>>()
+    };
+    // The state-save area is in page 0x3f.
+    let in_smm = [(1 << 16 | 5, 5), (1 << 16 | 5, 0x3f)];
+    vcpu.smi();
+    run_to_hlt(&mut vcpu);
+    assert_eq!(harvest(), [&[(0, 0x38)][..], &in_smm].concat());
+    assert_eq!(vm.reset_dirty_rings().unwrap(), 3);
+    vcpu.smi();
+    run_to_hlt(&mut vcpu);
+    assert_eq!(harvest(), in_smm);
+}
