@@ -166,7 +166,7 @@ fn a_ring_tells_what_was_written_in_smm_from_the_rest() {
     vcpu.attach_dirty_ring(Box::new(ring.clone()));
     // The handler: mov [0x5000], al; rsm
     assert!(vm.memory().write(0x3_8000, &[0xa2, 0x00, 0x50, 0x0f, 0xaa]));
-    let mut harvest = || {
+    let harvest = || {
         let mut entries = ring.0.lock().unwrap();
         let fresh = entries.iter_mut().filter(|entry| entry.0 == 1);
         let mut pages: Vec<_> =
