@@ -273,27 +273,28 @@ mod tests {
     fn results_and_defined_flags() {
         const NONE: Rflags = Rflags::empty();
         let (cf, of) = (Rflags::CF, Rflags::OF);
-        // Code, RAX, RCX, flags before; RAX, CF and OF after (OF as the SDM defines it for a count of one).
-        let cases: &[(&[u8], u64, u64, Rflags, u64, Rflags)] = &[
-            (&[0x48, 0xd1, 0xe0], 1 << 63, 0, NONE, 0, cf | of),
-            (&[0xd0, 0xe0], 0x140, 0, NONE, 0x180, of),
-            (&[0x48, 0xd1, 0xf8], !0, 0, NONE, !0, cf),
-            (&[0xd3, 0xe0], 0xffff_ffff_0000_0001, 32, cf | of, 1, cf | of),
-            (&[0x48, 0xd3, 0xe0], 1, 64, cf | of, 1, cf | of),
-            (&[0x48, 0xc1, 0xe8, 4], 0x18, 0, NONE, 1, cf),
-            (&[0x48, 0xd1, 0xd0], 0, 0, cf, 1, NONE),
-            (&[0x48, 0xd1, 0xd8], 1, 0, NONE, 0, cf),
-            (&[0x66, 0xd1, 0xc0], 0x8000, 0, NONE, 1, cf | of),
+        let both = cf | of;
+        // Code, RAX, RCX, flags before; RAX, CF and OF after, and which of them are defined (OF is for a count of one).
+        let cases: &[(&[u8], u64, u64, Rflags, u64, Rflags, Rflags)] = &[
+            (&[0x48, 0xd1, 0xe0], 1 << 63, 0, NONE, 0, cf | of, both),
+            (&[0xd0, 0xe0], 0x140, 0, NONE, 0x180, of, both),
+            (&[0x48, 0xd1, 0xf8], !0, 0, NONE, !0, cf, both),
+            (&[0xd3, 0xe0], 0xffff_ffff_0000_0001, 32, cf | of, 1, cf | of, both),
+            (&[0x48, 0xd3, 0xe0], 1, 64, cf | of, 1, cf | of, both),
+            (&[0x48, 0xc1, 0xe8, 4], 0x18, 0, NONE, 1, cf, cf),
+            (&[0x48, 0xd1, 0xd0], 0, 0, cf, 1, NONE, both),
+            (&[0x48, 0xd1, 0xd8], 1, 0, NONE, 0, cf, both),
+            (&[0x66, 0xd1, 0xc0], 0x8000, 0, NONE, 1, cf | of, both),
             // rcl al, cl: nine positions are none at all
-            (&[0xd2, 0xd0], 0x55, 9, cf, 0x55, cf),
-            (&[0x48, 0x0f, 0xa4, 0xd8, 1], 0, 0, NONE, 1, NONE),
-            (&[0x48, 0x0f, 0xad, 0xd8], 0, 1, NONE, 0, NONE),
+            (&[0xd2, 0xd0], 0x55, 9, cf, 0x55, cf, cf),
+            (&[0x48, 0x0f, 0xa4, 0xd8, 1], 0, 0, NONE, 1, NONE, both),
+            (&[0x48, 0x0f, 0xad, 0xd8], 0, 1, NONE, 0, NONE, both),
         ];
-        for &(code, rax, rcx, before, result, after) in cases {
+        for &(code, rax, rcx, before, result, after, defined) in cases {
             let mut guest = Guest::new(CodeSize::Bits64);
             guest.set(reg::RAX, rax).set(reg::RCX, rcx).set(reg::RBX, 1 << 63).set_flags(before);
             guest.finish(code);
-            assert_eq!((guest.reg(reg::RAX), guest.flags() & (cf | of)), (result, after), "{code:02x?}");
+            assert_eq!((guest.reg(reg::RAX), guest.flags() & defined), (result, after), "{code:02x?}");
         }
     }
 
