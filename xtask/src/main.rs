@@ -1,4 +1,4 @@
-//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`, `kvm-ioctls`.
+//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`, `kvm-ioctls`, `vmms`.
 
 mod bench;
 mod crate_tests;
@@ -7,6 +7,7 @@ mod fuzz;
 mod selftests;
 mod test;
 mod verdicts;
+mod vmms;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,8 @@ enum Task {
     Selftests(selftests::Options),
     /// Run the kvm-ioctls crate's tests under `ring3 run`.
     KvmIoctls(crate_tests::Options),
+    /// Build VMMs that Debian has no packages of from their source, and boot Debian's kernel on each under `ring3 run`.
+    Vmms,
 }
 
 fn main() -> ExitCode {
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Selftests(options) => selftests::run(&options),
         Task::KvmIoctls(options) => crate_tests::run(&options),
+        Task::Vmms => vmms::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -17,10 +17,12 @@ pub struct Kernel {
     pub modules: PathBuf,
 }
 
-/// The kernels that ring3 is tested with: series, and the packages that depend on its newest image.
-const KERNELS: &[(&str, &[&str])] = &[
-    ("6.12", &["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64"]),
-    ("6.1", &["linux-image-6.1-cloud-amd64", "linux-image-cloud-amd64"]),
+/// The kernels that ring3 is tested with: our name, series, and the packages that depend on its newest image. Cloud kernels
+/// are small, but know processors and interrupts from ACPI only.
+const KERNELS: &[(&str, &str, &[&str])] = &[
+    ("6.12", "6.12", &["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64"]),
+    ("6.12-full", "6.12", &["linux-image-6.12-amd64", "linux-image-amd64"]),
+    ("6.1", "6.1", &["linux-image-6.1-cloud-amd64", "linux-image-cloud-amd64"]),
 ];
 
 fn is_root() -> bool {
@@ -114,16 +116,16 @@ fn fetched<T>(
     found().ok_or_else(|| Error::Package(missing.to_string()))
 }
 
-/// Debian's cloud kernel of `series` ("6.12" or "6.1"), fetched on first use.
-pub fn kernel(series: &str) -> Result<Kernel, Error> {
-    let dir = guest_dir().join(format!("linux-{series}"));
-    fetched(|| unpacked_kernel(&dir), || unpack(&kernel_package(series)?, &dir), series)
+/// The kernel called `name` ("6.12", "6.12-full" or "6.1"), fetched on first use.
+pub fn kernel(name: &str) -> Result<Kernel, Error> {
+    let dir = guest_dir().join(format!("linux-{name}"));
+    fetched(|| unpacked_kernel(&dir), || unpack(&kernel_package(name)?, &dir), name)
 }
 
-/// The package that has the newest image of `series`.
-fn kernel_package(series: &str) -> Result<String, Error> {
-    let Some((_, candidates)) = KERNELS.iter().find(|(name, _)| *name == series) else {
-        return Err(Error::Package(format!("linux-image-{series}-cloud-amd64")));
+/// The package that has the newest image of the kernel called `name`.
+fn kernel_package(name: &str) -> Result<String, Error> {
+    let Some((_, series, candidates)) = KERNELS.iter().find(|row| row.0 == name) else {
+        return Err(Error::Package(format!("linux-image-{name}-amd64")));
     };
     let prefix = format!("linux-image-{series}.");
     let search = || candidates.iter().flat_map(|c| depends(c)).find(|name| name.starts_with(&prefix));
