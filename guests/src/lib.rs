@@ -49,6 +49,8 @@ programs! {
     EXCEPTIONS "exceptions" 1 "exceptions";
     /// Page-table bits, error codes, Accessed and Dirty.
     PAGES "pages" 1 "pages";
+    /// AMX's tiles and IA32_XFD.
+    AMX "amx" 1 "amx";
     /// SMEP, SMAP, UMIP, protection keys.
     PROTECTION "protection" 1 "protection";
     /// Single step, breakpoints, DR6 and DR7.

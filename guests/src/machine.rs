@@ -178,7 +178,8 @@ pub fn run_with(
     let mut vcpus = Vec::new();
     for id in 0..cpus {
         let mut vcpu = vm.create_vcpu(id)?;
-        let mut cpuid = system.supported_cpuid();
+        // All that the processor has, also what a foreign client would need a permission for (AMX).
+        let mut cpuid = hypervisor::cpuid::supported(system.model(), system.host());
         // KVM leaves it to a capability whether the local APIC's timer has this mode.
         for leaf in cpuid.iter_mut().filter(|leaf| leaf.function == 1 && offers_deadline) {
             leaf.ecx |= 1 << 24;

@@ -123,6 +123,20 @@ behaviours! {
         cached_translations_are_dropped_when_asked
         an_entry_that_is_rewritten_is_walked_anew
     }
+    amx AMX {
+        amx_t1_cpuid_tells_of_tiles_and_of_the_sizes_that_xcr0_makes
+        amx_t12_tiles_are_undefined_before_xcr0_enables_them
+        amx_t2_xcr0_takes_both_tile_components_or_none
+        amx_t3_xfd_is_zero_at_reset_and_takes_one_bit
+        amx_t9_configurations_are_checked_before_anything_changes
+        amx_t4_xfd_makes_the_use_of_tiles_fault
+        amx_t5_xfd_err_is_sticky_and_a_task_switched_fault_leaves_it_alone
+        amx_t10_a_load_that_faults_goes_on_where_it_stopped
+        amx_t8_live_tiles_outlast_xfd
+        amx_t6_saves_leave_out_what_xfd_disables
+        amx_t7_restores_of_what_xfd_disables_fault
+        amx_t11_products_of_small_matrices
+    }
     protection PROTECTION {
         smep_forbids_fetches_from_user_pages
         smap_forbids_accesses_to_user_pages
