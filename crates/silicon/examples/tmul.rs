@@ -90,10 +90,10 @@ fn guest(product: &[u8], rounds: u64) -> f64 {
 /// arithmetic without VNNI has to; then pairs by VPMADDWD.
 #[target_feature(enable = "avx2")]
 fn bytes_avx2(c: &mut [[i32; 16]; 16], a: &[[u8; 64]; 16], b: &[[u8; 64]; 16]) {
-    for (c, a) in c.as_chunks_mut::<4>().0.iter_mut().zip(a.as_chunks::<4>().0) {
-        let mut sums = [[_mm256_setzero_si256(); 2]; 4];
-        for (k, b) in b.iter().enumerate() {
-            for half in 0..2 {
+    for (c, a) in c.as_chunks_mut::<8>().0.iter_mut().zip(a.as_chunks::<8>().0) {
+        for half in 0..2 {
+            let mut sums = [_mm256_setzero_si256(); 8];
+            for (k, b) in b.iter().enumerate() {
                 // SAFETY: half of a row of 64 bytes.
                 let b = unsafe { _mm256_loadu_si256(b.as_ptr().add(32 * half).cast()) };
                 let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(b));
@@ -105,12 +105,11 @@ fn bytes_avx2(c: &mut [[i32; 16]; 16], a: &[[u8; 64]; 16], b: &[[u8; 64]; 16]) {
                     let a_odd = _mm256_srai_epi16::<8>(a);
                     let pairs =
                         _mm256_add_epi32(_mm256_madd_epi16(a_even, even), _mm256_madd_epi16(a_odd, odd));
-                    sum[half] = _mm256_add_epi32(sum[half], pairs);
+                    *sum = _mm256_add_epi32(*sum, pairs);
                 }
             }
-        }
-        for (c, sum) in c.iter_mut().zip(sums) {
-            for (c, sum) in c.as_chunks_mut::<8>().0.iter_mut().zip(sum) {
+            for (c, sum) in c.iter_mut().zip(sums) {
+                let c = &mut c.as_chunks_mut::<8>().0[half];
                 // SAFETY: eight integers.
                 unsafe {
                     let old = _mm256_loadu_si256(c.as_ptr().cast());
@@ -121,26 +120,27 @@ fn bytes_avx2(c: &mut [[i32; 16]; 16], a: &[[u8; 64]; 16], b: &[[u8; 64]; 16]) {
     }
 }
 
-/// The same of pairs of BF16 numbers: a multiplication and addition for each.
+/// The same of pairs of BF16 numbers, a multiplication and addition for each.
 #[target_feature(enable = "avx2,fma")]
 fn bf16_avx2(c: &mut [[f32; 16]; 16], a: &[[u32; 16]; 16], b: &[[u32; 16]; 16]) {
-    for (c, a) in c.as_chunks_mut::<4>().0.iter_mut().zip(a.as_chunks::<4>().0) {
-        let mut sums = [[_mm256_setzero_ps(); 2]; 4];
-        for (k, b) in b.iter().enumerate() {
-            for half in 0..2 {
+    let upper = _mm256_set1_epi32(-0x1_0000);
+    for (c, a) in c.as_chunks_mut::<8>().0.iter_mut().zip(a.as_chunks::<8>().0) {
+        for half in 0..2 {
+            let mut sums = [_mm256_setzero_ps(); 8];
+            for (k, b) in b.iter().enumerate() {
                 // SAFETY: half of a row of 64 bytes.
                 let b = unsafe { _mm256_loadu_si256(b.as_ptr().add(8 * half).cast()) };
                 let even = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b));
-                let odd = _mm256_castsi256_ps(_mm256_and_si256(b, _mm256_set1_epi32(-0x1_0000)));
+                let odd = _mm256_castsi256_ps(_mm256_and_si256(b, upper));
                 for (sum, a) in sums.iter_mut().zip(a) {
-                    let first = _mm256_set1_ps(f32::from_bits(a[k] << 16));
-                    let second = _mm256_set1_ps(f32::from_bits(a[k] & 0xffff_0000));
-                    sum[half] = _mm256_fmadd_ps(second, odd, _mm256_fmadd_ps(first, even, sum[half]));
+                    let a = _mm256_set1_epi32(a[k] as i32);
+                    let first = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a));
+                    let second = _mm256_castsi256_ps(_mm256_and_si256(a, upper));
+                    *sum = _mm256_fmadd_ps(second, odd, _mm256_fmadd_ps(first, even, *sum));
                 }
             }
-        }
-        for (c, sum) in c.iter_mut().zip(sums) {
-            for (c, sum) in c.as_chunks_mut::<8>().0.iter_mut().zip(sum) {
+            for (c, sum) in c.iter_mut().zip(sums) {
+                let c = &mut c.as_chunks_mut::<8>().0[half];
                 // SAFETY: eight numbers.
                 unsafe {
                     let old = _mm256_loadu_ps(c.as_ptr());

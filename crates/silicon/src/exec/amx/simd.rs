@@ -67,6 +67,12 @@ fn load_256(row: &Row, half: usize) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn load_ps(row: &Row, half: usize) -> __m256 {
+    _mm256_castsi256_ps(load_256(row, half))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn store_256(row: &mut Row, half: usize, value: __m256i) {
     let (halves, _) = row.as_chunks_mut::<8>();
     // SAFETY: eight doublewords.
@@ -167,8 +173,8 @@ fn float_256(c: &mut Tile, a: &Planes, b: &Planes, shape: Shape) -> bool {
         let mut sums = [[_mm256_setzero_ps(); 4]; 2];
         for k in 0..shape.k {
             let (even, odd) = (&b.0[0][k], &b.0[1][k]);
-            let [e0, e1, o0, o1] = [load_256(even, 0), load_256(even, 1), load_256(odd, 0), load_256(odd, 1)]
-                .map(|x| _mm256_castsi256_ps(x));
+            let (e0, e1) = (load_ps(even, 0), load_ps(even, 1));
+            let (o0, o1) = (load_ps(odd, 0), load_ps(odd, 1));
             for (r, sum) in sums.iter_mut().enumerate() {
                 let even = _mm256_set1_ps(f32::from_bits(a_even[2 * block + r][k]));
                 let odd = _mm256_set1_ps(f32::from_bits(a_odd[2 * block + r][k]));
@@ -182,7 +188,7 @@ fn float_256(c: &mut Tile, a: &Planes, b: &Planes, shape: Shape) -> bool {
         }
         for (sum, row) in sums.iter().zip(rows) {
             for half in 0..2 {
-                let before = _mm256_castsi256_ps(load_256(row, half));
+                let before = load_ps(row, half);
                 let after = _mm256_add_ps(before, _mm256_add_ps(sum[half], sum[2 + half]));
                 nan = _mm256_or_ps(nan, _mm256_cmp_ps::<_CMP_UNORD_Q>(after, after));
                 store_256(row, half, _mm256_castps_si256(after));
