@@ -93,6 +93,12 @@ programs! {
     REPEAT "repeat" 1 "repeat";
     /// Split-lock detection, UC-lock disable, bus-lock traps.
     SPLIT_LOCK "split_lock" 1 "split_lock";
+    /// A user-mode #AC handler with an odd stack: its monitor has to mend it.
+    NOTIFY_32 "notify32" 1 "notify32";
+    /// A data breakpoint on the stack of #DB: likewise.
+    NOTIFY_64 "notify64" 1 "notify64";
+    /// Long work that is no attack.
+    NOTIFY_LEGAL "notify_legal" 2 "notify_legal";
     /// The local APIC in x2APIC mode.
     X2APIC "x2apic" 4 "ipi";
 }

@@ -89,6 +89,7 @@ impl Devices for Nothing {
 }
 
 /// Zeroed, page-aligned memory.
+#[derive(Debug)]
 struct Memory(*mut u8);
 
 impl Memory {
@@ -158,13 +159,30 @@ pub fn run_with(
     patience: Duration,
     devices: &dyn Devices,
 ) -> Result<Report, Error> {
+    let machine = build(image, cpus, model, HostParams::default())?;
+    Ok(run_vcpus(&machine.vm, machine.vcpus, patience, devices))
+}
+
+/// A machine that has not run yet.
+#[derive(Debug)]
+pub struct Machine {
+    /// The vCPUs, the first one at the image's entry.
+    pub vcpus: Vec<Vcpu>,
+    /// The VM.
+    pub vm: Arc<Vm>,
+    // Goes after the VM, which has its address.
+    _memory: Memory,
+}
+
+/// Makes a machine for whoever runs its vCPUs himself.
+pub fn build(image: &[u8], cpus: u32, model: CpuModel, host: HostParams) -> Result<Machine, Error> {
     let mut memory = Memory::new();
     let image = elf::parse(image).ok_or(Error::Image)?;
     for segment in &image.segments {
         memory.write(segment.address, segment.bytes)?;
     }
     let offers_deadline = model.features().has(Feature::TscDeadline);
-    let system = System::new(model, HostParams::default());
+    let system = System::new(model, host);
     let vm = system.create_vm()?;
     vm.set_user_memory_region(kvm_userspace_memory_region {
         slot: 0,
@@ -190,9 +208,7 @@ pub fn run_with(
         }
         vcpus.push(vcpu);
     }
-    let report = run_vcpus(&vm, vcpus, patience, devices);
-    drop(memory);
-    Ok(report)
+    Ok(Machine { vcpus, vm, _memory: memory })
 }
 
 /// The state that the multiboot specification (version 0.6.96, 3.2) wants.
@@ -217,7 +233,8 @@ fn enter_protected_mode(vcpu: &mut Vcpu, entry: u64) -> Result<(), Error> {
     Ok(())
 }
 
-fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration, devices: &dyn Devices) -> Report {
+/// Runs all vCPUs until the program ends, or `patience` is over.
+pub fn run_vcpus(vm: &Arc<Vm>, vcpus: Vec<Vcpu>, patience: Duration, devices: &dyn Devices) -> Report {
     let shared = Shared::default();
     std::thread::scope(|scope| {
         for vcpu in vcpus {
