@@ -32,7 +32,7 @@ fn initrd() -> &'static PathBuf {
     INITRD.get_or_init(|| {
         let script = "commands=$(sed -n 's/.* run=\"\\([^\"]*\\)\".*/\\1/p' /proc/cmdline)
 echo BEGIN flags
-grep -o -w -e split_lock_detect -e bus_lock_detect /proc/cpuinfo | sort | uniq
+tr ' ' '\\n' < /proc/cpuinfo | grep -x -e split_lock_detect -e bus_lock_detect | sort | uniq
 echo END flags
 echo BEGIN program
 eval \"$commands\" 2>&1
@@ -53,7 +53,7 @@ fn linux(model: &str, host: &str, parameters: &str, commands: &str, cpus: u32) -
     let boot = Boot {
         kernel: packages::kernel("6.12").unwrap().image,
         initrd: Some(initrd().clone()),
-        append: format!("console=ttyS0 panic=-1 {parameters} run=\"{commands}\""),
+        append: format!("console=ttyS0 quiet panic=-1 {parameters} run=\"{commands}\""),
         memory: 256,
         cpus,
         extra: ["--cpu", model, "--host", host, "--stats"].map(String::from).to_vec(),
@@ -158,7 +158,8 @@ fn sl_l5_bus_locks_off() {
 #[test]
 fn sl_l7_mitigation_of_the_guest_on_four_processors() {
     for (mitigate, count) in [(1, 5), (0, 100)] {
-        let commands = format!("sysctl -q -w kernel.split_lock_mitigate={mitigate}; split {count} 4; split 1");
+        let commands =
+            format!("sysctl -q -w kernel.split_lock_mitigate={mitigate}; split {count} 4; split 1");
         let outcome = linux(BARE, "split_lock_detect=warn", "split_lock_detect=warn", &commands, 4);
         assert_eq!(section(&outcome, "program"), format!("sum {}\nsum 1\n", 4 * count));
         assert_eq!(outcome.alarms(), Vec::<&str>::new(), "{}", outcome.console);

@@ -43,6 +43,8 @@ enum Subject {
     Guests,
     /// The way from KVM_RUN to an exit and back, by a client through the KVM API.
     Exits,
+    /// What a guest that makes split locks all the time does to its neighbour, by mode of the host.
+    SplitLocks,
 }
 
 /// Kernel command line of all runs.
@@ -64,6 +66,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
     match options.subject {
         Subject::Guests => guests(options),
         Subject::Exits => exits(options),
+        Subject::SplitLocks => split_locks(options),
     }
 }
 
@@ -95,6 +98,43 @@ fn exits(options: &Options) -> Result<(), Error> {
     for (name, mut times) in times {
         times.sort_by(f64::total_cmp);
         let _ = writeln!(table, "| {} | {:.0} |", title(&name), times[times.len() / 2]);
+    }
+    println!("{table}");
+    options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &table)))
+}
+
+/// Modes of the host that the split locks are measured under.
+const SPLIT_LOCK_HOSTS: &[&str] = &[
+    "split_lock_detect=off",
+    "split_lock_detect=warn",
+    "split_lock_detect=warn kernel.split_lock_mitigate=0",
+    "split_lock_detect=fatal",
+    "split_lock_detect=ratelimit:100",
+    "split_lock_detect=fatal ring3.split_lock_policy=emulate",
+];
+
+/// Runs the two-VM client of the end-to-end tests under each mode, interleaved, and prints the medians over the runs.
+fn split_locks(options: &Options) -> Result<(), Error> {
+    let packages = ["--package", "ring3", "--package", "preload", "--package", "e2e"];
+    xtask::run(Command::new("cargo").args(["build", "--release"]).args(packages).current_dir(xtask::root()))?;
+    let release = xtask::target_dir().join("release");
+    let mut figures = vec![(Vec::new(), Vec::new()); SPLIT_LOCK_HOSTS.len()];
+    for _ in 0..options.runs {
+        for (host, (speeds, locks)) in SPLIT_LOCK_HOSTS.iter().zip(&mut figures) {
+            let mut command = Command::new(release.join("ring3"));
+            command.args(["run", "--log", "error", "--host", host, "--"]).arg(release.join("splitters"));
+            let text = xtask::run(&mut command)?;
+            let mut numbers = text.split_whitespace().filter_map(|word| word.parse::<f64>().ok());
+            speeds.extend(numbers.next());
+            locks.extend(numbers.next());
+        }
+    }
+    let mut table = String::from(
+        "| host | neighbour's speed, of that alone | split locks a second |\n| --- | ---: | ---: |\n",
+    );
+    for (host, (speeds, locks)) in SPLIT_LOCK_HOSTS.iter().zip(figures) {
+        let (speed, locks) = (median(speeds.into_iter()), median(locks.into_iter()));
+        let _ = writeln!(table, "| `{host}` | {speed:.2} | {locks:.0} |");
     }
     println!("{table}");
     options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &table)))
