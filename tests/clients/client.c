@@ -640,6 +640,268 @@ static void own_faults(void)
     CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == 0 && shared.run->exit_reason == KVM_EXIT_HLT);
 }
 
+/* KVM_CAP_MEMORY_FAULT_INFO, which older headers have not. */
+#define CAP_MEMORY_FAULT_INFO 232
+/* inc word [COUNTER]; hlt */
+static const unsigned char INC_HLT[] = { 0xff, 0x06, 0x00, 0x20, 0xf4 };
+static int backing; /* The file that is the guest's memory. */
+
+/* A machine whose memory is a file's. */
+static struct machine from_file(const unsigned char *code, size_t size)
+{
+    struct machine m = machine(code, size);
+    backing = memfd_create("memory", MFD_CLOEXEC);
+    CHECK(backing >= 0 && write(backing, m.memory, MEMORY) == MEMORY);
+    CHECK(mmap(m.memory, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, backing, 0) == m.memory);
+    return m;
+}
+
+static void take_away(struct machine *m, int how)
+{
+    unsigned char *page = m->memory + COUNTER;
+    switch (how) {
+    case 0: CHECK(munmap(page, 4096) == 0); break;
+    case 1: CHECK(mprotect(page, 4096, PROT_NONE) == 0); break;
+    case 2: CHECK(mprotect(page, 4096, PROT_READ) == 0); break;
+    case 3: CHECK(ftruncate(backing, COUNTER) == 0); break;
+    }
+}
+
+static void repair(struct machine *m)
+{
+    CHECK(ftruncate(backing, MEMORY) == 0);
+    CHECK(mmap(m->memory, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, backing, 0) == m->memory);
+}
+
+static void rewind_to(struct machine *m, unsigned long rip)
+{
+    struct kvm_regs regs;
+    CHECK(ioctl(m->vcpu, KVM_GET_REGS, &regs) == 0);
+    regs.rip = rip;
+    CHECK(ioctl(m->vcpu, KVM_SET_REGS, &regs) == 0);
+}
+
+static void expect_absent(struct machine *m)
+{
+    struct kvm_regs regs;
+    for (int i = 0; i < 2; i++) {
+        m->run->exit_reason = 77;
+        errno = 0;
+        CHECK(ioctl(m->vcpu, KVM_RUN, 0) == -1 && errno == EFAULT);
+        CHECK(m->run->exit_reason == KVM_EXIT_UNKNOWN);
+        CHECK(ioctl(m->vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+    }
+}
+
+static void expect_halt(struct machine *m)
+{
+    CHECK(ioctl(m->vcpu, KVM_RUN, 0) == 0 && m->run->exit_reason == KVM_EXIT_HLT);
+}
+
+static void absent_memory(void)
+{
+    struct machine m = from_file(INC_HLT, sizeof INC_HLT);
+    CHECK(ioctl(m.kvm, KVM_CHECK_EXTENSION, CAP_MEMORY_FAULT_INFO) == 1);
+    for (int round = 0; round < 3; round++) {
+        for (int how = 0; how < 4; how++) {
+            take_away(&m, how);
+            expect_absent(&m);
+            repair(&m);
+            unsigned char before = m.memory[COUNTER];
+            expect_halt(&m);
+            CHECK(m.memory[COUNTER] == before + 1);
+            rewind_to(&m, CODE);
+        }
+    }
+    CHECK(ioctl(m.vcpu, KVM_GET_VCPU_MMAP_SIZE, 0) == -1);
+}
+
+static void *take_it_away(void *page)
+{
+    while (counter() < 1000)
+        ;
+    CHECK(munmap(page, 4096) == 0);
+    return NULL;
+}
+
+static void memory_taken_while_running(void)
+{
+    shared = looping();
+    for (int i = 0; i < 20; i++) {
+        pthread_t thread;
+        void *page = shared.memory + COUNTER;
+        CHECK(pthread_create(&thread, NULL, take_it_away, page) == 0);
+        errno = 0;
+        CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EFAULT);
+        CHECK(pthread_join(thread, NULL) == 0);
+        CHECK(mmap(page, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == page);
+    }
+}
+
+static volatile int bus_code;
+static void *volatile bus_address;
+static void bus(int signal, siginfo_t *info, void *context)
+{
+    (void)context;
+    CHECK(signal == SIGBUS);
+    bus_code = info->si_code;
+    bus_address = info->si_addr;
+}
+
+static void own_fault(void)
+{
+    fault_address = 0;
+    if (sigsetjmp(jump, 1) == 0) {
+        *(volatile int *)0x1234 = 1;
+        CHECK(0);
+    }
+    CHECK(fault_address == 0x1234);
+}
+
+static void absent_memory_and_handlers(void)
+{
+    /* Handlers from before the VM. */
+    install(SIGSEGV, segv, SA_NODEFER);
+    install(SIGBUS, bus, 0);
+    struct machine m = from_file(INC_HLT, sizeof INC_HLT);
+    for (int how = 0; how < 4; how++) {
+        take_away(&m, how);
+        expect_absent(&m);
+        CHECK(fault_address == 0 && bus_code == 0);
+        repair(&m);
+    }
+    own_fault();
+    /* None; and others. */
+    struct sigaction action = { .sa_handler = SIG_DFL }, shown;
+    CHECK(sigaction(SIGSEGV, &action, &shown) == 0 && shown.sa_sigaction == segv);
+    CHECK(sigaction(SIGSEGV, NULL, &shown) == 0 && shown.sa_handler == SIG_DFL);
+    take_away(&m, 1);
+    expect_absent(&m);
+    install(SIGSEGV, segv, SA_NODEFER);
+    expect_absent(&m);
+    own_fault();
+    expect_absent(&m);
+    repair(&m);
+    expect_halt(&m);
+}
+
+static void absent_memory_and_blocked_signals(void)
+{
+    struct machine m = from_file(INC_HLT, sizeof INC_HLT);
+    sigset_t all, none, now;
+    sigfillset(&all);
+    sigemptyset(&none);
+    for (int how = 0; how < 4; how++) {
+        take_away(&m, how);
+        expect_absent(&m);
+        CHECK(pthread_sigmask(SIG_SETMASK, &all, NULL) == 0);
+        expect_absent(&m);
+        CHECK(pthread_sigmask(SIG_SETMASK, NULL, &now) == 0 && sigismember(&now, SIGSEGV) && sigismember(&now, SIGBUS));
+        CHECK(sigpending(&now) == 0 && !sigismember(&now, SIGSEGV) && !sigismember(&now, SIGBUS));
+        repair(&m);
+        /* One that waits goes on waiting, and keeps nobody from running. */
+        CHECK(pthread_kill(pthread_self(), SIGBUS) == 0);
+        expect_halt(&m);
+        rewind_to(&m, CODE);
+        CHECK(sigpending(&now) == 0 && sigismember(&now, SIGBUS));
+        CHECK(sigwaitinfo(&all, NULL) == SIGBUS);
+        CHECK(pthread_sigmask(SIG_SETMASK, &none, NULL) == 0);
+    }
+    struct { __u32 length; unsigned char set[8]; } mask = { 8, { 255, 255, 255, 255, 255, 255, 255, 255 } };
+    CHECK(ioctl(m.vcpu, KVM_SET_SIGNAL_MASK, &mask) == 0);
+    take_away(&m, 3);
+    expect_absent(&m);
+}
+
+static void *send_bus(void *thread)
+{
+    while (counter() < 1000)
+        ;
+    CHECK(pthread_kill(*(pthread_t *)thread, SIGBUS) == 0);
+    return NULL;
+}
+
+static void a_sent_fault_signal(void)
+{
+    install(SIGBUS, bus, 0);
+    shared = looping();
+    pthread_t thread, self = pthread_self();
+    CHECK(pthread_create(&thread, NULL, send_bus, &self) == 0);
+    errno = 0;
+    CHECK(ioctl(shared.vcpu, KVM_RUN, 0) == -1 && errno == EINTR && shared.run->exit_reason == KVM_EXIT_INTR);
+    CHECK(bus_code == SI_TKILL);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
+/* How a child ends that takes memory away, sees it absent, and then does something. */
+static int end_of(void (*deed)(void))
+{
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        struct machine m = from_file(INC_HLT, sizeof INC_HLT);
+        take_away(&m, 0);
+        expect_absent(&m);
+        deed();
+        repair(&m);
+        expect_halt(&m);
+        _exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    return WIFSIGNALED(status) ? WTERMSIG(status) : -WEXITSTATUS(status);
+}
+
+static void touch_nothing(void) { *(volatile int *)0x1234 = 1; }
+static void send_segv(void) { kill(getpid(), SIGSEGV); }
+static void ignore_and_send(void) { signal(SIGSEGV, SIG_IGN), kill(getpid(), SIGSEGV); }
+static void ignore_and_touch(void) { signal(SIGSEGV, SIG_IGN), touch_nothing(); }
+static void touch_beyond_the_file(void)
+{
+    int fd = memfd_create("empty", 0);
+    *(volatile int *)mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) = 1;
+}
+
+static void faults_without_handlers(void)
+{
+    CHECK(end_of(touch_nothing) == SIGSEGV);
+    CHECK(end_of(send_segv) == SIGSEGV);
+    CHECK(end_of(ignore_and_send) == 0);
+    CHECK(end_of(ignore_and_touch) == SIGSEGV);
+    CHECK(end_of(touch_beyond_the_file) == SIGBUS);
+}
+
+/* Has accesses to the page fail as if its memory had failed: UFFDIO_POISON. False if the host does not let us. */
+static int poison(unsigned char *page)
+{
+    unsigned long api[] = { 0xaa, 1 << 14, 0 }, where[] = { (unsigned long)page, 4096, 1, 0 },
+                  what[] = { (unsigned long)page, 4096, 0, 0 };
+    int fd = syscall(SYS_userfaultfd, 1 | O_CLOEXEC);
+    CHECK(mmap(page, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == page);
+    return fd >= 0 && ioctl(fd, 0xc018aa3f, api) == 0 && ioctl(fd, 0xc020aa00, where) == 0
+        && ioctl(fd, 0xc020aa08, what) == 0;
+}
+
+static void failed_memory(void)
+{
+    install(SIGBUS, bus, 0);
+    struct machine m = from_file(INC_HLT, sizeof INC_HLT);
+    if (!poison(m.memory + COUNTER))
+        return;
+    for (int i = 0; i < 2; i++) {
+        bus_code = 0;
+        errno = 0;
+        CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EINTR && m.run->exit_reason == KVM_EXIT_INTR);
+        CHECK(bus_code == BUS_MCEERR_AR && bus_address == m.memory + COUNTER);
+    }
+    struct { __u64 gpa, size, flags, padding[5]; } range = { .gpa = COUNTER, .size = 4096 };
+    bus_code = 0;
+    CHECK(ioctl(m.vcpu, 0xc040aed5, &range) == -1 && errno == EINTR && bus_code == BUS_MCEERR_AR);
+    munmap(m.memory + COUNTER, 4096);
+    repair(&m);
+    expect_halt(&m);
+}
+
 static void read_file(const char *path, char *text, size_t size)
 {
     FILE *file = fopen(path, "r");
@@ -800,6 +1062,13 @@ static const struct {
     { "cancel_deferred", cancel_deferred },
     { "cancel_asynchronous", cancel_asynchronous },
     { "own_faults", own_faults },
+    { "absent_memory", absent_memory },
+    { "memory_taken_while_running", memory_taken_while_running },
+    { "absent_memory_and_handlers", absent_memory_and_handlers },
+    { "absent_memory_and_blocked_signals", absent_memory_and_blocked_signals },
+    { "a_sent_fault_signal", a_sent_fault_signal },
+    { "faults_without_handlers", faults_without_handlers },
+    { "failed_memory", failed_memory },
     { "files", files },
     { "system_calls", system_calls },
     { "other_ioctls", other_ioctls },

@@ -94,6 +94,7 @@ capabilities! {
     DIRTY_LOG_RING            KVM_CAP_DIRTY_LOG_RING              Value(BYTES_MAX), enable Vm::set_dirty_ring;
     DIRTY_LOG_RING_ACQ_REL    KVM_CAP_DIRTY_LOG_RING_ACQ_REL      Value(BYTES_MAX), enable Vm::set_dirty_ring;
     PRE_FAULT_MEMORY          KVM_CAP_PRE_FAULT_MEMORY            Value(1);
+    MEMORY_FAULT_INFO         KVM_CAP_MEMORY_FAULT_INFO           Value(1);
     SET_TSS_ADDR              KVM_CAP_SET_TSS_ADDR                Value(1);
     SET_IDENTITY_MAP_ADDR     KVM_CAP_SET_IDENTITY_MAP_ADDR       Value(1);
     COALESCED_MMIO            KVM_CAP_COALESCED_MMIO              Value(RING_PAGE);

@@ -35,7 +35,7 @@ pub enum Handler {
     Vm(fn(&Arc<Vm>, Argument) -> Result<Reply, Errno>),
     /// On a vCPU, which is locked for the call.
     Vcpu(fn(&mut Vcpu, Argument) -> Result<Reply, Errno>),
-    /// On a vCPU with its `kvm_run` area; locks it itself.
+    /// On a vCPU with what it shares with its client; locks it itself.
     Run(fn(&VcpuObject, Argument) -> Result<Reply, Errno>),
 }
 
@@ -195,7 +195,7 @@ ioctls! {
     KVM_GET_SREGS2                 0xcc Out   kvm_sregs2                  => Vcpu vcpu::get_sregs2;
     KVM_SET_SREGS2                 0xcd In    kvm_sregs2                  => Vcpu vcpu::set_sregs2;
     KVM_GET_XSAVE2                 0xcf Out   kvm_xsave                   => Vcpu vcpu::get_xsave2;
-    KVM_PRE_FAULT_MEMORY           0xd5 InOut kvm_pre_fault_memory        => Vcpu vcpu::pre_fault_memory;
+    KVM_PRE_FAULT_MEMORY           0xd5 InOut kvm_pre_fault_memory        => Run vcpu::pre_fault_memory;
     KVM_SET_DEVICE_ATTR            0xe1 In    kvm_device_attr             => Vcpu vcpu::set_device_attr;
     KVM_GET_DEVICE_ATTR            0xe2 In    kvm_device_attr             => Vcpu vcpu::get_device_attr;
     KVM_HAS_DEVICE_ATTR            0xe3 In    kvm_device_attr             => Vcpu vcpu::has_device_attr;

@@ -8,6 +8,7 @@
 use std::ffi::CStr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hypervisor::{System, Vcpu, VcpuHandle, Vm};
@@ -72,6 +73,8 @@ pub struct VcpuObject {
     pub handle: Arc<VcpuHandle>,
     /// The `kvm_run` area.
     pub run: RunArea,
+    /// The address of memory that has failed, if the last call met any.
+    pub(crate) failed_memory: AtomicU64,
     /// Bytes of the dirty ring behind it; zero if the VM has none.
     dirty_ring: u32,
 }
@@ -90,6 +93,20 @@ impl VcpuObject {
             Ok(offset) => offset < ring.end && offset.saturating_add(length) > ring.start && !ring.is_empty(),
             Err(_) => false,
         }
+    }
+
+    /// Remembers what the error of a call means to the client's thread.
+    pub(crate) fn note(&self, error: &hypervisor::Error) {
+        if let hypervisor::Error::MemoryFailed { host, .. } = error {
+            self.failed_memory.store(*host, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the last call returned EINTR because the guest needs memory that has failed: its address. The thread is
+    /// to get SIGBUS with BUS_MCEERR_AR for it, once it is outside.
+    pub fn take_failed_memory(&self) -> Option<u64> {
+        let host = self.failed_memory.load(Ordering::Relaxed);
+        (host != 0).then(|| self.failed_memory.swap(0, Ordering::Relaxed))
     }
 
     /// Makes a KVM_RUN in progress, and each later one, return EINTR until [`VcpuObject::settle`]. Safe in a signal
@@ -169,7 +186,14 @@ impl Created {
         }
         let (handle, vm) = (vcpu.handle(), vcpu.vm().clone());
         let vcpu = Mutex::new(LockedVcpu { vcpu, answer: Answer::None });
-        let object = VcpuObject { vcpu, vm, handle, run, dirty_ring: dirty_ring.unwrap_or(0) };
+        let object = VcpuObject {
+            vcpu,
+            vm,
+            handle,
+            run,
+            failed_memory: AtomicU64::new(0),
+            dirty_ring: dirty_ring.unwrap_or(0),
+        };
         Ok(Created { object: Object::Vcpu(Arc::new(object)), fd })
     }
 }

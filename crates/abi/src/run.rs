@@ -9,8 +9,8 @@ use hypervisor::split_lock::Policy;
 use hypervisor::vcpu::RunRequest;
 use hypervisor::{Vcpu, VcpuExit};
 use kvm_bindings::{
-    KVM_EXIT_INTR, KVM_RUN_X86_BUS_LOCK, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS, kvm_run,
+    KVM_EXIT_INTR, KVM_EXIT_UNKNOWN, KVM_RUN_X86_BUS_LOCK, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS, kvm_run,
 };
 
 use crate::error::Errno;
@@ -188,8 +188,16 @@ pub(crate) fn run(object: &VcpuObject, argument: Argument) -> Result<Reply, Errn
             Ok(if killed { Reply::AlignmentError } else { Reply::Value(0) })
         }
         Err(error) => {
-            if matches!(error, hypervisor::Error::Interrupted) && !request.immediate_exit {
-                area.set(field!(area, exit_reason), KVM_EXIT_INTR);
+            use hypervisor::Error;
+            object.note(&error);
+            match error {
+                Error::Interrupted if request.immediate_exit => {}
+                Error::Interrupted | Error::MemoryFailed { .. } => {
+                    area.set(field!(area, exit_reason), KVM_EXIT_INTR);
+                }
+                // KVM_EXIT_MEMORY_FAULT is for private memory alone.
+                Error::MemoryAbsent { .. } => area.set(field!(area, exit_reason), KVM_EXIT_UNKNOWN),
+                _ => {}
             }
             Err(error.into())
         }

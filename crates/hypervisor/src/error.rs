@@ -63,6 +63,24 @@ pub enum Error {
         "the guest's context is lost: set the registers (KVM_SET_SREGS, KVM_SET_REGS) or give the guest up"
     )]
     ContextLost,
+    /// KVM_RUN: the client has no memory behind a slot's page, or none that allows the guest's access. The vCPU can be run
+    /// again once it has.
+    #[error("there is no memory behind guest-physical address {gpa:#x}: map it and run the vCPU again")]
+    MemoryAbsent {
+        /// The page.
+        gpa: u64,
+    },
+    /// KVM_RUN: the host says that the memory behind a slot's page has failed. KVM sends the thread SIGBUS with
+    /// BUS_MCEERR_AR and the page's address; so must whoever gets this, where a signal is in place.
+    #[error(
+        "the memory at {host:#x}, behind guest-physical address {gpa:#x}, has failed: map other memory there"
+    )]
+    MemoryFailed {
+        /// The page.
+        gpa: u64,
+        /// Where the client has it.
+        host: u64,
+    },
     /// The interrupt controllers refuse.
     #[error(transparent)]
     IrqChip(#[from] IrqChipError),
@@ -99,7 +117,9 @@ impl Error {
             Error::Cpuid(CpuidError::TooMany(_)) => libc::E2BIG,
             Error::EventFd(e) => e.errno(),
             Error::Cpuid(_) => libc::EINVAL,
-            Error::Interrupted => libc::EINTR,
+            Error::MemoryAbsent { .. } => libc::EFAULT,
+            // The signal has interrupted it.
+            Error::Interrupted | Error::MemoryFailed { .. } => libc::EINTR,
             Error::Again => libc::EAGAIN,
             Error::SplitLock { .. } => libc::EFAULT,
             Error::ContextLost => libc::EIO,

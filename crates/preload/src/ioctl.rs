@@ -13,7 +13,7 @@ use libc::{c_char, c_int, c_ulong, c_void};
 
 use crate::mask::SET_SIGNAL_MASK;
 use crate::table::Entry;
-use crate::thread::{Inside, Running};
+use crate::thread::{Inside, Open, Running};
 use crate::{cancel, interpose, mask, next, process, raw, signal, table};
 
 /// KVM_RUN.
@@ -48,8 +48,10 @@ fn kvm(fd: RawFd, number: u32, argument: Argument) -> Option<c_int> {
     loop {
         let inside = Inside::enter();
         // Whatever the engine does wrong, it must not unwind into the client.
+        let open = Open::begin();
         let call = || call(&inside, fd, number, argument);
         let outcome = catch_unwind(AssertUnwindSafe(call)).unwrap_or(Outcome::Done(Err(Errno::IO)));
+        drop(open);
         inside.leave();
         match outcome {
             Outcome::Done(Ok(value)) => return Some(value),
@@ -85,8 +87,21 @@ fn call(inside: &Inside, fd: RawFd, number: u32, argument: Argument) -> Outcome 
     }
     match (number, &entry.object) {
         (RUN, Object::Vcpu(vcpu)) => run(inside, &entry, vcpu, argument),
+        (_, Object::Vcpu(vcpu)) if number != SET_SIGNAL_MASK => {
+            let reply = abi::ioctl(&entry.object, number, argument);
+            tell_of_failure(vcpu);
+            finish(reply)
+        }
         (SET_SIGNAL_MASK, Object::Vcpu(_)) => finish(entry.run_mask.set(argument)),
         _ => finish(abi::ioctl(&entry.object, number, argument)),
+    }
+}
+
+/// A thread whose guest needs memory that has failed gets a signal.
+#[inline]
+fn tell_of_failure(vcpu: &VcpuObject) {
+    if let Some(host) = vcpu.take_failed_memory() {
+        signal::send_memory_failure(host);
     }
 }
 
@@ -95,7 +110,10 @@ fn finish(reply: Result<Reply, Errno>) -> Outcome {
     Outcome::Done(match reply {
         Ok(Reply::AlignmentError) => return Outcome::AlignmentError,
         Ok(Reply::Value(value)) => Ok(value),
-        Ok(Reply::Created(created)) => table::adopt(created),
+        Ok(Reply::Created(created)) => {
+            signal::guard();
+            table::adopt(created)
+        }
         Ok(Reply::File(fd)) => Ok(fd.into_raw_fd()),
         Err(errno) => Err(errno),
     })
@@ -126,6 +144,7 @@ fn run(inside: &Inside, entry: &Entry, vcpu: &VcpuObject, argument: Argument) ->
         }
     }
     entry.runners.fetch_sub(1, Ordering::SeqCst);
+    tell_of_failure(vcpu);
     finish(reply)
 }
 

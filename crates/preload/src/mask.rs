@@ -15,7 +15,7 @@ use abi::{Argument, Errno, Reply, VcpuObject};
 use hypervisor::VcpuHandle;
 
 use crate::raw::{self, SIGNAL_SET_SIZE, SignalSet};
-use crate::thread::Inside;
+use crate::thread::{FAULTS, Inside};
 use crate::{cancel, process};
 
 /// KVM_SET_SIGNAL_MASK.
@@ -64,6 +64,7 @@ pub(crate) fn run(
     mask: SignalSet,
     enter: impl Fn() -> Result<Reply, Errno>,
 ) -> Result<Reply, Errno> {
+    let mask = mask & !FAULTS;
     let old = raw::change_mask(libc::SIG_BLOCK, mask);
     let (awaited, blocked) = (old & !mask & !UNBLOCKABLE, mask & !old);
     let result = if awaited == 0 { enter() } else { run_awaiting(inside, vcpu, awaited, enter) };

@@ -137,6 +137,8 @@ functions! {
     fn sendmsg(socket: c_int, message: *const msghdr, flags: c_int) -> ssize_t, -1;
 
     fn sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int, -1;
+    fn pthread_sigmask(how: c_int, set: *const libc::sigset_t, old: *mut libc::sigset_t) -> c_int, libc::ENOSYS;
+    fn sigprocmask(how: c_int, set: *const libc::sigset_t, old: *mut libc::sigset_t) -> c_int, -1;
     fn pthread_cancel(thread: pthread_t) -> c_int, libc::ENOSYS;
     fn pthread_create(
         thread: *mut pthread_t,

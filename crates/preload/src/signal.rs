@@ -5,13 +5,19 @@
 //! makes KVM_RUN return; when the thread leaves, the mask is as it was and the kernel delivers the signal where the
 //! client may do anything in its handler. So KVM_RUN returns EINTR after the handler has run, as from the kernel.
 //! Faults of the thread's own cannot wait: those go to the handler at once.
-//! The engine itself has no handlers.
+//!
+//! The trampoline serves the engine, too: an access of a guest to memory that the client has taken away is a SIGSEGV or SIGBUS
+//! of the engine's, and [`recover`] has the access fail. From the first VM on ([`guard`]) the trampoline is
+//! installed for these two signals whether the client has handlers or not, and does what the client has asked for, or
+//! the default action, when a signal is none of the engine's.
 #![expect(unsafe_code, reason = "sigaction, and calls of handlers")]
 
 use std::cell::UnsafeCell;
 use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use silicon::mmu::host::recover;
 
 use libc::{SIG_DFL, SIG_IGN, c_int, c_void, sigaction as SigAction, sighandler_t, siginfo_t, ucontext_t};
 
@@ -20,6 +26,9 @@ use crate::{interpose, next, process, thread};
 
 /// One more than the highest signal number.
 const SIGNALS: usize = 65;
+
+/// SIGBUS for memory that has failed and is being used (`BUS_MCEERR_AR`).
+const MEMORY_FAILED_HERE: c_int = 4;
 
 /// SIGBUS for memory that has failed but is not being used (`BUS_MCEERR_AO`).
 const MEMORY_FAILED_ELSEWHERE: c_int = 5;
@@ -30,6 +39,8 @@ struct Action {
     handler: AtomicUsize,
     /// The handler is to be called once (`SA_RESETHAND`).
     once: AtomicBool,
+    /// What is in force: `SIG_DFL`, `SIG_IGN` or a handler. Looked at only where the trampoline is installed in any case.
+    disposition: AtomicUsize,
     /// What the client thinks that is installed; `None` while it has not asked for anything.
     client: UnsafeCell<Option<SigAction>>,
 }
@@ -38,7 +49,12 @@ struct Action {
 unsafe impl Sync for Action {}
 
 static ACTIONS: [Action; SIGNALS] = [const {
-    Action { handler: AtomicUsize::new(SIG_DFL), once: AtomicBool::new(false), client: UnsafeCell::new(None) }
+    Action {
+        handler: AtomicUsize::new(SIG_DFL),
+        once: AtomicBool::new(false),
+        disposition: AtomicUsize::new(SIG_DFL),
+        client: UnsafeCell::new(None),
+    }
 }; SIGNALS];
 
 /// Permission to use what the client thinks. Signals are blocked meanwhile, for handlers may call sigaction too.
@@ -92,6 +108,50 @@ fn in_front_of(client: &SigAction) -> SigAction {
     action
 }
 
+/// The action that is really installed for a guarded signal.
+fn guarded_action(client: &SigAction) -> SigAction {
+    if is_function(client.sa_sigaction) {
+        return in_front_of(client);
+    }
+    let mut action = no_action();
+    action.sa_sigaction = trampoline as *const () as sighandler_t;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    action
+}
+
+/// Whether the trampoline is installed for [`FAULTS`](thread::FAULTS) in any case.
+static GUARDING: AtomicBool = AtomicBool::new(false);
+
+/// Whether the engine's faults are recovered from.
+#[inline]
+pub(crate) fn guards() -> bool {
+    GUARDING.load(Ordering::Relaxed)
+}
+
+/// From now on the engine's faults are recovered from.
+pub(crate) fn guard() {
+    if GUARDING.swap(true, Ordering::SeqCst) {
+        return;
+    }
+    for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        let action = &ACTIONS[signal as usize];
+        let mut locked = Locked::acquire();
+        let client = locked.client(action);
+        let mut now = no_action();
+        if client.is_none() && install(signal, None, &mut now) == 0 && is_function(now.sa_sigaction) {
+            // Installed behind our back.
+            action.handler.store(now.sa_sigaction, Ordering::Release);
+        }
+        let wanted = *client.get_or_insert(now);
+        action.disposition.store(wanted.sa_sigaction, Ordering::Release);
+        install(signal, Some(&guarded_action(&wanted)), &mut now);
+    }
+}
+
+fn is_guarded(signal: c_int) -> bool {
+    matches!(signal, libc::SIGSEGV | libc::SIGBUS) && guards()
+}
+
 /// Installs and shows the client's actions, as sigaction(2).
 pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut SigAction>) -> c_int {
     let action = usize::try_from(signal).ok().and_then(|number| ACTIONS.get(number)).filter(|_| signal > 0);
@@ -116,7 +176,12 @@ pub(crate) fn change(signal: c_int, new: Option<SigAction>, old: Option<&mut Sig
         Some(new) if is_function(new.sa_sigaction) => {
             action.once.store(new.sa_flags & libc::SA_RESETHAND != 0, Ordering::Relaxed);
             action.handler.store(new.sa_sigaction, Ordering::Release);
+            action.disposition.store(new.sa_sigaction, Ordering::Release);
             install(signal, Some(&in_front_of(&new)), &mut before)
+        }
+        Some(new) if is_guarded(signal) => {
+            action.disposition.store(new.sa_sigaction, Ordering::Release);
+            install(signal, Some(&guarded_action(&new)), &mut before)
         }
         Some(new) => install(signal, Some(&new), &mut before),
     };
@@ -172,18 +237,73 @@ unsafe extern "C-unwind" fn trampoline(signal: c_int, info: *mut siginfo_t, cont
     let Some(action) = ACTIONS.get(signal as usize) else { return };
     // SAFETY: the kernel passes a siginfo.
     let fault = is_fault(signal, unsafe { (*info).si_code });
+    // SAFETY: the kernel's arguments.
+    if fault && unsafe { recover(signal, info, context) } {
+        return;
+    }
     if thread::is_inside() && !fault {
         // SAFETY: the kernel's own structures.
         unsafe { put_back(signal, info, context.cast()) };
         return;
+    }
+    if is_guarded(signal) {
+        let disposition = action.disposition.load(Ordering::Acquire);
+        if !is_function(disposition) {
+            if disposition == SIG_DFL || fault {
+                // SAFETY: the kernel's siginfo.
+                unsafe { default_action(signal, info) };
+            }
+            return;
+        }
     }
     if action.once.load(Ordering::Relaxed) && action.once.swap(false, Ordering::Relaxed) {
         change(signal, Some(no_action()), None);
     }
     let handler = action.handler.load(Ordering::Acquire);
     if is_function(handler) {
+        // It runs with a mask of its own, and may not come back here.
+        thread::mask_changed();
         // SAFETY: the client's handler. One that takes a single argument does not see the others.
         unsafe { mem::transmute::<usize, Handler>(handler)(signal, info, context) };
+    }
+}
+
+/// Ends the process as the signal does.
+///
+/// # Safety
+///
+/// What the kernel passes to handlers.
+#[cold]
+unsafe fn default_action(signal: c_int, info: *const siginfo_t) {
+    install(signal, Some(&no_action()), &mut no_action());
+    // SAFETY: the caller's promise. It is blocked now, and delivered before the next instruction of the client's.
+    unsafe { raw::queue_to_self(signal, info) };
+}
+
+/// The client's thread gets SIGBUS for the page at `host`, which has failed, once it is outside (kernel:
+/// `kvm_send_hwpoison_signal`).
+pub(crate) fn send_memory_failure(host: u64) {
+    /// `siginfo_t` of BUS_MCEERR_AR.
+    #[repr(C)]
+    struct Failure {
+        signal: c_int,
+        errno: c_int,
+        code: c_int,
+        address: u64,
+        /// Base-2 logarithm of how much has failed.
+        size: i16,
+    }
+    let failure =
+        Failure { signal: libc::SIGBUS, errno: 0, code: MEMORY_FAILED_HERE, address: host, size: 12 };
+    // SAFETY: all bytes zero is a valid value, and the structure has the layout of its first bytes.
+    unsafe {
+        let mut info: siginfo_t = mem::zeroed();
+        ptr::copy_nonoverlapping(
+            (&raw const failure).cast::<u8>(),
+            (&raw mut info).cast::<u8>(),
+            size_of::<Failure>(),
+        );
+        thread::keep(libc::SIGBUS, &raw const info);
     }
 }
 
@@ -193,6 +313,10 @@ unsafe extern "C-unwind" fn trampoline(signal: c_int, info: *mut siginfo_t, cont
 ///
 /// What the kernel passes to handlers.
 unsafe fn put_back(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) {
+    if is_guarded(signal) {
+        // SAFETY: the caller's promise.
+        return unsafe { thread::keep(signal, info) };
+    }
     raw::change_mask(libc::SIG_BLOCK, raw::only(signal));
     // SAFETY: the mask that is in force after the handler: its first word is the kernel's set.
     unsafe {
@@ -252,6 +376,24 @@ interpose! {
 
     fn __sysv_signal(signal: c_int, handler: sighandler_t) -> sighandler_t {
         simple(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER, false)
+    }
+}
+
+interpose! {
+    fn pthread_sigmask(how: c_int, set: *const libc::sigset_t, old: *mut libc::sigset_t) -> c_int {
+        if !set.is_null() {
+            thread::mask_changed();
+        }
+        // SAFETY: the client's arguments.
+        unsafe { next::pthread_sigmask(how, set, old) }
+    }
+
+    fn sigprocmask(how: c_int, set: *const libc::sigset_t, old: *mut libc::sigset_t) -> c_int {
+        if !set.is_null() {
+            thread::mask_changed();
+        }
+        // SAFETY: the client's arguments.
+        unsafe { next::sigprocmask(how, set, old) }
     }
 }
 

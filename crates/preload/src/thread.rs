@@ -1,15 +1,17 @@
 //! What this thread is doing in the engine, in a form that a signal handler on it can ask.
 #![expect(unsafe_code, reason = "pthread_setcancelstate, and the vCPU that a thread runs by pointer")]
 
+use std::cell::UnsafeCell;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
 use abi::VcpuObject;
-use libc::c_int;
+use libc::{c_int, siginfo_t};
 
-use crate::cancel;
 use crate::raw::{self, SignalSet};
+use crate::{cancel, signal};
 
 /// PTHREAD_CANCEL_DISABLE.
 const CANCEL_DISABLE: c_int = 1;
@@ -31,12 +33,38 @@ struct State {
     running: AtomicPtr<VcpuObject>,
     /// Signals that came while it was inside. They are blocked, and pending again.
     deferred: AtomicU64,
+    /// Those of [`FAULTS`] that came while it was inside, and were no faults. They are not blocked, for the engine may
+    /// fault any time, but kept here.
+    kept: AtomicU64,
+    /// What was said of the kept ones.
+    told: [UnsafeCell<MaybeUninit<siginfo_t>>; 2],
+    /// Those of [`FAULTS`] that the thread has blocked, and are unblocked only while it is inside.
+    opened: AtomicU64,
+    /// The thread is known to block none of [`FAULTS`].
+    open: AtomicBool,
+}
+
+/// The signals of accesses to memory that is not there. A thread that is inside must not block them: the engine recovers
+/// from those that are a guest's.
+pub(crate) const FAULTS: SignalSet = 1 << (libc::SIGSEGV - 1) | 1 << (libc::SIGBUS - 1);
+
+/// Which of `told` is a signal's.
+fn place(signal: c_int) -> usize {
+    usize::from(signal == libc::SIGBUS)
 }
 
 thread_local! {
     // No destructor and a constant value: it is there whenever a handler asks, and nothing is allocated for it.
     static STATE: State = const {
-        State { depth: AtomicU32::new(0), running: AtomicPtr::new(ptr::null_mut()), deferred: AtomicU64::new(0) }
+        State {
+            depth: AtomicU32::new(0),
+            running: AtomicPtr::new(ptr::null_mut()),
+            deferred: AtomicU64::new(0),
+            kept: AtomicU64::new(0),
+            told: [const { UnsafeCell::new(MaybeUninit::uninit()) }; 2],
+            opened: AtomicU64::new(0),
+            open: AtomicBool::new(false),
+        }
     };
 }
 
@@ -49,12 +77,83 @@ pub(crate) fn is_inside() -> bool {
 pub(crate) fn defer(signal: c_int) {
     STATE.with(|state| {
         state.deferred.fetch_or(raw::only(signal), Ordering::Relaxed);
+        state.interrupt();
+    });
+}
+
+impl State {
+    /// Makes KVM_RUN return.
+    fn interrupt(&self) {
         // SAFETY: the vCPU is there for as long as the pointer is (`Running`), and this thread is the one that
         // takes it away.
-        if let Some(vcpu) = unsafe { state.running.load(Ordering::Relaxed).as_ref() } {
+        if let Some(vcpu) = unsafe { self.running.load(Ordering::Relaxed).as_ref() } {
             vcpu.interrupt();
         }
+    }
+}
+
+/// One of [`FAULTS`] is sent again, with `info`, once the thread is outside. Makes KVM_RUN return, unless the thread has
+/// the signal blocked.
+///
+/// # Safety
+///
+/// `info` points to a siginfo.
+pub(crate) unsafe fn keep(signal: c_int, info: *const siginfo_t) {
+    STATE.with(|state| {
+        let set = raw::only(signal);
+        if state.kept.load(Ordering::Relaxed) & set == 0 {
+            // SAFETY: the place is this thread's, and filled only while the signal is not kept; signals of one number do
+            // not interrupt each other's handlers. The kernel's structure may be copied.
+            unsafe { ptr::copy_nonoverlapping(info, (*state.told[place(signal)].get()).as_mut_ptr(), 1) };
+            compiler_fence(Ordering::SeqCst);
+            state.kept.fetch_or(set, Ordering::Relaxed);
+        }
+        if state.opened.load(Ordering::Relaxed) & set == 0 {
+            state.interrupt();
+        }
     });
+}
+
+/// The thread's signal mask may be another than it was.
+pub(crate) fn mask_changed() {
+    STATE.with(|state| state.open.store(false, Ordering::Relaxed));
+}
+
+/// [`FAULTS`] are not blocked while this exists, which is only while the thread is inside.
+pub(crate) struct Open {
+    /// What the thread had blocked.
+    blocked: SignalSet,
+}
+
+impl Open {
+    #[inline]
+    pub(crate) fn begin() -> Open {
+        let known = STATE.with(|state| state.open.load(Ordering::Relaxed)) || !signal::guards();
+        if known { Open { blocked: 0 } } else { Open::look() }
+    }
+
+    #[cold]
+    fn look() -> Open {
+        let blocked = raw::change_mask(libc::SIG_BLOCK, 0) & FAULTS;
+        STATE.with(|state| match blocked {
+            0 => state.open.store(true, Ordering::Relaxed),
+            _ => {
+                state.opened.store(blocked, Ordering::Relaxed);
+                raw::change_mask(libc::SIG_UNBLOCK, blocked);
+            }
+        });
+        Open { blocked }
+    }
+}
+
+impl Drop for Open {
+    #[inline]
+    fn drop(&mut self) {
+        if self.blocked != 0 {
+            raw::change_mask(libc::SIG_BLOCK, self.blocked);
+            STATE.with(|state| state.opened.store(0, Ordering::Relaxed));
+        }
+    }
 }
 
 /// The thread is inside while this exists.
@@ -85,24 +184,31 @@ impl Inside {
     /// Signals that have come since the thread entered.
     pub(crate) fn deferred(&self) -> bool {
         compiler_fence(Ordering::SeqCst);
-        STATE.with(|state| state.deferred.load(Ordering::Relaxed)) != 0
+        STATE.with(|state| {
+            let kept = state.kept.load(Ordering::Relaxed) & !state.opened.load(Ordering::Relaxed);
+            state.deferred.load(Ordering::Relaxed) | kept
+        }) != 0
     }
 
     /// Lets handlers run that waited, and then an asynchronous cancellation. Either may not come back, so the caller
     /// must have nothing left to clean up.
     #[inline]
     pub(crate) fn leave(self) {
-        let deferred: SignalSet = STATE.with(|state| {
+        let (deferred, kept): (SignalSet, SignalSet) = STATE.with(|state| {
             compiler_fence(Ordering::SeqCst);
             let depth = state.depth.load(Ordering::Relaxed) - 1;
             state.depth.store(depth, Ordering::Relaxed);
             compiler_fence(Ordering::SeqCst);
-            if depth == 0 && state.deferred.load(Ordering::Relaxed) != 0 {
-                state.deferred.swap(0, Ordering::Relaxed)
+            let waits = |set: &AtomicU64| set.load(Ordering::Relaxed) != 0;
+            if depth == 0 && (waits(&state.deferred) || waits(&state.kept)) {
+                (state.deferred.swap(0, Ordering::Relaxed), state.kept.load(Ordering::Relaxed))
             } else {
-                0
+                (0, 0)
             }
         });
+        if kept != 0 {
+            send_kept(kept);
+        }
         if deferred != 0 {
             raw::change_mask(libc::SIG_UNBLOCK, deferred);
         }
@@ -125,6 +231,20 @@ impl Inside {
             pthread_setcancelstate(self.cancel_state, ptr::null_mut());
             pthread_setcanceltype(kind, ptr::null_mut());
         }
+    }
+}
+
+/// Sends the signals of `kept` again, whose handlers may not come back.
+#[cold]
+fn send_kept(kept: SignalSet) {
+    for signal in [libc::SIGSEGV, libc::SIGBUS].into_iter().filter(|&signal| kept & raw::only(signal) != 0) {
+        STATE.with(|state| {
+            // SAFETY: it was filled when the signal was kept.
+            let info = unsafe { (*state.told[place(signal)].get()).assume_init_read() };
+            state.kept.fetch_and(!raw::only(signal), Ordering::Relaxed);
+            // SAFETY: a siginfo of ours.
+            unsafe { raw::queue_to_self(signal, &raw const info) };
+        });
     }
 }
 

@@ -67,6 +67,8 @@ fn boot(arguments: BootArguments, started: Instant) -> u8 {
         let names: Vec<String> = lost.iter().map(|lost| lost.feature.to_string()).collect();
         tracing::info!("the CPU model {} goes without {}", arguments.cpu.name(), names.join(" "));
     }
+    // A guest whose memory fails ends with a report.
+    hypervisor::memory::catch_absence();
     let result = Machine::new(arguments.into_config(started)).and_then(Machine::run);
     match result {
         Ok(report) => {

@@ -3,7 +3,7 @@
 //!
 //! A session makes a system, and lets threads make calls on what they find in a common pool of objects. Guest memory
 //! lies in one arena: a client may hand its whole address space to a guest, so what lies outside is left out of
-//! the game, or is no user memory at all.
+//! the game, or is no user memory at all. Pages of guest memory come and go while guests run.
 #![expect(unsafe_code, reason = "maps the arena, and looks at the process's own memory map")]
 
 use std::fs;
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use abi::ioctl::{Direction, IOCTLS, Ioctl, ioctl};
 use abi::{Argument, Created, Object, Reply, VcpuObject};
 use conformance::rng::Rng;
+use hypervisor::memory::catch_absence;
 use hypervisor::{HostParams, System};
 use silicon::model::CpuModel;
 
@@ -125,6 +126,7 @@ pub struct Outcome {
 
 /// Runs one session of `calls` calls by each of its threads.
 pub fn session(seed: u64, calls: u64, arena: Arena) -> Outcome {
+    catch_absence();
     let system = System::new(CpuModel::default(), HostParams::default());
     let Ok(Created { object, .. }) = Created::system(system) else {
         return Outcome { calls: 0, failure: Some("no system".into()) };
@@ -219,8 +221,40 @@ impl Session {
         }
     }
 
+    /// Takes some of the guests' memory away, or gives it back.
+    fn take_memory(&self, rng: &mut Rng) {
+        let half = ARENA as u64 / 2;
+        let pages = half / PAGE;
+        let first = rng.below(pages);
+        let size = ((1 + rng.below(64)).min(pages - first) * PAGE) as usize;
+        let at = (self.arena.0 + half + first * PAGE) as *mut libc::c_void;
+        let (rw, anonymous) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: part of the arena that guests alone reach, and nothing is ever unmapped there: others could get the
+        // addresses.
+        unsafe {
+            match rng.below(5) {
+                0 => libc::mprotect(at, size, libc::PROT_NONE),
+                1 => libc::mprotect(at, size, libc::PROT_READ),
+                2 => {
+                    // Beyond the end of a file that is empty.
+                    let file = libc::memfd_create(c"empty".as_ptr(), libc::MFD_CLOEXEC);
+                    libc::mmap(at, size, rw, libc::MAP_SHARED | libc::MAP_FIXED, file, 0);
+                    libc::close(file)
+                }
+                3 => libc::mprotect(at, size, rw),
+                _ => {
+                    libc::mmap(at, size, rw, anonymous | libc::MAP_FIXED | libc::MAP_POPULATE, -1, 0);
+                    0
+                }
+            };
+        }
+    }
+
     /// Makes one call on `object`.
     fn call(&self, rng: &mut Rng, number: u64, object: &Object) -> Option<Reply> {
+        if rng.percent(2) {
+            self.take_memory(rng);
+        }
         if rng.percent(2) {
             return ioctl(object, rng.next() as u32, Argument(rng.next())).ok();
         }

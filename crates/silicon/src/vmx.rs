@@ -272,6 +272,17 @@ pub enum Exit {
         /// As in XCR0.
         components: u64,
     },
+    /// Guest-physical memory that a region has, and the host has not, or does not let us use so: unmapped, protected,
+    /// beyond the end of its file, failed. Nothing has happened; the entry after the host has been repaired executes
+    /// the instruction, or delivers the event, again. (The SDM has an EPT violation, reason 48, for it.)
+    MemoryAbsent {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// Host address of the page.
+        host: u64,
+        /// The host says that the memory has failed (hardware poison).
+        failed: bool,
+    },
     /// The page-modification log is full (reason 62).
     PageLogFull,
     /// A bus lock was taken ([`Controls::bus_lock_detection`], reason 74): the instruction or event delivery that took it
@@ -311,7 +322,7 @@ impl Exit {
             Exit::MonitorTrap => 37,
             Exit::Monitor => 39,
             Exit::Pause => 40,
-            Exit::EptViolation(_) => 48,
+            Exit::EptViolation(_) | Exit::MemoryAbsent { .. } => 48,
             Exit::FetchFailed { .. } => 49,
             Exit::Budget => 52,
             Exit::Wbinvd => 54,
@@ -349,7 +360,7 @@ impl Exit {
             Exit::MonitorTrap => "monitor_trap",
             Exit::Monitor => "monitor",
             Exit::Pause => "pause",
-            Exit::EptViolation(_) => "ept_violation",
+            Exit::EptViolation(_) | Exit::MemoryAbsent { .. } => "ept_violation",
             Exit::FetchFailed { .. } => "fetch_failed",
             Exit::Budget => "budget",
             Exit::Wbinvd => "wbinvd",

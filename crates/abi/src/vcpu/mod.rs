@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 
 use crate::error::Errno;
-use crate::object::Reply;
+use crate::object::{Reply, VcpuObject};
 use crate::system::{CPUID_ENTRIES, give_cpuid};
 use crate::user::Argument;
 
@@ -262,12 +262,12 @@ pub(crate) fn translate(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Er
     DONE
 }
 
-pub(crate) fn pre_fault_memory(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Errno> {
+pub(crate) fn pre_fault_memory(object: &VcpuObject, argument: Argument) -> Result<Reply, Errno> {
     let mut range: kvm_pre_fault_memory = argument.read()?;
-    let result = vcpu.pre_fault_memory(&mut range);
+    let result = object.lock().pre_fault_memory(&mut range);
     // What is left is told in any case.
     argument.write(&range)?;
-    result?;
+    result.inspect_err(|error| object.note(error))?;
     DONE
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use silicon::mmu::ept::{Ept, Logging, Region, SMM_SPACE};
+use silicon::mmu::host;
 
 use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
@@ -58,6 +59,13 @@ impl Space {
     fn split(address: u64) -> (Space, u64) {
         (Space::of_vcpu(address & SMM_SPACE != 0), address & !SMM_SPACE)
     }
+}
+
+/// Has the process survive accesses of guests to memory that is not there, by handlers of SIGSEGV and SIGBUS that pass
+/// on all other signals. For programs that use this crate directly; a front end with handlers of its own calls
+/// [`silicon::mmu::host::recover`] from them.
+pub fn catch_absence() {
+    host::install();
 }
 
 /// The memory slots of a VM and the guest-physical map made from them.
@@ -283,7 +291,7 @@ impl Memory {
         }
     }
 
-    /// Reads guest-physical memory. False if any byte of it is not in a slot.
+    /// Reads guest-physical memory. False if any byte of it is not in a slot, or the client has no memory there.
     pub fn read(&self, gpa: u64, out: &mut [u8]) -> bool {
         self.read_in(Space::Normal, gpa, out)
     }
@@ -291,15 +299,12 @@ impl Memory {
     /// [`Memory::read`] in an address space.
     pub fn read_in(&self, space: Space, gpa: u64, out: &mut [u8]) -> bool {
         self.pieces(space, gpa, out.len() as u64, false, |host, from, len| {
-            // SAFETY: `pieces` gives host ranges of registered slots, which the VMM keeps mapped; `from..from + len`
-            // lies within `out`.
-            unsafe {
-                std::ptr::copy_nonoverlapping(host as *const u8, out[from..from + len].as_mut_ptr(), len)
-            };
+            // SAFETY: `pieces` gives host ranges of registered slots.
+            unsafe { host::read(host, &mut out[from..from + len]) }.is_ok()
         })
     }
 
-    /// Writes guest-physical memory. False if any byte of it is not in a writable slot.
+    /// Writes guest-physical memory. False if any byte of it is not in a writable slot, or the client has no memory there.
     pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
         self.write_in(Space::Normal, gpa, data)
     }
@@ -308,7 +313,7 @@ impl Memory {
     pub fn write_in(&self, space: Space, gpa: u64, data: &[u8]) -> bool {
         let done = self.pieces(space, gpa, data.len() as u64, true, |host, from, len| {
             // SAFETY: as in `read`.
-            unsafe { std::ptr::copy_nonoverlapping(data[from..from + len].as_ptr(), host as *mut u8, len) };
+            unsafe { host::write(host, &data[from..from + len]) }.is_ok()
         });
         let Some(address) = space.address(gpa) else { return done };
         let fresh = self.ept.mark_dirty(address, (data.len() as u64).min(SMM_SPACE - gpa));
@@ -370,18 +375,24 @@ impl Memory {
         let inside = at - region.gpa;
         let size = size.min(region.size - inside);
         let host = region.host + inside;
-        // SAFETY: populating changes no byte; an address without memory is an error.
-        let done =
-            unsafe { libc::madvise(host as *mut libc::c_void, size as usize, libc::MADV_POPULATE_READ) };
-        match std::io::Error::last_os_error() {
-            _ if done == 0 => Ok(size),
+        let populate = |size: u64| {
+            // SAFETY: populating changes no byte; an address without memory is an error.
+            let done =
+                unsafe { libc::madvise(host as *mut libc::c_void, size as usize, libc::MADV_POPULATE_READ) };
+            if done == 0 { Ok(size) } else { Err(std::io::Error::last_os_error()) }
+        };
+        // What there is before the first page that cannot be is populated.
+        let error = match populate(size).or_else(|_| populate(PAGE)) {
+            Ok(size) => return Ok(size),
+            Err(error) => error,
+        };
+        match error.raw_os_error() {
             // A host kernel before 5.14: the guest's accesses will populate it.
-            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(size),
-            // What is not mapped is ENOMEM here and EFAULT to KVM.
-            error if error.raw_os_error() == Some(libc::ENOMEM) => {
-                Err(std::io::Error::from_raw_os_error(libc::EFAULT).into())
-            }
-            error => Err(error.into()),
+            Some(libc::EINVAL) if populate(0).is_err() => Ok(size),
+            // What is not mapped is ENOMEM here and what may not be read EINVAL; they are EFAULT to KVM.
+            Some(libc::ENOMEM | libc::EINVAL) => Err(std::io::Error::from_raw_os_error(libc::EFAULT).into()),
+            Some(libc::EHWPOISON) => Err(Error::MemoryFailed { gpa, host }),
+            _ => Err(error.into()),
         }
     }
 
@@ -391,7 +402,7 @@ impl Memory {
         gpa: u64,
         len: u64,
         write: bool,
-        mut each: impl FnMut(u64, usize, usize),
+        mut each: impl FnMut(u64, usize, usize) -> bool,
     ) -> bool {
         let mut done = 0;
         while done < len {
@@ -402,7 +413,9 @@ impl Memory {
             }
             let inside = at - region.gpa;
             let piece = (region.size - inside).min(len - done);
-            each(region.host + inside, done as usize, piece as usize);
+            if !each(region.host + inside, done as usize, piece as usize) {
+                return false;
+            }
             done += piece;
         }
         true

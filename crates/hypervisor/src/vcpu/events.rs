@@ -420,6 +420,12 @@ impl Vcpu {
     /// The event whose delivery the last exit cut short is to be injected again; the event, if there was one.
     pub(super) fn requeue_vectored(&mut self) -> Option<Event> {
         let event = self.cpu.idt_vectoring.take()?;
+        if let Event::Exception(exception) = event
+            && is_fault(exception.vector)
+        {
+            // As the exit of a processor leaves it: what the delivery would have pushed (SDM vol. 3C, 28.3.3).
+            self.cpu.state.rflags_system |= Rflags::RF.bits();
+        }
         if event == Event::Nmi {
             // Blocking begins anew with the delivery (kernel: `vmx_complete_interrupts`).
             self.cpu.state.interruptibility &= !interruptibility::NMI;

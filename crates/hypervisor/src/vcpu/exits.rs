@@ -7,6 +7,7 @@ use silicon::state::reg;
 use silicon::vmx::{BusAccess, Exit};
 
 use super::{Vcpu, VcpuExit};
+use crate::error::Error;
 use crate::eventfd::IoSpace;
 
 /// The port whose OUT is complete when the client hears of it.
@@ -14,8 +15,15 @@ const PORT_SMI: u16 = 0x7e;
 
 impl Vcpu {
     /// Acts on an exit: `Some` if it concerns user space.
-    pub(super) fn handle_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
-        match exit {
+    ///
+    /// # Errors
+    ///
+    /// KVM_RUN fails if the client has no memory where the guest wants it.
+    pub(super) fn handle_exit(&mut self, exit: Exit) -> Result<Option<VcpuExit>, Error> {
+        Ok(match exit {
+            Exit::MemoryAbsent { gpa, host, failed } => {
+                return Err(self.memory_absent(gpa, failed.then_some(host)));
+            }
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Smi => None,
             Exit::ExternalInterrupt | Exit::PageLogFull => {
                 self.requeue_vectored();
@@ -63,7 +71,7 @@ impl Vcpu {
             Exit::FetchFailed { gpa } => self.fetch_failed(gpa),
             Exit::StateNeeded { .. } => self.state_needed(),
             Exit::Budget => Some(VcpuExit::Budget),
-        }
+        })
     }
 
     /// Whether a write is done with by signalling an ioeventfd or by putting it off.

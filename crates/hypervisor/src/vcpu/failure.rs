@@ -9,6 +9,7 @@ use silicon::exception::{Exception, vector};
 use silicon::system::deliver::Event;
 
 use super::{Vcpu, VcpuExit};
+use crate::error::Error;
 
 /// Bytes of the longest instruction.
 const INSTRUCTION_LONGEST: usize = 15;
@@ -65,6 +66,18 @@ pub(super) fn simultaneous_exceptions(event: Event, exception: Exception) -> Vcp
 }
 
 impl Vcpu {
+    /// The processor found no host memory for a page that a slot has (kernel: `kvm_handle_error_pfn`, which fills
+    /// in no KVM_EXIT_MEMORY_FAULT: that is for memory that is or should be private). `failed`: where the client has it, and
+    /// the host says that it has failed. The instruction is executed again, or the event delivered again, by the next
+    /// KVM_RUN.
+    pub(super) fn memory_absent(&mut self, gpa: u64, failed: Option<u64>) -> Error {
+        self.requeue_vectored();
+        match failed {
+            None => Error::MemoryAbsent { gpa },
+            Some(host) => Error::MemoryFailed { gpa, host },
+        }
+    }
+
     /// The processor could not execute the instruction at RIP, or deliver an event, because there is no memory at `gpa`.
     pub(super) fn fetch_failed(&mut self, gpa: u64) -> Option<VcpuExit> {
         if let Some(event) = self.requeue_vectored() {

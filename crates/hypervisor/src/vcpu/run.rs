@@ -60,7 +60,9 @@ impl Vcpu {
     /// # Errors
     ///
     /// [`Error::Interrupted`] for [`RunRequest::immediate_exit`] and [`VcpuHandle::interrupt`](super::VcpuHandle),
-    /// [`Error::Again`] once a vCPU that waited for INIT has got it, [`Error::Invalid`] for a CR8 that there is not.
+    /// [`Error::Again`] once a vCPU that waited for INIT has got it, [`Error::Invalid`] for a CR8 that there is not,
+    /// [`Error::MemoryAbsent`] and [`Error::MemoryFailed`] where the client has no memory for the guest, if the process
+    /// has a handler for the signals ([`crate::memory::catch_absence`]).
     pub fn run_request(&mut self, request: RunRequest) -> Result<VcpuExit, Error> {
         self.complete(0);
         self.complete_msr(false, 0);
@@ -101,7 +103,7 @@ impl Vcpu {
         self.window_requested = request.interrupt_window && self.client_has_pic();
         // KVM finishes a pending access before anything else, so that the registers can be saved and events injected.
         if request.immediate_exit || self.events.reinjects() || self.handle.interrupted() {
-            let exit = self.finish_access();
+            let exit = self.finish_access()?;
             if let Some(exit) = exit.or_else(|| self.bus_lock_exit()) {
                 return Ok(exit);
             }
@@ -129,13 +131,13 @@ impl Vcpu {
                 // Nothing comes between a split lock that may be executed and its execution.
                 let exit = self.execute_step(step, enter);
                 enter = Cpu::resume;
-                match self.finish_exit(exit) {
+                match self.finish_exit(exit)? {
                     Some(user) => return Ok(user),
                     None => continue,
                 }
             }
             if self.handle.interrupted() {
-                let exit = self.finish_access();
+                let exit = self.finish_access()?;
                 return exit.or_else(|| self.bus_lock_exit()).ok_or(Error::Interrupted);
             }
             if self.owes_bus_lock() {
@@ -174,26 +176,26 @@ impl Vcpu {
             // A serializing instruction sees all code that was written before it (SDM vol. 3A, 9.3), by whomever.
             let serializes = matches!(exit, Exit::Cpuid | Exit::Wbinvd | Exit::Invd);
             enter = if serializes { Cpu::run } else { Cpu::resume };
-            if let Some(user) = self.finish_exit(exit) {
+            if let Some(user) = self.finish_exit(exit)? {
                 return Ok(user);
             }
         }
     }
 
     /// Acts on an exit: `Some` if KVM_RUN is to return.
-    fn finish_exit(&mut self, exit: Exit) -> Option<VcpuExit> {
-        if let Some(user) = self.handle_exit(exit) {
+    fn finish_exit(&mut self, exit: Exit) -> Result<Option<VcpuExit>, Error> {
+        if let Some(user) = self.handle_exit(exit)? {
             self.debug.stepped = false;
-            return Some(user);
+            return Ok(Some(user));
         }
         if std::mem::take(&mut self.debug.stepped) && self.debug.single_step() {
-            return Some(self.step_exit());
+            return Ok(Some(self.step_exit()));
         }
         if let Some(user) = self.bus_lock_exit() {
-            return Some(user);
+            return Ok(Some(user));
         }
         let window = self.window_requested && self.ready_for_interrupt();
-        window.then_some(VcpuExit::IrqWindowOpen)
+        Ok(window.then_some(VcpuExit::IrqWindowOpen))
     }
 
     /// Enters guest mode; events that it leaves undelivered are taken back.
@@ -226,12 +228,12 @@ impl Vcpu {
     }
 
     /// Executes the one instruction whose access has just been answered; `Some` if it makes another one.
-    pub(super) fn finish_access(&mut self) -> Option<VcpuExit> {
+    pub(super) fn finish_access(&mut self) -> Result<Option<VcpuExit>, Error> {
         if !self.cpu.access_pending() {
-            return None;
+            return Ok(None);
         }
         let limit = std::mem::replace(&mut self.cpu.controls.instruction_limit, 0);
-        let mut result = None;
+        let mut result = Ok(None);
         let mut first = true;
         loop {
             let ahead = self.read_ahead.len();
@@ -242,7 +244,7 @@ impl Vcpu {
             // What the client has given ahead is part of the answer, as long as its instruction asks for it.
             let asked = first || self.cpu.access_pending() || self.read_ahead.len() != ahead;
             let more = asked && self.read_ahead.is_for(self.cpu.instructions());
-            if result.is_some() || !more && !self.cpu.access_pending() {
+            if !matches!(result, Ok(None)) || !more && !self.cpu.access_pending() {
                 break;
             }
             first = false;

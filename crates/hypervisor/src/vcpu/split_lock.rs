@@ -314,8 +314,9 @@ impl Vcpu {
         let exit = self.enter(enter);
         self.cpu.controls.instruction_limit = limit;
         drop(claim);
-        if exit == Exit::ExternalInterrupt && before == (self.cpu.instructions(), self.cpu.state.rip) {
-            // Somebody wanted the vCPU's attention before it could begin.
+        let undone = matches!(exit, Exit::ExternalInterrupt | Exit::MemoryAbsent { .. });
+        if undone && before == (self.cpu.instructions(), self.cpu.state.rip) {
+            // Somebody wanted the vCPU's attention before it could begin, or the client has no memory there.
             self.locks.step = Some(step);
         }
         match exit {

@@ -22,6 +22,7 @@ use crate::cpu::{Cpu, Pending};
 use crate::exception::{Abort, Exception};
 use crate::exec::fpu;
 use crate::mmu::access::ExecPage;
+use crate::mmu::host;
 use crate::state::{CodeSize, reg};
 
 /// Instructions in a block at most.
@@ -337,8 +338,8 @@ impl Cpu {
         let host = page.host + (lin & (PAGE - 1));
         // SAFETY: `fetch_page` gave the page's host address just now, and no block in the jump cache goes beyond
         // its page.
-        let now = unsafe { std::slice::from_raw_parts(host as *const u8, block.source.len()) };
-        if block.host != host || now != &*block.source {
+        let same = unsafe { host::same(host, &block.source) };
+        if block.host != host || !self.present(same)? {
             return Ok(None);
         }
         block.checked.set(self.code.epoch);
@@ -434,15 +435,11 @@ impl Cpu {
                 let mut now = [0; 16];
                 self.fetch_bytes(lin, &mut now[..source.len()])? && now[..source.len()] == *source
             } else {
+                let (host, known) = (page.host + (lin & (PAGE - 1)), block.host);
                 // SAFETY: `fetch_page` gave the page's host address just now, and a block that does not cross
                 // lies within it.
-                let now = unsafe {
-                    std::slice::from_raw_parts(
-                        (page.host + (lin & (PAGE - 1))) as *const u8,
-                        block.source.len(),
-                    )
-                };
-                block.host == page.host + (lin & (PAGE - 1)) && now == &*block.source
+                let same = unsafe { host::same(host, &block.source) };
+                self.present(same)? && known == host
             };
             let code = &mut self.code;
             let Some(code_page) = code.pages.get_mut(&page.gfn) else { return Ok(None) };
@@ -486,10 +483,10 @@ impl Cpu {
     fn fetch_bytes(&mut self, lin: u64, out: &mut [u8]) -> Result<bool, Abort> {
         let first = ((PAGE - (lin & (PAGE - 1))) as usize).min(out.len());
         let page = self.fetch_page(lin)?;
-        copy_code(page.host + (lin & (PAGE - 1)), &mut out[..first]);
+        self.copy_code(page.host + (lin & (PAGE - 1)), &mut out[..first])?;
         if first < out.len() {
             let Ok(next) = self.fetch_page(lin.wrapping_add(first as u64)) else { return Ok(false) };
-            copy_code(next.host, &mut out[first..]);
+            self.copy_code(next.host, &mut out[first..])?;
         }
         Ok(true)
     }
@@ -499,7 +496,7 @@ impl Cpu {
         let start = usize::from(offset);
         let mut bytes = [0u8; PAGE as usize + 16];
         let mut available = PAGE as usize;
-        copy_code(page.host + offset as u64, &mut bytes[start..available]);
+        self.copy_code(page.host + offset as u64, &mut bytes[start..available])?;
         let code_size = self.state.code_size;
         let mut ops: Vec<Op> = Vec::new();
         let mut at = start;
@@ -515,7 +512,7 @@ impl Cpu {
                 if available - at < 15 && !crossing {
                     // The instruction goes on in the next page: fetching that may fault.
                     let next = self.fetch_page((lin & !(PAGE - 1)).wrapping_add(PAGE))?;
-                    copy_code(next.host, &mut bytes[PAGE as usize..PAGE as usize + 15]);
+                    self.copy_code(next.host, &mut bytes[PAGE as usize..PAGE as usize + 15])?;
                     available = PAGE as usize + 15;
                     crossing = true;
                     continue;
@@ -551,6 +548,13 @@ impl Cpu {
             crossing,
         })
     }
+
+    /// Copies bytes from inside a page that `fetch_page` returned.
+    fn copy_code(&mut self, host: u64, out: &mut [u8]) -> Result<(), Abort> {
+        // SAFETY: callers pass an address inside a page that `fetch_page` returned and a length within it.
+        let copied = unsafe { host::copy(host as *const u8, out.as_mut_ptr(), out.len()) };
+        self.present(copied)
+    }
 }
 
 /// Makes the decoder's and encoder's tables, which exist once in a process and are otherwise made on first use: a process
@@ -558,11 +562,6 @@ impl Cpu {
 pub fn make_tables() {
     let nop = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
     std::hint::black_box((nop.op_code(), Encoder::new(64).encode(&nop, 0).is_ok()));
-}
-
-fn copy_code(host: u64, out: &mut [u8]) {
-    // SAFETY: callers pass an address inside a page that `fetch_page` returned and a length within it.
-    unsafe { std::ptr::copy_nonoverlapping(host as *const u8, out.as_mut_ptr(), out.len()) };
 }
 
 /// Decodes one instruction; true if only missing bytes kept it from being decoded.

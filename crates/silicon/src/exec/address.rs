@@ -7,6 +7,7 @@ use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::flags::Status;
 use crate::mmu::Word;
+use crate::mmu::host::Absent;
 use crate::state::{Seg, reg};
 
 impl Cpu {
@@ -121,21 +122,20 @@ impl Address for BaseAddress {
 /// Ways to memory operands for threaded handlers. What the first-level TLB knows is done inline; all else goes
 /// on in a function of its own, called in tail position, so that the handlers need no stack frame.
 impl Cpu {
-    /// Loads the word at `lin` if that needs no more than the TLB.
+    /// Loads the word at `lin` if that needs no more than the TLB and the host has the memory.
     #[inline(always)]
     pub(crate) fn quick_load<T: Word>(&self, lin: u64) -> Option<T> {
         let host = self.mmu.tlb.read_hit(lin, T::SIZE)? as *const T;
         // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be read.
-        Some(unsafe { T::read(host) })
+        unsafe { T::read(host) }.ok()
     }
 
-    /// Stores the word at `lin` if that needs no more than the TLB; whether it has.
+    /// Stores the word at `lin` if that needs no more than the TLB and the host has the memory; whether it has.
     #[inline(always)]
     pub(crate) fn quick_store<T: Word>(&mut self, lin: u64, value: T) -> bool {
         let Some(host) = self.mmu.tlb.write_hit(lin, T::SIZE) else { return false };
         // SAFETY: a TLB hit leads to `T::SIZE` bytes of guest memory that may be written.
-        unsafe { T::write(host as *mut T, value) };
-        true
+        unsafe { T::write(host as *mut T, value) }.is_ok()
     }
 }
 
@@ -197,11 +197,22 @@ pub(crate) fn with_updated<A: Address, T: Word>(
     };
     let host = host as *mut T;
     // SAFETY: a TLB hit for a store leads to `T::SIZE` bytes of guest memory that may be read and written.
-    let (value, status) = change(cpu, op, unsafe { T::read(host) });
+    let Ok(old) = (unsafe { T::read(host) }) else { return absent(cpu, op) };
+    let (value, status) = change(cpu, op, old);
     // SAFETY: as above.
-    unsafe { T::write(host, value) };
+    if unsafe { T::write(host, value) }.is_err() {
+        return absent(cpu, op);
+    }
     cpu.state.status = status;
     next(cpu, op)
+}
+
+/// The access that `op` has just made found no host memory.
+#[cold]
+#[inline(never)]
+fn absent(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    cpu.at(op);
+    Err(cpu.absent(Absent))
 }
 
 #[cold]

@@ -161,7 +161,7 @@ fn register(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let unmasked = admitted(cpu)?;
     note_pointer(cpu, op);
     // SAFETY: `lower` gave the operation its stub; there is no memory operand.
-    unsafe { cpu.call_stub(op, ptr::null_mut()) };
+    unsafe { cpu.call_stub(op, ptr::null_mut())? };
     if unmasked {
         note_exception(cpu, op);
     }
@@ -173,9 +173,9 @@ fn load(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.hostexec.gate & class::X87 == 0
         && let Some(mem) = direct(cpu, op, usize::from(op.size), false)
     {
-        note_pointer(cpu, op);
         // SAFETY: `size` bytes can be read at the pointer, and the stub reads no more.
-        unsafe { cpu.call_stub(op, mem) };
+        unsafe { cpu.call_stub(op, mem)? };
+        note_pointer(cpu, op);
         return Ok(Flow::Next);
     }
     load_slowly(cpu, op)
@@ -199,13 +199,13 @@ fn load_operand(cpu: &mut Cpu, op: &Op) -> Result<(), Abort> {
     match cpu.host_pointer(cpu.op_seg(op), lin, size, false)? {
         Some(mem) => {
             // SAFETY: `size` bytes can be read at the pointer, and the stub reads no more.
-            unsafe { cpu.call_stub(op, mem) };
+            unsafe { cpu.call_stub(op, mem)? };
         }
         None => {
             let mut copy = [0u8; 16];
             cpu.read_bytes(cpu.op_seg(op), lin, &mut copy[..size.min(16)])?;
             // SAFETY: the copy is as long as the longest operand, ten bytes.
-            unsafe { cpu.call_stub(op, copy.as_mut_ptr()) };
+            unsafe { cpu.call_stub(op, copy.as_mut_ptr())? };
         }
     }
     Ok(())
@@ -216,9 +216,9 @@ fn store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.hostexec.gate & class::X87 == 0
         && let Some(mem) = direct(cpu, op, usize::from(op.size), true)
     {
-        note_pointer(cpu, op);
         // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
-        unsafe { cpu.call_stub(op, mem) };
+        unsafe { cpu.call_stub(op, mem)? };
+        note_pointer(cpu, op);
         return Ok(Flow::Next);
     }
     store_slowly(cpu, op)
@@ -233,7 +233,7 @@ fn store_slowly(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.load_x87();
     let mut copy = [0u8; 16];
     // SAFETY: the copy is as long as the longest operand, ten bytes.
-    unsafe { cpu.call_stub(op, copy.as_mut_ptr()) };
+    unsafe { cpu.call_stub(op, copy.as_mut_ptr())? };
     // With an unmasked exception nothing is stored, and the operand's address does not matter.
     if !(unmasked && fnstsw() & !cpu.state.x87.fcw & NO_STORE != 0)
         && let Err(abort) = store_copy(cpu, op, &copy)
@@ -275,7 +275,7 @@ fn store_first_eight(cpu: &mut Cpu, op: &Op, lin: u64, copy: &[u8; 16]) {
 fn control(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted_nowait(cpu)?;
     // SAFETY: `lower` gave the operation its stub; there is no memory operand.
-    unsafe { cpu.call_stub(op, ptr::null_mut()) };
+    unsafe { cpu.call_stub(op, ptr::null_mut())? };
     Ok(Flow::Next)
 }
 
@@ -285,7 +285,7 @@ fn control_store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let lin = cpu.ea(op, 2, true)?;
     let mut word = [0u8; 2];
     // SAFETY: the operand has two bytes.
-    unsafe { cpu.call_stub(op, word.as_mut_ptr()) };
+    unsafe { cpu.call_stub(op, word.as_mut_ptr())? };
     cpu.store::<u16>(cpu.op_seg(op), lin, u16::from_le_bytes(word))?;
     Ok(Flow::Next)
 }
@@ -294,7 +294,7 @@ fn control_store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 fn initialize(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     admitted_nowait(cpu)?;
     // SAFETY: `lower` gave the operation its stub; there is no memory operand.
-    unsafe { cpu.call_stub(op, ptr::null_mut()) };
+    unsafe { cpu.call_stub(op, ptr::null_mut())? };
     let x87 = &mut cpu.state.x87;
     (x87.fip, x87.fdp, x87.fop, x87.fcs, x87.fds) = (0, 0, 0, 0, 0);
     cpu.x87_control_changed();

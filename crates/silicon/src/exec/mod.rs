@@ -6,6 +6,8 @@ use iced_x86::Instruction;
 use crate::code::lower::LowerCtx;
 use crate::code::op::Op;
 
+#[cfg(test)]
+mod absent_tests;
 mod address;
 mod alu;
 mod amx;

@@ -16,6 +16,7 @@ use crate::exception::Abort;
 use crate::exec::alu::{Arithmetic, compare};
 use crate::flags::{Rflags, Status};
 use crate::mmu::Word;
+use crate::mmu::host::Absent;
 use crate::state::{CodeSize, Seg, reg};
 
 /// Bytes in a page.
@@ -171,6 +172,12 @@ impl Cpu {
         }
         Ok((elements != 0).then_some(Run { host, elements }))
     }
+
+    /// After a run: if the host had no memory for its first element, the instruction cannot go on.
+    #[inline(always)]
+    fn some_done(&mut self, done: u64) -> Result<(), Abort> {
+        if done == 0 { Err(self.absent(Absent)) } else { Ok(()) }
+    }
 }
 
 /// Element `i` of a run.
@@ -180,51 +187,51 @@ fn element<T: Word>(host: *mut u8, i: u64, down: bool) -> *mut T {
     if down { host.wrapping_sub(bytes) } else { host.wrapping_add(bytes) }.cast()
 }
 
-/// Copies `n` elements as one after the other would be copied.
-fn copy_run<T: Word>(from: *mut u8, to: *mut u8, n: u64, down: bool) {
+/// Copies `n` elements as one after the other would be copied; how many are known to be copied. It is less than `n` if
+/// host memory is absent.
+fn copy_run<T: Word>(from: *mut u8, to: *mut u8, n: u64, down: bool) -> u64 {
     let len = n as usize * T::SIZE;
     let distance = (to as usize).wrapping_sub(from as usize);
     // Where the elements to be read lie behind the ones being written, the copies feed on each other.
     let feeds = if down { distance.wrapping_neg() } else { distance };
-    if feeds == 0 || feeds >= len {
-        let last = (n as usize - 1) * T::SIZE;
-        let back = if down { last } else { 0 };
-        // SAFETY: `run_at` says that `n` elements from each pointer on, in the direction of travel, are guest
-        // memory. The ranges may overlap.
-        unsafe { std::ptr::copy(from.wrapping_sub(back), to.wrapping_sub(back), len) };
+    if !down && (feeds == 0 || feeds >= len) {
+        // SAFETY: `run_at` says that `n` elements from each pointer on are guest memory.
+        n - unsafe { T::copy_up(from, to, n as usize) } as u64
+    } else if down && feeds >= len && distance >= len {
+        // They do not overlap: the order does not matter, and what was copied is copied again if the rest is absent.
+        let back = (n as usize - 1) * T::SIZE;
+        // SAFETY: as above, in the direction of travel.
+        let left = unsafe { T::copy_up(from.wrapping_sub(back), to.wrapping_sub(back), n as usize) };
+        if left == 0 { n } else { 0 }
     } else if !down && feeds >= T::SIZE {
         // The result repeats the bytes between the two pointers.
-        let mut filled = feeds;
         // SAFETY: as above; the lengths make source and destination disjoint.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, filled) };
-        while filled < len {
+        let mut left = unsafe { u8::copy_up(from, to, feeds) };
+        let mut filled = feeds - left;
+        while filled < len && left == 0 {
             let more = filled.min(len - filled);
             // SAFETY: as above.
-            unsafe { std::ptr::copy_nonoverlapping(to, to.add(filled), more) };
-            filled += more;
+            left = unsafe { u8::copy_up(to, to.add(filled), more) };
+            filled += more - left;
         }
+        (filled / T::SIZE) as u64
     } else {
-        for i in 0..n {
+        let copied = (0..n).take_while(|&i| {
             // SAFETY: as above.
-            unsafe {
-                element::<T>(to, i, down).write_unaligned(element::<T>(from, i, down).read_unaligned());
-            }
-        }
+            unsafe { T::read(element(from, i, down)).and_then(|v| T::write(element(to, i, down), v)) }.is_ok()
+        });
+        copied.count() as u64
     }
 }
 
-/// Stores `value` in `n` elements.
-fn fill_run<T: Word>(to: *mut u8, value: T, n: u64, down: bool) {
+/// Stores `value` in `n` elements; how many are known to be stored, as for [`copy_run`].
+fn fill_run<T: Word>(to: *mut u8, value: T, n: u64, down: bool) -> u64 {
     let lowest = if down { to.wrapping_sub((n as usize - 1) * T::SIZE) } else { to };
-    let byte = value.to_u64() as u8;
-    if value == T::from_u64(u64::from(byte) * 0x0101_0101_0101_0101) {
-        // SAFETY: `run_at` says that these elements are guest memory.
-        unsafe { std::ptr::write_bytes(lowest, byte, n as usize * T::SIZE) };
-        return;
-    }
-    for i in 0..n {
-        // SAFETY: as above.
-        unsafe { element::<T>(lowest, i, false).write_unaligned(value) };
+    // SAFETY: `run_at` says that these elements are guest memory.
+    let left = unsafe { T::fill_up(lowest, value, n as usize) } as u64;
+    match down {
+        true if left != 0 => 0,
+        _ => n - left,
     }
 }
 
@@ -240,8 +247,8 @@ fn movs_go<T: Word>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort
         && let Some(source) = cpu.run_at::<T>(op, seg, from, most, false)?
         && let Some(dest) = cpu.run_at::<T>(op, Seg::Es, to, source.elements, true)?
     {
-        done = dest.elements;
-        copy_run::<T>(source.host, dest.host, done, cpu.downward());
+        done = copy_run::<T>(source.host, dest.host, dest.elements, cpu.downward());
+        cpu.some_done(done)?;
     } else {
         let lin = cpu.string_linear(seg, from, T::SIZE, false)?;
         let value: T = cpu.load(seg, lin)?;
@@ -264,8 +271,8 @@ fn stos_go<T: Word>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress, Abort
     if most > 1
         && let Some(dest) = cpu.run_at::<T>(op, Seg::Es, to, most, true)?
     {
-        done = dest.elements;
-        fill_run(dest.host, value, done, cpu.downward());
+        done = fill_run(dest.host, value, dest.elements, cpu.downward());
+        cpu.some_done(done)?;
     } else {
         let lin = cpu.string_linear(Seg::Es, to, T::SIZE, true)?;
         cpu.store(Seg::Es, lin, value)?;
@@ -306,12 +313,14 @@ fn scas_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress,
         let down = cpu.downward();
         while done < run.elements {
             // SAFETY: `run_at` says that this element is guest memory.
-            last = unsafe { element::<T>(run.host, done, down).read_unaligned() };
+            let Ok(found) = (unsafe { T::read(element(run.host, done, down)) }) else { break };
+            last = found;
             done += 1;
             if stops(op, last == wanted) {
                 break;
             }
         }
+        cpu.some_done(done)?;
     } else {
         let lin = cpu.string_linear(Seg::Es, at, T::SIZE, false)?;
         last = cpu.load(Seg::Es, lin)?;
@@ -337,17 +346,17 @@ fn cmps_go<T: Arithmetic>(cpu: &mut Cpu, op: &Op, most: u64) -> Result<Progress,
         let down = cpu.downward();
         while done < lefts.elements {
             // SAFETY: `run_at` says that these elements are guest memory.
-            (left, right) = unsafe {
-                (
-                    element::<T>(lefts.host, done, down).read_unaligned(),
-                    element::<T>(rights.host, done, down).read_unaligned(),
-                )
+            let found = unsafe {
+                (T::read(element(lefts.host, done, down)), T::read(element(rights.host, done, down)))
             };
+            let (Ok(a), Ok(b)) = found else { break };
+            (left, right) = (a, b);
             done += 1;
             if stops(op, left == right) {
                 break;
             }
         }
+        cpu.some_done(done)?;
     } else {
         let lin = cpu.string_linear(Seg::Es, right_at, T::SIZE, false)?;
         right = cpu.load(Seg::Es, lin)?;

@@ -101,6 +101,11 @@ impl Guest {
         self
     }
 
+    /// Host address of guest memory.
+    pub(crate) fn host(&self, gpa: u64) -> u64 {
+        self.memory.as_ptr() as u64 + gpa
+    }
+
     /// Reads guest memory.
     pub(crate) fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
         assert!(gpa as usize + len <= MEMORY);

@@ -153,8 +153,7 @@ pub(super) unsafe fn execute(cpu: &mut Cpu, op: &Op, mem: *mut u8, unmasked: boo
         return unsafe { cpu.call_stub_unmasked(op, mem) };
     }
     // SAFETY: the caller's promise.
-    unsafe { cpu.call_stub(op, mem) };
-    Ok(())
+    unsafe { cpu.call_stub(op, mem) }
 }
 
 /// A form without memory operand.
@@ -163,7 +162,7 @@ fn register(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         return register_slowly(cpu, op);
     }
     // SAFETY: `lower` gave the operation its stub; there is no memory operand.
-    unsafe { cpu.call_stub(op, ptr::null_mut()) };
+    unsafe { cpu.call_stub(op, ptr::null_mut())? };
     Ok(Flow::Next)
 }
 
@@ -215,7 +214,7 @@ fn load(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         && let Some(mem) = direct(cpu, op, usize::from(op.size), false)
     {
         // SAFETY: `size` bytes can be read at the pointer, and the stub reads no more.
-        unsafe { cpu.call_stub(op, mem) };
+        unsafe { cpu.call_stub(op, mem)? };
         return Ok(Flow::Next);
     }
     load_slowly(cpu, op)
@@ -257,7 +256,7 @@ fn store(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         && let Some(mem) = direct(cpu, op, usize::from(op.size), true)
     {
         // SAFETY: `size` bytes can be written at the pointer, and the stub writes no more.
-        unsafe { cpu.call_stub(op, mem) };
+        unsafe { cpu.call_stub(op, mem)? };
         return Ok(Flow::Next);
     }
     store_slowly(cpu, op)

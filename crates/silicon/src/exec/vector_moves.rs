@@ -4,9 +4,10 @@
 //! back as one.
 #![expect(unsafe_code, reason = "copies between guest memory and registers")]
 
+use std::arch::asm;
 use std::arch::x86_64::{
-    __m128i, _mm_cvtsi32_si128, _mm_cvtsi128_si32, _mm_load_si128, _mm_loadl_epi64, _mm_loadu_si128,
-    _mm_store_si128, _mm_storel_epi64, _mm_storeu_si128,
+    __m128i, _mm_cvtsi64_si128, _mm_cvtsi128_si64, _mm_load_si128, _mm_loadl_epi64, _mm_loadu_si128,
+    _mm_setzero_si128, _mm_store_si128, _mm_storeu_si128,
 };
 
 use iced_x86::{Code, Instruction, OpKind};
@@ -18,6 +19,7 @@ use crate::exception::{Abort, Exception};
 use crate::exec::vector::{alignment, direct, is_same_register, memory_operand};
 use crate::hostexec::class;
 use crate::mmu::Word;
+use crate::mmu::host::{Absent, on_fault, on_fault_zero};
 
 /// Bytes of an XMM register.
 const XMM: usize = 16;
@@ -116,34 +118,56 @@ fn xmm(cpu: &Cpu, register: u8) -> __m128i {
 ///
 /// # Safety
 ///
-/// `SIZE` bytes can be read at `mem`.
+/// `SIZE` bytes at `mem` can be read, or are guest memory.
 #[inline(always)]
-unsafe fn read<const SIZE: usize>(mem: *const u8) -> __m128i {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match SIZE {
-            16 => _mm_loadu_si128(mem.cast()),
-            8 => _mm_loadl_epi64(mem.cast()),
-            _ => _mm_cvtsi32_si128(mem.cast::<i32>().read_unaligned()),
-        }
+unsafe fn read<const SIZE: usize>(mem: *const u8) -> Result<__m128i, Absent> {
+    let value: __m128i;
+    let after: *const u8;
+    macro_rules! load {
+        ($instruction:literal) => {
+            // SAFETY: the caller's promise; if the instruction faults, it goes on with `after` null.
+            unsafe {
+                asm!(
+                    concat!("2: ", $instruction), "3:", on_fault_zero!("{p:e}"),
+                    v = out(xmm_reg) value, p = inout(reg) mem => after,
+                    options(nostack, preserves_flags, readonly)
+                )
+            }
+        };
     }
+    match SIZE {
+        16 => load!("movdqu {v}, xmmword ptr [{p}]"),
+        8 => load!("movq {v}, qword ptr [{p}]"),
+        _ => load!("movd {v}, dword ptr [{p}]"),
+    }
+    if after.is_null() { Err(Absent) } else { Ok(value) }
 }
 
 /// Writes the low `SIZE` bytes (4, 8 or 16).
 ///
 /// # Safety
 ///
-/// `SIZE` bytes can be written at `mem`.
+/// `SIZE` bytes at `mem` can be written, or are guest memory.
 #[inline(always)]
-unsafe fn write<const SIZE: usize>(mem: *mut u8, value: __m128i) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match SIZE {
-            16 => _mm_storeu_si128(mem.cast(), value),
-            8 => _mm_storel_epi64(mem.cast(), value),
-            _ => mem.cast::<i32>().write_unaligned(_mm_cvtsi128_si32(value)),
-        }
+unsafe fn write<const SIZE: usize>(mem: *mut u8, value: __m128i) -> Result<(), Absent> {
+    macro_rules! store {
+        ($instruction:literal) => {
+            // SAFETY: the caller's promise; if the instruction faults, it goes on at the label.
+            unsafe {
+                asm!(
+                    concat!("2: ", $instruction), on_fault!("2b" => "{absent}"),
+                    v = in(xmm_reg) value, p = in(reg) mem, absent = label { return Err(Absent) },
+                    options(nostack, preserves_flags)
+                )
+            }
+        };
     }
+    match SIZE {
+        16 => store!("movdqu xmmword ptr [{p}], {v}"),
+        8 => store!("movq qword ptr [{p}], {v}"),
+        _ => store!("movd dword ptr [{p}], {v}"),
+    }
+    Ok(())
 }
 
 /// Loads `SIZE` bytes and zeroes the rest of the 128 bits.
@@ -151,8 +175,9 @@ fn load<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.hostexec.gate & op.extra == 0
         && let Some(mem) = direct(cpu, op, SIZE, false)
     {
-        // SAFETY: `SIZE` bytes can be read at the pointer.
+        // SAFETY: `SIZE` bytes at the pointer are guest memory that can be read.
         let value = unsafe { read::<SIZE>(mem) };
+        let value = cpu.present(value)?;
         set_xmm(cpu, op.r0, value);
         return Ok(Flow::Next);
     }
@@ -164,8 +189,11 @@ fn load_slowly<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort>
     admitted(cpu, op)?;
     let lin = address::<SIZE>(cpu, op, false)?;
     let value = match cpu.host_pointer(cpu.op_seg(op), lin, SIZE, false)? {
-        // SAFETY: `SIZE` bytes can be read at the pointer.
-        Some(mem) => unsafe { read::<SIZE>(mem) },
+        Some(mem) => {
+            // SAFETY: `SIZE` bytes at the pointer are guest memory that can be read.
+            let value = unsafe { read::<SIZE>(mem) };
+            cpu.present(value)?
+        }
         None => load_copy(cpu, op, lin, SIZE)?,
     };
     set_xmm(cpu, op.r0, value);
@@ -177,15 +205,16 @@ fn load_copy(cpu: &mut Cpu, op: &Op, lin: u64, size: usize) -> Result<__m128i, A
     let mut bytes = [0; XMM];
     cpu.read_bytes(cpu.op_seg(op), lin, &mut bytes[..size])?;
     // SAFETY: an XMM register's bytes.
-    Ok(unsafe { read::<XMM>(bytes.as_ptr()) })
+    Ok(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
 }
 
 fn store<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.hostexec.gate & op.extra == 0
         && let Some(mem) = direct(cpu, op, SIZE, true)
     {
-        // SAFETY: `SIZE` bytes can be written at the pointer.
-        unsafe { write::<SIZE>(mem, xmm(cpu, op.r1)) };
+        // SAFETY: `SIZE` bytes at the pointer are guest memory that can be written.
+        let written = unsafe { write::<SIZE>(mem, xmm(cpu, op.r1)) };
+        cpu.present(written)?;
         return Ok(Flow::Next);
     }
     store_slowly::<SIZE>(cpu, op)
@@ -196,8 +225,11 @@ fn store_slowly<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
     admitted(cpu, op)?;
     let lin = address::<SIZE>(cpu, op, true)?;
     match cpu.host_pointer(cpu.op_seg(op), lin, SIZE, true)? {
-        // SAFETY: `SIZE` bytes can be written at the pointer.
-        Some(mem) => unsafe { write::<SIZE>(mem, xmm(cpu, op.r1)) },
+        Some(mem) => {
+            // SAFETY: `SIZE` bytes at the pointer are guest memory that can be written.
+            let written = unsafe { write::<SIZE>(mem, xmm(cpu, op.r1)) };
+            cpu.present(written)?;
+        }
         None => store_copy(cpu, op, lin, SIZE)?,
     }
     Ok(Flow::Next)
@@ -207,7 +239,7 @@ fn store_slowly<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort
 fn store_copy(cpu: &mut Cpu, op: &Op, lin: u64, size: usize) -> Result<(), Abort> {
     let mut bytes = [0; XMM];
     // SAFETY: an XMM register's bytes.
-    unsafe { write::<XMM>(bytes.as_mut_ptr(), xmm(cpu, op.r1)) };
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), xmm(cpu, op.r1)) };
     cpu.write_bytes(cpu.op_seg(op), lin, &bytes[..size])
 }
 
@@ -217,8 +249,13 @@ fn copy<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         return again(cpu, op);
     }
     let source = &cpu.state.zmm[usize::from(op.r1 & 31)].0;
-    // SAFETY: a register has more than `SIZE` bytes.
-    let value = unsafe { read::<SIZE>(source.as_ptr()) };
+    // SAFETY: a register has more than 16 bytes; SIZE is 8 or 16.
+    let value = unsafe {
+        match SIZE {
+            16 => _mm_loadu_si128(source.as_ptr().cast()),
+            _ => _mm_loadl_epi64(source.as_ptr().cast()),
+        }
+    };
     set_xmm(cpu, op.r0, value);
     Ok(Flow::Next)
 }
@@ -228,9 +265,8 @@ fn from_general<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         return again(cpu, op);
     }
     let value = cpu.get::<T>(op.r1).to_u64();
-    // SAFETY: eight bytes of our own.
-    let value = unsafe { read::<8>((&raw const value).cast()) };
-    set_xmm(cpu, op.r0, value);
+    // SAFETY: SSE2 is part of x86-64.
+    set_xmm(cpu, op.r0, unsafe { _mm_cvtsi64_si128(value as i64) });
     Ok(Flow::Next)
 }
 
@@ -238,9 +274,8 @@ fn to_general<T: Word>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.hostexec.gate & op.extra != 0 {
         return again(cpu, op);
     }
-    let mut value = 0u64;
-    // SAFETY: eight bytes of our own.
-    unsafe { write::<8>((&raw mut value).cast(), xmm(cpu, op.r1)) };
+    // SAFETY: SSE2 is part of x86-64.
+    let value = unsafe { _mm_cvtsi128_si64(xmm(cpu, op.r1)) } as u64;
     cpu.set::<T>(op.r0, T::from_u64(value));
     Ok(Flow::Next)
 }
@@ -250,8 +285,7 @@ fn zero(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     if cpu.hostexec.gate & op.extra != 0 {
         return again(cpu, op);
     }
-    let zero = [0u8; XMM];
-    // SAFETY: an XMM register's bytes.
-    set_xmm(cpu, op.r0, unsafe { read::<XMM>(zero.as_ptr()) });
+    // SAFETY: SSE2 is part of x86-64.
+    set_xmm(cpu, op.r0, unsafe { _mm_setzero_si128() });
     Ok(Flow::Next)
 }

@@ -127,10 +127,7 @@ impl Cpu {
             return Ok(());
         }
         match self.host_pointer(seg, lin, bytes.len(), true)? {
-            Some(mem) => {
-                area::copy_out(bytes, mem);
-                Ok(())
-            }
+            Some(mem) => self.present(area::copy_out(bytes, mem)),
             None => self.write_bytes(seg, lin, bytes),
         }
     }
@@ -156,10 +153,7 @@ impl Cpu {
 
     fn read_area(&mut self, seg: Seg, lin: u64, bytes: &mut [u8]) -> Result<(), Abort> {
         match self.host_pointer(seg, lin, bytes.len(), false)? {
-            Some(mem) => {
-                area::copy_in(mem, bytes);
-                Ok(())
-            }
+            Some(mem) => self.present(area::copy_in(mem, bytes)),
             None => self.read_bytes(seg, lin, bytes),
         }
     }

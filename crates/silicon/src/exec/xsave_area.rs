@@ -2,9 +2,9 @@
 #![expect(unsafe_code, reason = "copies to and from guest memory")]
 
 use std::ops::Range;
-use std::ptr;
 
 use crate::hostexec::MXCSR_DEFINED;
+use crate::mmu::host::{self, Absent};
 use crate::state::{CpuState, X87};
 use crate::tiles::{CONFIG_BYTES, TileConfig};
 
@@ -42,15 +42,15 @@ pub(super) struct Legacy {
 }
 
 /// Copies to guest memory; `mem` has room for `bytes`.
-pub(super) fn copy_out(bytes: &[u8], mem: *mut u8) {
+pub(super) fn copy_out(bytes: &[u8], mem: *mut u8) -> Result<(), Absent> {
     // SAFETY: the caller got the pointer from `host_pointer` for this many bytes.
-    unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), mem, bytes.len()) };
+    unsafe { host::copy(bytes.as_ptr(), mem, bytes.len()) }
 }
 
 /// Copies from guest memory.
-pub(super) fn copy_in(mem: *const u8, bytes: &mut [u8]) {
+pub(super) fn copy_in(mem: *const u8, bytes: &mut [u8]) -> Result<(), Absent> {
     // SAFETY: the caller got the pointer from `host_pointer` for this many bytes.
-    unsafe { ptr::copy_nonoverlapping(mem, bytes.as_mut_ptr(), bytes.len()) };
+    unsafe { host::copy(mem, bytes.as_mut_ptr(), bytes.len()) }
 }
 
 /// The first 416 bytes of an FXSAVE image (SDM vol. 1, tables 10-2 and 13-1).

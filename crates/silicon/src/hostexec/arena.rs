@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "maps memory and writes machine code")]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
@@ -60,6 +61,12 @@ impl Arena {
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(start), code.len()) };
         self.used = end;
         Some(self.executable.as_ptr() as u64 + start as u64)
+    }
+
+    /// Addresses that code has.
+    pub(crate) fn range(&self) -> Range<u64> {
+        let start = self.executable.as_ptr() as u64;
+        start..start + self.size as u64
     }
 
     /// Forgets all code. Nobody may call any of it afterwards.

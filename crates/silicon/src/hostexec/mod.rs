@@ -22,9 +22,10 @@ pub(crate) mod x87;
 use crate::code::op::{Flow, Op};
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
+use crate::mmu::host::{self, Absent, on_fault};
 use crate::model::Feature;
 use crate::state::{CpuState, cr0, cr4};
-use stub::{StubFn, Stubs};
+use stub::Stubs;
 
 /// MXCSR after reset.
 pub(crate) const MXCSR_RESET: u32 = 0x1f80;
@@ -151,6 +152,7 @@ impl Cpu {
     pub(crate) fn hostexec_enter(&mut self) {
         self.hostexec.host_mxcsr = stmxcsr();
         self.hostexec.mxcsr_live = true;
+        host::stubs_lie_at(self.hostexec.stubs.range());
         self.hostexec.x87_data_pointer = !self.features.has(Feature::FdpExceptionOnly);
         self.hostexec.x87_selectors = !self.features.has(Feature::ZeroFcsFds);
         self.set_mxcsr(self.state.mxcsr & MXCSR_DEFINED);
@@ -205,17 +207,26 @@ impl Cpu {
         Ok(())
     }
 
-    /// Runs the stub of `op` on the guest's registers, with its memory operand at `mem`.
+    /// Runs the stub of `op` on the guest's registers, with its memory operand at `mem`. Leaves guest mode, with
+    /// nothing done, if the host has no memory there.
     ///
     /// # Safety
     ///
-    /// `op` was lowered with a stub, and `mem` is valid for the accesses of its memory operand, if it has one.
+    /// `op` was lowered with a stub, and `mem` is valid for the accesses of its memory operand, if it has one, or
+    /// guest memory, which may be absent.
     #[inline(always)]
-    pub(crate) unsafe fn call_stub(&mut self, op: &Op, mem: *mut u8) {
-        // SAFETY: lowering put a stub's address into `imm`; stubs are dropped only together with all blocks.
-        let stub: StubFn = unsafe { std::mem::transmute::<*const (), StubFn>(op.imm as *const ()) };
-        // SAFETY: the state is ours alone, and the caller vouches for `mem`.
-        unsafe { stub(&raw mut self.state, mem) };
+    pub(crate) unsafe fn call_stub(&mut self, op: &Op, mem: *mut u8) -> Result<(), Abort> {
+        // SAFETY: lowering put the address of a stub into `imm`; stubs are dropped only together with all
+        // blocks. The state is ours alone, and the caller vouches for `mem`. If the access to it faults, the stub
+        // ends and the label is where it returns to.
+        unsafe {
+            asm!(
+                "call {stub}", "2:", on_fault!("2b" => "{absent}"),
+                stub = in(reg) op.imm, in("rdi") &raw mut self.state, in("rsi") mem,
+                absent = label { return Err(self.absent(Absent)) }, clobber_abi("sysv64")
+            );
+        }
+        Ok(())
     }
 }
 

@@ -3,11 +3,13 @@
 //! A stub is `extern "sysv64" fn(state: *mut CpuState, mem: *mut u8)`. It loads the registers that the
 //! instruction reads from `CpuState` into the same-numbered host registers (general registers: into scratch
 //! registers), executes the very instruction with its memory operand redirected to `[mem]`, stores what it
-//! wrote. x87 and MMX registers are not touched: they live in the host's FPU ([`super::x87`]).
+//! wrote. It uses no stack, and only the instruction itself may fault: where guest memory is absent the stub is left there
+//! ([`crate::mmu::host`]). x87 and MMX registers are not touched: they live in the host's FPU ([`super::x87`]).
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::mem::offset_of;
+use std::ops::Range;
 
 use iced_x86::{
     Code, CodeSize, Encoder, EncodingKind, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic,
@@ -17,9 +19,6 @@ use iced_x86::{
 use super::arena::Arena;
 use crate::code::lower::gpr;
 use crate::state::CpuState;
-
-/// How a stub is called.
-pub(crate) type StubFn = unsafe extern "sysv64" fn(state: *mut CpuState, mem: *mut u8);
 
 /// Host registers that stand in for explicit general-register operands.
 const SCRATCH: [Register; 4] = [Register::R8, Register::R9, Register::R10, Register::R11];
@@ -40,7 +39,7 @@ const VZEROUPPER: [u8; 3] = [0xc5, 0xf8, 0x77];
 /// What lowering learns when it asks for a stub.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stub {
-    /// Address of the stub, to be called as a [`StubFn`].
+    /// Address of the stub, to be called with [`crate::Cpu::call_stub`].
     At(u64),
     /// No room is left: everything has to be dropped first.
     Full,
@@ -103,6 +102,11 @@ impl Stubs {
     /// The instruction that the stub at `address` executes.
     pub(super) fn instruction(&self, address: u64) -> Option<Instruction> {
         self.0.try_borrow().ok()?.instructions.get(&address).copied()
+    }
+
+    /// Where stubs lie.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.0.try_borrow().ok().and_then(|inner| Some(inner.arena.as_ref()?.range())).unwrap_or(0..0)
     }
 
     /// Forgets all stubs. No block may hold one any more.

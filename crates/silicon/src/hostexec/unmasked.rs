@@ -15,7 +15,6 @@
 #![expect(unsafe_code, reason = "runs stubs, saves and restores the host's FPU")]
 
 use std::arch::asm;
-use std::ptr;
 
 use super::arithmetic::{Arithmetic, Inputs};
 use super::rounding::Control;
@@ -24,6 +23,7 @@ use crate::code::op::Op;
 use crate::cpu::Cpu;
 use crate::exception::{Abort, Exception};
 use crate::flags::Status;
+use crate::mmu::host;
 use crate::state::{Zmm, cr4};
 
 /// MXCSR's exception flags by name.
@@ -100,14 +100,15 @@ impl Cpu {
         let mut copy = Copy64([0; 64]);
         if !mem.is_null() {
             // SAFETY: the operand has `size` bytes, 64 at most.
-            unsafe { ptr::copy_nonoverlapping(mem, copy.0.as_mut_ptr(), usize::from(op.size).min(64)) };
+            let copied = unsafe { host::copy(mem, copy.0.as_mut_ptr(), usize::from(op.size).min(64)) };
+            self.present(copied)?;
         }
         let memory = copy.0;
 
         let arithmetic = self.hostexec.stubs.instruction(op.imm).and_then(Arithmetic::of);
         ldmxcsr(control.rehearsal(arithmetic.is_some()));
         // SAFETY: the copy has 64 bytes, the most that an operand has.
-        unsafe { self.call_stub(op, copy.0.as_mut_ptr()) };
+        unsafe { self.call_stub(op, copy.0.as_mut_ptr())? };
         let found = stmxcsr() & MXCSR_FLAGS;
 
         let inputs = Inputs { zmm: &before.zmm, k: &before.k, memory: &memory };
@@ -125,7 +126,7 @@ impl Cpu {
         if copy.0 != memory {
             // A store. It writes no register, and masked-out elements must not be written at all.
             // SAFETY: the caller's promise.
-            unsafe { self.call_stub(op, mem) };
+            unsafe { self.call_stub(op, mem)? };
         }
         Ok(())
     }

@@ -22,25 +22,25 @@ impl Cpu {
     /// Loads a word at linear address `lin`; `seg` says whether a non-canonical address is #SS or #GP.
     #[inline(always)]
     pub fn load<T: Word>(&mut self, seg: Seg, lin: u64) -> Result<T, Abort> {
-        match self.mmu.tlb.read_hit(lin, T::SIZE) {
-            // SAFETY: a hit is a host address of mapped guest memory: regions stay mapped while they are
-            // registered, and a removed region leaves no entry.
-            Some(host) => Ok(unsafe { T::read(host as *const T) }),
-            None => self.load_miss(seg, lin, T::SIZE).map(T::from_u64),
+        if let Some(host) = self.mmu.tlb.read_hit(lin, T::SIZE)
+            // SAFETY: a hit is a host address of guest memory: a removed region leaves no entry.
+            && let Ok(value) = unsafe { T::read(host as *const T) }
+        {
+            return Ok(value);
         }
+        self.load_miss(seg, lin, T::SIZE).map(T::from_u64)
     }
 
     /// Stores a word at linear address `lin`.
     #[inline(always)]
     pub fn store<T: Word>(&mut self, seg: Seg, lin: u64, value: T) -> Result<(), Abort> {
-        match self.mmu.tlb.write_hit(lin, T::SIZE) {
-            Some(host) => {
-                // SAFETY: as in `load`; a write hit is for writable memory.
-                unsafe { T::write(host as *mut T, value) };
-                Ok(())
-            }
-            None => self.store_miss(seg, lin, T::SIZE, value.to_u64()),
+        if let Some(host) = self.mmu.tlb.write_hit(lin, T::SIZE)
+            // SAFETY: as in `load`; a write hit is for writable memory.
+            && unsafe { T::write(host as *mut T, value) }.is_ok()
+        {
+            return Ok(());
         }
+        self.store_miss(seg, lin, T::SIZE, value.to_u64())
     }
 
     /// Reads a word, has `change` compute what to write back and a result, and writes it, with write rights
@@ -56,9 +56,11 @@ impl Cpu {
         match self.mmu.tlb.write_hit(lin, T::SIZE) {
             Some(host) => {
                 // SAFETY: as in `store`.
-                let (new, result) = change(unsafe { T::read(host as *const T) });
+                let old = unsafe { T::read(host as *const T) };
+                let (new, result) = change(self.present(old)?);
                 // SAFETY: as in `store`.
-                unsafe { T::write(host as *mut T, new) };
+                let written = unsafe { T::write(host as *mut T, new) };
+                self.present(written)?;
                 Ok(result)
             }
             None => {
@@ -70,7 +72,8 @@ impl Cpu {
         }
     }
 
-    /// Host address of `len` bytes at `lin`, for direct use until the end of the instruction: `None` where a
+    /// Host address of `len` bytes at `lin`, for direct use until the end of the instruction, by accesses that
+    /// can fail ([`super::host`]): `None` where a
     /// pointer will not do (page crossing, MMIO, code page, watched page) and the byte-wise calls must serve.
     /// Faults as the access would.
     #[inline(always)]

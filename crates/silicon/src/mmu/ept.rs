@@ -27,8 +27,10 @@ pub struct Region {
     pub gpa: u64,
     /// Bytes; a multiple of the page size.
     pub size: u64,
-    /// Host virtual address of the first byte. Whoever adds the region keeps the mapping alive until it is
-    /// removed.
+    /// Host virtual address of the first byte. Until the region is removed, nothing but the guest's memory may be
+    /// mapped there; where nothing is, or nothing that allows an access, the guest's access exits
+    /// ([`Exit::MemoryAbsent`](crate::vmx::Exit::MemoryAbsent)), if somebody catches the signal
+    /// ([`super::host`]).
     pub host: u64,
     /// Guest writes exit instead of being done.
     pub readonly: bool,
@@ -357,6 +359,13 @@ impl Ept {
     pub fn find(&self, gpa: u64) -> Option<Region> {
         let map = self.map();
         map.position(gpa).and_then(|i| map.get(i)).map(|b| b.region)
+    }
+
+    /// The guest-physical address of the host address `host`; the first, if there are several.
+    pub(crate) fn address_of(&self, host: u64) -> Option<u64> {
+        let map = self.map();
+        let inside = |b: &&Arc<Backing>| host.wrapping_sub(b.region.host) < b.region.size;
+        map.backings.iter().find(inside).map(|b| b.region.gpa + (host - b.region.host))
     }
 
     /// The current map.

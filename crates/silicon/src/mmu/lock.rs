@@ -20,6 +20,7 @@ use crate::cpu::{Cpu, Pending};
 use crate::exception::Abort;
 use crate::mmu::Word;
 use crate::mmu::ept::SMM_SPACE;
+use crate::mmu::host::Absent;
 use crate::mmu::slow::{Place, exchange_host, first_part};
 use crate::mmu::tlb::{Class, PAGE_MASK};
 use crate::mmu::walk::{Access, Kind};
@@ -55,10 +56,11 @@ impl Cpu {
         mut change: impl FnMut(T) -> Option<T>,
     ) -> Result<T, Abort> {
         if let Some(pointer) = self.locked_pointer::<T>(seg, lin)? {
-            return Ok(exchange_loop(pointer, change));
+            return self.present(exchange_loop(pointer, change));
         }
-        self.locked_slow(seg, lin, T::SIZE, &mut |old| change(T::from_u64(old)).map(T::to_u64))
-            .map(T::from_u64)
+        // An unchanged value is written back, as hardware does.
+        let mut change = |old| Some(change(T::from_u64(old)).map_or(old, T::to_u64));
+        self.locked_slow(seg, lin, T::SIZE, &mut change).map(T::from_u64)
     }
 
     /// Host pointer on which one locked host instruction of `T`'s size does what the guest's does: writable write-back
@@ -93,7 +95,8 @@ impl Cpu {
             && pointer as u64 & 15 == 0
         {
             // SAFETY: 16 aligned bytes of writable guest memory.
-            return Ok(unsafe { compare_exchange_16(pointer.cast(), expected, new) });
+            let old = unsafe { compare_exchange_16(pointer.cast(), expected, new) };
+            return self.present(old);
         }
         let Checked { lock, .. } = self.check_lock(seg, lin, 16)?;
         let old = self.exclusive(|cpu| {
@@ -101,9 +104,9 @@ impl Cpu {
             let mut bytes = [0; 16];
             cpu.read_bytes(seg, lin, &mut bytes)?;
             let old = u128::from_le_bytes(bytes);
-            if old == expected {
-                cpu.write_bytes(seg, lin, &new.to_le_bytes())?;
-            }
+            // An unchanged value is written back, as hardware does.
+            let value = if old == expected { new } else { old };
+            cpu.write_bytes(seg, lin, &value.to_le_bytes())?;
             Ok(old)
         })?;
         self.record_bus_lock(lock);
@@ -163,7 +166,7 @@ impl Cpu {
             && let Some(host) = place.target()
             && in_line(host, size)
         {
-            let old = exchange_host(host, size, change);
+            let old = self.present(exchange_host(host, size, change))?;
             if place.coded {
                 self.code_written(place.gpa, size);
             }
@@ -228,16 +231,16 @@ impl Cpu {
 
 /// Changes the word at `pointer` by compare-and-exchange until nobody came between; returns the old value.
 #[inline(always)]
-fn exchange_loop<T: Word>(pointer: *mut T, mut change: impl FnMut(T) -> Option<T>) -> T {
+fn exchange_loop<T: Word>(pointer: *mut T, mut change: impl FnMut(T) -> Option<T>) -> Result<T, Absent> {
     // SAFETY: callers pass a pointer that `locked_pointer` gave: writable guest memory within one line.
-    let mut old = unsafe { T::read(pointer) };
+    let mut old = unsafe { T::read(pointer) }?;
     loop {
         // An unchanged value is written back, as hardware does.
         let new = change(old).unwrap_or(old);
         // SAFETY: as above.
-        let found = unsafe { T::compare_exchange(pointer, old, new) };
+        let found = unsafe { T::compare_exchange(pointer, old, new) }?;
         if found == old {
-            return old;
+            return Ok(old);
         }
         old = found;
     }

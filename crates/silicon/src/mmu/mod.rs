@@ -11,6 +11,8 @@
 //! - [`Cpu::chunk`]: REP strings, as much of a page as there is.
 //! - [`Cpu::system_load`], [`Cpu::system_store`]: the processor's own accesses to its tables.
 //!
+//! Host memory may be absent ([`host`]); an access then leaves guest mode.
+//!
 //! # Who calls what when state changes
 //! | change | call |
 //! |---|---|
@@ -39,6 +41,7 @@ use self::tlb::{Class, Tlb};
 pub mod access;
 mod coherence;
 pub mod ept;
+pub mod host;
 mod lock;
 mod slow;
 pub(crate) mod tlb;

@@ -7,6 +7,7 @@ use crate::exception::{Abort, Exception};
 use crate::mmu::Word;
 use crate::mmu::access::ExecPage;
 use crate::mmu::ept::SMM_SPACE;
+use crate::mmu::host::{self, Absent};
 use crate::mmu::tlb::{Class, Leaf, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 use crate::mmu::walk::{Access, Kind};
 use crate::state::{CodeSize, Seg, cr4};
@@ -94,7 +95,7 @@ impl Cpu {
         }
         let place = self.place(seg, lin, access)?;
         let value = match place.host {
-            Some(host) => read_host(host, size),
+            Some(host) => self.present(read_host(host, size))?,
             None => self.bus(memory(place.gpa, size, None))?,
         };
         self.watch(place, lin, size, access);
@@ -117,7 +118,7 @@ impl Cpu {
         let place = self.place(seg, lin, access)?;
         match place.target() {
             Some(host) => {
-                write_host(host, size, value);
+                self.present(write_host(host, size, value))?;
                 if place.coded {
                     self.code_written(place.gpa, size);
                 }
@@ -150,10 +151,11 @@ impl Cpu {
             let place = self.place(seg, here, access)?;
             let part = &mut out[at..at + count];
             match place.host {
-                // SAFETY: `place` gave the host address of `here`, and the part ends with the page.
-                Some(host) => unsafe {
-                    std::ptr::copy_nonoverlapping(host as *const u8, part.as_mut_ptr(), count);
-                },
+                Some(host) => {
+                    // SAFETY: `place` gave the host address of `here`, and the part ends with the page.
+                    let copied = unsafe { host::copy(host as *const u8, part.as_mut_ptr(), count) };
+                    self.present(copied)?;
+                }
                 None => self.read_pieces(place.gpa, part)?,
             }
             self.watch(place, here, count, access);
@@ -175,6 +177,7 @@ impl Cpu {
         let crossing = first_part(lin, data.len()) < data.len();
         if crossing {
             self.probe_as(seg, lin, data.len(), access)?;
+            self.touch_range(seg, lin, data.len(), access)?;
         }
         let passes: &[(bool, bool)] =
             if crossing { &[(true, false), (false, true)] } else { &[(true, true)] };
@@ -189,7 +192,8 @@ impl Cpu {
                     Some(host) if memory => {
                         // SAFETY: `place` gave the writable host address of `here`, and the part ends with the
                         // page.
-                        unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), host as *mut u8, count) };
+                        let copied = unsafe { host::copy(part.as_ptr(), host as *mut u8, count) };
+                        self.present(copied)?;
                         if place.coded {
                             self.code_written(place.gpa, count);
                         }
@@ -213,6 +217,22 @@ impl Cpu {
         while at < len {
             let here = self.advance(lin, at, access);
             self.place(seg, here, access)?;
+            at += first_part(here, len - at);
+        }
+        Ok(())
+    }
+
+    /// Checks that the host has memory for every page of a write: an instruction that reads, changes and writes
+    /// may not be cut short after it has written the first.
+    fn touch_range(&mut self, seg: Seg, lin: u64, len: usize, access: Access) -> Result<(), Abort> {
+        let mut at = 0;
+        while at < len {
+            let here = self.advance(lin, at, access);
+            if let Some(host) = self.place(seg, here, access)?.target() {
+                // SAFETY: `place` gave the writable host address of `here`.
+                let touched = unsafe { host::touch(host as *mut u8) };
+                self.present(touched)?;
+            }
             at += first_part(here, len - at);
         }
         Ok(())
@@ -373,37 +393,37 @@ impl Cpu {
         Ok(())
     }
 
-    /// Reads a paging-structure entry of 8 or 4 bytes; `None` if no memory backs it.
-    pub(crate) fn peek_entry(&mut self, gpa: u64, wide: bool) -> Option<u64> {
+    /// Reads a paging-structure entry of 8 or 4 bytes; `None` if no region has it.
+    pub(crate) fn peek_entry(&mut self, gpa: u64, wide: bool) -> Result<Option<u64>, Absent> {
         let gpa = gpa | self.space();
-        let host = self.backing(gpa)?.host(gpa);
-        Some(read_host(host, if wide { 8 } else { 4 }))
+        let Some(backing) = self.backing(gpa) else { return Ok(None) };
+        read_host(backing.host(gpa), if wide { 8 } else { 4 }).map(Some)
     }
 
     /// Reads a byte of memory with no effect on the guest and no regard to rights; `None` if none is there.
     pub(crate) fn peek_byte(&mut self, lin: u64) -> Option<u8> {
         let gpa = self.translate(lin)?.0 | self.space();
         let host = self.backing(gpa)?.host(gpa);
-        Some(read_host(host, 1) as u8)
+        read_host(host, 1).ok().map(|byte| byte as u8)
     }
 
     /// Replaces a paging-structure entry if it is still `old`. One that cannot be written stays as it is.
-    pub(crate) fn exchange_entry(&mut self, gpa: u64, old: u64, new: u64, wide: bool) -> bool {
+    pub(crate) fn exchange_entry(&mut self, gpa: u64, old: u64, new: u64, wide: bool) -> Result<bool, Abort> {
         let gpa = gpa | self.space();
-        let Some(backing) = self.backing(gpa) else { return true };
+        let Some(backing) = self.backing(gpa) else { return Ok(true) };
         if backing.region.readonly {
-            return true;
+            return Ok(true);
         }
         let (host, size) = (backing.host(gpa), if wide { 8 } else { 4 });
         if backing.log(gpa) {
             self.log_modified(gpa);
         }
-        let found = exchange_host(host, size, &mut |now| (now == old).then_some(new));
+        let found = self.present(exchange_host(host, size, &mut |now| (now == old).then_some(new)))?;
         if found != old {
-            return false;
+            return Ok(false);
         }
         self.code_written(gpa, size);
-        true
+        Ok(true)
     }
 
     /// Whether the page of `lin` has an enabled data breakpoint.
@@ -424,21 +444,21 @@ fn memory(address: u64, size: usize, write: Option<u64>) -> BusAccess {
 }
 
 /// One host load of 1, 2, 4 or 8 bytes from guest memory.
-fn read_host(host: u64, size: usize) -> u64 {
+fn read_host(host: u64, size: usize) -> Result<u64, Absent> {
     // SAFETY: callers pass an address that `Backing::host` or `place` gave, and a size within the page. Entries
-    // and words never reach past their page, which is mapped as a whole.
+    // and words never reach past their page, which is guest memory as a whole.
     unsafe {
         match size {
-            1 => u8::read(host as *const u8).to_u64(),
-            2 => u16::read(host as *const u16).to_u64(),
-            4 => u32::read(host as *const u32).to_u64(),
+            1 => u8::read(host as *const u8).map(Word::to_u64),
+            2 => u16::read(host as *const u16).map(Word::to_u64),
+            4 => u32::read(host as *const u32).map(Word::to_u64),
             _ => u64::read(host as *const u64),
         }
     }
 }
 
 /// One host store of 1, 2, 4 or 8 bytes to guest memory.
-fn write_host(host: u64, size: usize, value: u64) {
+fn write_host(host: u64, size: usize, value: u64) -> Result<(), Absent> {
     // SAFETY: as in `read_host`, and the region is writable.
     unsafe {
         match size {
@@ -451,21 +471,25 @@ fn write_host(host: u64, size: usize, value: u64) {
 }
 
 /// Changes a word of guest memory by compare-and-exchange; returns the old value.
-pub(super) fn exchange_host(host: u64, size: usize, change: &mut dyn FnMut(u64) -> Option<u64>) -> u64 {
-    let mut old = read_host(host, size);
+pub(super) fn exchange_host(
+    host: u64,
+    size: usize,
+    change: &mut dyn FnMut(u64) -> Option<u64>,
+) -> Result<u64, Absent> {
+    let mut old = read_host(host, size)?;
     loop {
-        let Some(new) = change(old) else { return old };
+        let Some(new) = change(old) else { return Ok(old) };
         // SAFETY: as in `write_host`.
         let found = unsafe {
             match size {
-                1 => u8::compare_exchange(host as *mut u8, old as u8, new as u8).to_u64(),
-                2 => u16::compare_exchange(host as *mut u16, old as u16, new as u16).to_u64(),
-                4 => u32::compare_exchange(host as *mut u32, old as u32, new as u32).to_u64(),
+                1 => u8::compare_exchange(host as *mut u8, old as u8, new as u8).map(Word::to_u64),
+                2 => u16::compare_exchange(host as *mut u16, old as u16, new as u16).map(Word::to_u64),
+                4 => u32::compare_exchange(host as *mut u32, old as u32, new as u32).map(Word::to_u64),
                 _ => u64::compare_exchange(host as *mut u64, old, new),
             }
-        };
+        }?;
         if found == old {
-            return old;
+            return Ok(old);
         }
         old = found;
     }

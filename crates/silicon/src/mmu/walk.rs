@@ -123,7 +123,7 @@ impl Cpu {
             if let Err(bits) = self.permits(leaf, access) {
                 return Err(self.page_fault(lin, access, code::PRESENT | bits));
             }
-            if self.set_flags(&path, access.kind == Kind::Write) {
+            if self.set_flags(&path, access.kind == Kind::Write)? {
                 let dirty = if access.kind == Kind::Write { Leaf::DIRTY } else { 0 };
                 return Ok(Leaf(leaf.0 | dirty | self.space()));
             }
@@ -143,7 +143,9 @@ impl Cpu {
         let leaf = if self.state.cr0 & cr0::PG == 0 {
             self.identity(lin)
         } else {
-            self.descend(lin, |cpu, gpa, wide| Ok(cpu.peek_entry(gpa, wide).unwrap_or(0))).ok()?.1
+            self.descend(lin, |cpu, gpa, wide| Ok(cpu.peek_entry(gpa, wide).ok().flatten().unwrap_or(0)))
+                .ok()?
+                .1
         };
         Some((leaf.page() | (lin & PAGE_MASK), leaf.has(Leaf::WRITE), leaf.has(Leaf::USER)))
     }
@@ -176,7 +178,7 @@ impl Cpu {
         let mut loaded = [0; 4];
         for (i, pdpte) in loaded.iter_mut().enumerate() {
             match self.peek_entry(table + i as u64 * 8, true) {
-                Some(value) if value & entry::PRESENT == 0 || value & reserved == 0 => *pdpte = value,
+                Ok(Some(value)) if value & entry::PRESENT == 0 || value & reserved == 0 => *pdpte = value,
                 _ => return false,
             }
         }
@@ -359,23 +361,24 @@ impl Cpu {
 
     /// Sets the accessed flags of the entries of `path`, and the dirty flag of the last one if `dirty`. False if
     /// an entry is no longer what the walk read.
-    fn set_flags(&mut self, path: &Path, dirty: bool) -> bool {
+    fn set_flags(&mut self, path: &Path, dirty: bool) -> Result<bool, Abort> {
         let wide = self.paging_format() != Format::Legacy;
         let entries = path.entries.iter().take(path.length);
         for (i, &(gpa, value)) in entries.enumerate() {
             let last = i + 1 == path.length;
             let wanted = value | entry::ACCESSED | if last && dirty { entry::DIRTY } else { 0 };
-            if wanted != value && !self.exchange_entry(gpa, value, wanted, wide) {
-                return false;
+            if wanted != value && !self.exchange_entry(gpa, value, wanted, wide)? {
+                return Ok(false);
             }
         }
-        true
+        Ok(true)
     }
 
     /// Reads an entry for a walk. Tables that no memory backs cannot be walked: nobody answers for a device here, as
     /// with EPT, where KVM gives up on such an access.
     fn read_entry(&mut self, gpa: u64, wide: bool) -> Result<u64, Abort> {
-        self.peek_entry(gpa, wide).ok_or_else(|| self.exit(Exit::FetchFailed { gpa }))
+        let entry = self.peek_entry(gpa, wide);
+        self.present(entry)?.ok_or_else(|| self.exit(Exit::FetchFailed { gpa }))
     }
 }
 

@@ -208,7 +208,7 @@ fn read_row(cpu: &mut Cpu, op: &Op, lin: u64, row: &mut [u8]) -> Result<(), Abor
     if cpu.mmu.tlb.class() != Class::Checked
         && let Some(mem) = cpu.host_pointer(seg, lin, row.len(), false)?
     {
-        area::copy_in(mem, row);
+        cpu.present(area::copy_in(mem, row))?;
         return Ok(());
     }
     read_part(cpu, seg, lin, row)
@@ -220,7 +220,7 @@ fn write_row(cpu: &mut Cpu, op: &Op, lin: u64, row: &[u8]) -> Result<(), Abort> 
     if cpu.mmu.tlb.class() != Class::Checked
         && let Some(mem) = cpu.host_pointer(seg, lin, row.len(), true)?
     {
-        area::copy_out(row, mem);
+        cpu.present(area::copy_out(row, mem))?;
         return Ok(());
     }
     write_part(cpu, seg, lin, row)

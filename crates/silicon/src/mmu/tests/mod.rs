@@ -45,13 +45,13 @@ impl Memory {
     pub(super) fn read<T: Word>(&self, gpa: u64) -> T {
         assert!(gpa as usize + T::SIZE <= self.size);
         // SAFETY: within the memory.
-        unsafe { T::read(self.host.add(gpa as usize).cast()) }
+        unsafe { T::read(self.host.add(gpa as usize).cast()) }.unwrap()
     }
 
     pub(super) fn write<T: Word>(&self, gpa: u64, value: T) {
         assert!(gpa as usize + T::SIZE <= self.size);
         // SAFETY: within the memory.
-        unsafe { T::write(self.host.add(gpa as usize).cast(), value) }
+        unsafe { T::write(self.host.add(gpa as usize).cast(), value) }.unwrap();
     }
 }
 
