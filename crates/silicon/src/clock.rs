@@ -2,7 +2,7 @@
 //! of instructions executed, which makes a run repeatable.
 #![expect(unsafe_code, reason = "RDTSC is an intrinsic")]
 
-use std::arch::x86_64::_rdtsc;
+use std::arch::x86_64::{_mm_lfence, _rdtsc};
 
 const NANOSECONDS: u128 = 1_000_000_000;
 
@@ -83,10 +83,16 @@ pub fn guest_tsc(ticks: u64, multiplier: u64, offset: u64) -> u64 {
     ((u128::from(ticks) * u128::from(multiplier)) >> 48).wrapping_add(u128::from(offset)) as u64
 }
 
-/// The host's time-stamp counter now.
+/// The host's time-stamp counter now. The fence keeps it from being read ahead of what the guest has loaded before: it is
+/// nearer to those loads on the guest's processor than here, and CPUs that compare their counters through memory would
+/// see them go back.
 pub fn host_ticks() -> u64 {
-    // SAFETY: RDTSC has no preconditions: Linux leaves CR4.TSD clear, and with it set we would be sent SIGSEGV.
-    unsafe { _rdtsc() }
+    // SAFETY: RDTSC has no preconditions: Linux leaves CR4.TSD clear, and with it set we would be sent SIGSEGV. LFENCE is
+    // part of x86-64.
+    unsafe {
+        _mm_lfence();
+        _rdtsc()
+    }
 }
 
 /// `value` × `numerator` / `denominator`, in full width, wrapped to 64 bits.
