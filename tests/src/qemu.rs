@@ -48,12 +48,23 @@ fn text_of(bytes: &Mutex<Vec<u8>>) -> String {
 impl Qemu {
     /// Starts QEMU with `machine` (`-M`), `cpu` (`-cpu`) and more arguments. Its first serial port is the console.
     pub fn start(name: &str, machine: &str, cpu: &str, arguments: &[&str]) -> Result<Qemu, Error> {
+        Qemu::start_with(name, "kvm", machine, cpu, arguments)
+    }
+
+    /// The same with options of the accelerator (`-accel`).
+    pub fn start_with(
+        name: &str,
+        accel: &str,
+        machine: &str,
+        cpu: &str,
+        arguments: &[&str],
+    ) -> Result<Qemu, Error> {
         packages::require(&[("qemu-system-x86_64", "qemu-system-x86")])?;
         std::fs::create_dir_all(guest_dir()).map_err(|e| Error::Guest(e.to_string()))?;
         let socket = std::env::temp_dir().join(format!("ring3-{name}-{}.qmp", std::process::id()));
         let _ = std::fs::remove_file(&socket);
         let mut command = Command::new(ring3());
-        command.args(["run", "--", "qemu-system-x86_64", "-accel", "kvm", "-M", machine, "-cpu", cpu]);
+        command.args(["run", "--", "qemu-system-x86_64", "-accel", accel, "-M", machine, "-cpu", cpu]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]);
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display())).args(arguments);
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -66,6 +77,23 @@ impl Qemu {
     /// What is on the console so far.
     pub fn console(&self) -> String {
         text_of(&self.console)
+    }
+
+    /// What QEMU has written to stderr so far.
+    pub fn errors(&self) -> String {
+        text_of(&self.errors)
+    }
+
+    /// Waits until stderr has `text`.
+    pub fn wait_for_error(&mut self, text: &str) -> Result<(), Error> {
+        let started = Instant::now();
+        while !self.errors().contains(text) {
+            if started.elapsed() > HUNG || matches!(self.child.try_wait(), Ok(Some(_))) {
+                return Err(self.failed(&format!("QEMU did not say {text:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     fn failed(&self, what: &str) -> Error {
@@ -139,7 +167,9 @@ impl Qemu {
         if self.monitor.is_none() {
             self.connect()?;
         }
-        let sent = self.monitor.as_mut().map(|monitor| writeln!(monitor.get_mut(), "{request}"));
+        // In one piece: QEMU takes a request for whole at its last brace, and may be gone (`quit`) before a second write.
+        let line = format!("{request}\n");
+        let sent = self.monitor.as_mut().map(|monitor| monitor.get_mut().write_all(line.as_bytes()));
         if !matches!(sent, Some(Ok(()))) {
             return Err(self.failed(&format!("the monitor does not take {request}")));
         }

@@ -45,6 +45,8 @@ enum Subject {
     Exits,
     /// What a guest that makes split locks all the time does to its neighbour, by mode of the host.
     SplitLocks,
+    /// What a guest whose event window never opens takes from another one on the same processor.
+    Notify,
 }
 
 /// Kernel command line of all runs.
@@ -65,39 +67,53 @@ struct Run {
 pub(crate) fn run(options: &Options) -> Result<(), Error> {
     match options.subject {
         Subject::Guests => guests(options),
-        Subject::Exits => exits(options),
+        Subject::Exits => {
+            let title = |name: &str| match name {
+                "port" => "port write, KVM_RUN to KVM_RUN, ns",
+                "mmio" => "MMIO write, KVM_RUN to KVM_RUN, ns",
+                "cpuid" => "CPUID, inside KVM_RUN, ns",
+                "wake" => "irqfd to the halted guest's handler, ns",
+                "kick" => "signal to KVM_RUN's return from an endless loop, ns",
+                _ => "?",
+            };
+            client(options, "exits", 0, title)
+        }
+        Subject::Notify => {
+            let title = |name: &str| match name {
+                "kept" => "what another guest on the same processor keeps of its speed, %",
+                "share" => "the loop's share of the processor, %",
+                "kill" => "signal to KVM_RUN's return from the loop, us, median",
+                "kill-longest" => "the same, us, longest of 100",
+                _ => "?",
+            };
+            client(options, "notify_loop", 2, title)
+        }
         Subject::SplitLocks => split_locks(options),
     }
 }
 
-/// Runs the measuring client of the end-to-end tests under `ring3 run` and prints the medians over the runs.
-fn exits(options: &Options) -> Result<(), Error> {
+/// Runs a measuring client of the end-to-end tests under `ring3 run` and prints the medians over the runs.
+fn client(
+    options: &Options,
+    name: &str,
+    decimals: usize,
+    title: fn(&str) -> &'static str,
+) -> Result<(), Error> {
     let packages = ["--package", "ring3", "--package", "preload", "--package", "e2e"];
     xtask::run(Command::new("cargo").args(["build", "--release"]).args(packages).current_dir(xtask::root()))?;
     let release = xtask::target_dir().join("release");
-    let mut times: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for _ in 0..options.runs {
         let mut command = Command::new(release.join("ring3"));
-        let text = xtask::run(command.args(["run", "--"]).arg(release.join("exits")))?;
-        for (name, time) in text.lines().filter_map(|line| line.split_once(' ')) {
-            times.entry(name.to_string()).or_default().extend(time.parse::<f64>().ok());
+        let text = xtask::run(command.args(["run", "--"]).arg(release.join(name)))?;
+        for (name, value) in text.lines().filter_map(|line| line.split_once(' ')) {
+            values.entry(name.to_string()).or_default().extend(value.parse::<f64>().ok());
         }
     }
-    let title = |name: &str| {
-        match name {
-            "port" => "port write, KVM_RUN to KVM_RUN",
-            "mmio" => "MMIO write, KVM_RUN to KVM_RUN",
-            "cpuid" => "CPUID, inside KVM_RUN",
-            "wake" => "irqfd to the halted guest's handler",
-            "kick" => "signal to KVM_RUN's return from an endless loop",
-            other => other,
-        }
-        .to_string()
-    };
-    let mut table = String::from("| exit | median, ns |\n| --- | --- |\n");
-    for (name, mut times) in times {
-        times.sort_by(f64::total_cmp);
-        let _ = writeln!(table, "| {} | {:.0} |", title(&name), times[times.len() / 2]);
+    let mut table = format!("| {name} | median of {} |\n| --- | ---: |\n", options.runs);
+    for (name, mut values) in values {
+        values.sort_by(f64::total_cmp);
+        let _ = writeln!(table, "| {} | {:.decimals$} |", title(&name), values[values.len() / 2]);
     }
     println!("{table}");
     options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &table)))

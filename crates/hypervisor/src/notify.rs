@@ -18,7 +18,7 @@ pub const DEFAULT_WINDOW_US: u32 = 100;
 /// The longest window, in microseconds: what the field holds.
 pub const LONGEST_WINDOW_US: u32 = (u32::MAX as u64 * 1_000_000 / CRYSTAL_HZ as u64) as u32;
 /// The longest that a vCPU without progress is held back for after each exit, in milliseconds.
-pub const DEFAULT_THROTTLE_MS: u32 = 500;
+pub const DEFAULT_THROTTLE_MS: u32 = 2000;
 /// What it begins with, in nanoseconds.
 pub(crate) const FIRST_PAUSE_NS: u64 = 1_000_000;
 
