@@ -11,7 +11,7 @@ use hypervisor::split_lock::{Policy, VmPolicy};
 use hypervisor::time::HostTime;
 use hypervisor::vcpu::{RunRequest, SplitLockExit};
 use hypervisor::{Error, HostParams, System, Vcpu, VcpuExit, VcpuHandle, Vm};
-use kvm_bindings::{kvm_msr_entry, kvm_regs};
+use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry, kvm_regs};
 use silicon::model::CpuModel;
 
 /// The word that is incremented: its bytes lie in two cache lines.
@@ -93,6 +93,16 @@ fn vcpu(guest: &Guest, id: u32) -> Vcpu {
     let regs = vcpu.regs();
     vcpu.set_regs(&kvm_regs { rsp: 0x8000, ..regs });
     vcpu
+}
+
+/// The system's CPUID table with IA32_CORE_CAPABILITIES, as a client makes it that pins its vCPUs.
+fn with_core_capabilities(host: &System) -> Vec<kvm_cpuid_entry2> {
+    let mut cpuid = host.supported_cpuid();
+    cpuid
+        .iter_mut()
+        .filter(|leaf| leaf.function == 7 && leaf.index == 0)
+        .for_each(|leaf| leaf.edx |= 1 << 30);
+    cpuid
 }
 
 impl Machine {
@@ -438,12 +448,7 @@ fn sl_b14_smt_pinned_vcpus_share_their_core() {
     let mut machine = Machine::on(vm.clone(), &[SPLIT, &[0xeb, 0xfe]], &[COUNT, HLT]);
     // The other thread of the core has asked for detection.
     let mut second = vcpu(&machine.guest, 1);
-    let mut cpuid = host.supported_cpuid();
-    cpuid
-        .iter_mut()
-        .filter(|leaf| leaf.function == 7 && leaf.index == 0)
-        .for_each(|leaf| leaf.edx |= 1 << 30);
-    second.set_cpuid2(&cpuid).unwrap();
+    second.set_cpuid2(&with_core_capabilities(&host)).unwrap();
     assert!(vm.memory().write(0x3000, &[SET, SPLIT, HLT].concat()));
     let split_again = || kvm_regs { rip: 0x3000, rsp: 0x7000, rflags: 2, ..Default::default() };
     let bit = |id| host.processors().test_ctrl(vm.place() + id);
@@ -514,7 +519,7 @@ fn sl_b15_the_handshake_migrates() {
 /// B16: nothing is lost when vCPUs make the same split lock at once.
 #[test]
 fn sl_b16_emulated_split_locks_are_atomic() {
-    const ROUNDS: u32 = 20_000;
+    const ROUNDS: u32 = if cfg!(debug_assertions) { 20_000 } else { 1_000_000 };
     // Increments a doubleword across lines ECX times.
     let program: &[u8] = &[0xf0, 0x66, 0xff, 0x06, 0x3e, 0x20, 0x66, 0x49, 0x75, 0xf6, 0xf4];
     let mut machine = Machine::of(system(FATAL), &[program], &[HLT]);
@@ -688,4 +693,46 @@ fn sl_g11_uc_lock_disable() {
     assert_eq!(machine.vcpu.handle().stats.uc_locks.load(Ordering::Relaxed), 1);
     let bit = machine.system.processors().test_ctrl(machine.guest.vm.place()).get();
     assert_eq!(bit, DETECT, "the host's setting once the vCPU is put");
+}
+
+/// G11, B14: a vCPU that wants UC locks to fault does not do it to the other thread of its core, whichever exception it is.
+#[test]
+fn sl_g11_uc_lock_disable_of_the_cores_other_thread() {
+    // MSR_TEST_CTRL := 1 << 28, then a loop.
+    let disable: &[u8] =
+        &[0x66, 0xb9, 0x33, 0, 0, 0, 0x66, 0x31, 0xd2, 0x66, 0xb8, 0, 0, 0, 0x10, 0x0f, 0x30, 0xeb, 0xfe];
+    const DISABLED: u64 = 1 << 28;
+    for model in ["max", "sapphire-rapids"] {
+        let host = HostParams::parse("smt=on split_lock_detect=warn").unwrap();
+        let host = System::with_time(CpuModel::parse(model).unwrap(), host, Box::<Manual>::default());
+        let vm = host.create_vm().unwrap();
+        vm.declare_pinned(1).unwrap();
+        let mut machine = Machine::on(vm.clone(), &[disable], &[COUNT, HLT]);
+        machine.vcpu.set_cpuid2(&with_core_capabilities(&host)).unwrap();
+        // lock inc word [0x10], where there is no memory.
+        assert!(vm.memory().write(0x3000, &[0xf0, 0xff, 0x06, 0x10, 0, 0xf4]));
+        let mut second = vcpu(&machine.guest, 1);
+        let mut sregs = second.sregs();
+        sregs.ds.base = 0x20_0000;
+        second.set_sregs(&sregs).unwrap();
+        second.set_regs(&kvm_regs { rip: 0x3000, rsp: 0x7000, rflags: 2, ..Default::default() });
+        let bit = host.processors().test_ctrl(vm.place() + 1);
+        let handle = machine.vcpu.handle();
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| machine.run());
+            while bit.get() & DISABLED == 0 {
+                std::thread::yield_now();
+            }
+            let read = VcpuExit::Mmio { gpa: 0x20_0010, size: 2, write: None };
+            assert_eq!(second.run().unwrap(), read, "{model}");
+            second.complete(41);
+            let write = VcpuExit::Mmio { gpa: 0x20_0010, size: 2, write: Some(42) };
+            assert_eq!(second.run().unwrap(), write, "{model}");
+            second.complete(0);
+            assert_eq!(second.run().unwrap(), VcpuExit::Hlt);
+            handle.interrupt();
+            assert_eq!(first.join().unwrap(), Err(libc::EINTR));
+        });
+        assert_eq!((second.regs().rip, bit.get()), (0x3006, DETECT), "{model}: the host's setting again");
+    }
 }

@@ -50,9 +50,9 @@ impl SplitLockExit {
 /// How a refused access is executed after all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// The host's detection is off for it, as the host kernel does it in warn mode.
+    /// The host's detection is off for it, as the host kernel does it in warn mode. A UC lock that the guest wants refused is.
     Undetected,
-    /// The processor is told to let it pass.
+    /// The processor is told to let it pass, or the delivery of the event that made it; detection stays on.
     Permitted,
 }
 
@@ -273,9 +273,7 @@ impl Vcpu {
             }
             Policy::Emulate => {
                 stats.split_locks_emulated.count();
-                // The permission is an instruction's: it does not reach into the delivery of an event.
-                let step = if access.implicit { Step::Undetected } else { Step::Permitted };
-                self.locks.step = Some(step);
+                self.locks.step = Some(Step::Permitted);
                 return None;
             }
             Policy::Efault => stats.split_locks_efault.count(),
