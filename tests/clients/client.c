@@ -902,6 +902,123 @@ static void failed_memory(void)
     expect_halt(&m);
 }
 
+/* lock inc word [0x203f]; hlt: the word's bytes lie in two cache lines. */
+static const unsigned char SPLIT_HLT[] = { 0xf0, 0xff, 0x06, 0x3f, 0x20, 0xf4 };
+#define SPLIT_BYTE 0x203f
+/* ring3's own: the capability that says what becomes of split locks, and an exit. */
+#define CAP_SPLIT_LOCK_POLICY 0x52330001
+#define EXIT_SPLIT_LOCK 0x52330001
+enum policy { POLICY_EXIT = 2, POLICY_KILL = 4, POLICY_EMULATE = 16 };
+
+static void set_policy(struct machine *m, enum policy policy)
+{
+    struct kvm_enable_cap cap = { .cap = CAP_SPLIT_LOCK_POLICY, .args = { policy } };
+    CHECK(ioctl(m->vm, KVM_ENABLE_CAP, &cap) == 0);
+}
+
+/* The instruction has done nothing. */
+static void expect_refused(struct machine *m)
+{
+    struct kvm_regs regs;
+    CHECK(ioctl(m->vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip == CODE);
+    CHECK(m->memory[SPLIT_BYTE] == 0);
+}
+
+static void expect_killed(struct machine *m)
+{
+    bus_code = 0;
+    bus_address = m;
+    m->run->exit_reason = 0;
+    CHECK(ioctl(m->vcpu, KVM_RUN, 0) == 0);
+    CHECK(m->run->exit_reason == KVM_EXIT_EXCEPTION);
+    CHECK(m->run->ex.exception == 17 && m->run->ex.error_code == 0);
+    CHECK(bus_code == BUS_ADRALN && bus_address == NULL);
+    expect_refused(m);
+}
+
+/* The host is in fatal mode, here and below. */
+static void split_lock_efault(void)
+{
+    install(SIGBUS, bus, 0);
+    struct machine m = machine(SPLIT_HLT, sizeof SPLIT_HLT);
+    for (int i = 0; i < 2; i++) {
+        errno = 0;
+        CHECK(ioctl(m.vcpu, KVM_RUN, 0) == -1 && errno == EFAULT);
+        expect_refused(&m);
+    }
+    CHECK(bus_code == 0);
+    set_policy(&m, POLICY_EMULATE);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == KVM_EXIT_HLT && m.memory[SPLIT_BYTE] == 1);
+}
+
+static void split_lock_exit(void)
+{
+    struct machine m = machine(SPLIT_HLT, sizeof SPLIT_HLT);
+    set_policy(&m, POLICY_EXIT);
+    CHECK(ioctl(m.vcpu, KVM_RUN, 0) == 0 && m.run->exit_reason == EXIT_SPLIT_LOCK);
+    struct {
+        __u64 rip, linear_address, gpa;
+        __u32 size, flags;
+        __u8 cpl, length, instruction[15];
+    } record;
+    memcpy(&record, (char *)m.run + 32, sizeof record);
+    CHECK(record.rip == CODE && record.linear_address == SPLIT_BYTE && record.gpa == SPLIT_BYTE);
+    CHECK(record.size == 2 && record.flags == 0 && record.cpl == 0);
+    CHECK(record.length == 5 && memcmp(record.instruction, SPLIT_HLT, 5) == 0);
+    expect_refused(&m);
+}
+
+/* By the capability, where efault is what the host has. */
+static void split_lock_kill(void)
+{
+    install(SIGBUS, bus, 0);
+    struct machine m = machine(SPLIT_HLT, sizeof SPLIT_HLT);
+    set_policy(&m, POLICY_KILL);
+    expect_killed(&m);
+    expect_killed(&m);
+    sigset_t now;
+    CHECK(pthread_sigmask(SIG_SETMASK, NULL, &now) == 0 && !sigismember(&now, SIGBUS));
+}
+
+/* A child's end that makes a split lock after `deed`. */
+static int end_of_splitter(void (*deed)(void))
+{
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        struct machine m = machine(SPLIT_HLT, sizeof SPLIT_HLT);
+        deed();
+        ioctl(m.vcpu, KVM_RUN, 0);
+        _exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    return WIFSIGNALED(status) ? WTERMSIG(status) : -1;
+}
+
+static void do_nothing(void) {}
+static void ignore_bus(void) { signal(SIGBUS, SIG_IGN); }
+static void block_bus(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGBUS);
+    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+}
+static void handle_and_block_bus(void) { install(SIGBUS, bus, 0), block_bus(); }
+
+/* The signal is forced: nobody evades it. The host's own policy is kill. */
+static void split_lock_kill_is_forced(void)
+{
+    CHECK(end_of_splitter(do_nothing) == SIGBUS);
+    CHECK(end_of_splitter(ignore_bus) == SIGBUS);
+    CHECK(end_of_splitter(block_bus) == SIGBUS);
+    CHECK(end_of_splitter(handle_and_block_bus) == SIGBUS);
+    install(SIGBUS, bus, 0);
+    struct machine m = machine(SPLIT_HLT, sizeof SPLIT_HLT);
+    expect_killed(&m);
+}
+
 static void read_file(const char *path, char *text, size_t size)
 {
     FILE *file = fopen(path, "r");
@@ -928,10 +1045,21 @@ static void files(void)
     CHECK(strcmp(text, "0\n") == 0);
     read_file("/sys/module/kvm_intel/parameters/ept", text, sizeof text);
     CHECK(strcmp(text, "Y\n") == 0);
+    read_file("/proc/sys/kernel/split_lock_mitigate", text, sizeof text);
+    CHECK(strcmp(text, "1\n") == 0);
+    CHECK(open("/proc/sys/kernel/split_lock_mitigate", O_WRONLY) == -1 && errno == EACCES);
     CHECK(open("/sys/module/kvm_amd/parameters/npt", O_RDONLY) == -1 && errno == ENOENT);
     CHECK(open("/sys/module/kvm/parameters/ignore_msrs", O_WRONLY) == -1 && errno == EACCES);
     int ept = open("/sys/module/kvm_intel/parameters/ept", O_RDONLY);
     CHECK(pread(ept, text, 1, 0) == 1 && text[0] == 'Y');
+}
+
+/* With kernel.split_lock_mitigate=0. */
+static void split_lock_mitigate(void)
+{
+    char text[16];
+    read_file("/proc/sys/kernel/split_lock_mitigate", text, sizeof text);
+    CHECK(strcmp(text, "0\n") == 0);
 }
 
 /* The same calls by syscall(2). */
@@ -1069,6 +1197,11 @@ static const struct {
     { "a_sent_fault_signal", a_sent_fault_signal },
     { "faults_without_handlers", faults_without_handlers },
     { "failed_memory", failed_memory },
+    { "split_lock_efault", split_lock_efault },
+    { "split_lock_exit", split_lock_exit },
+    { "split_lock_kill", split_lock_kill },
+    { "split_lock_kill_is_forced", split_lock_kill_is_forced },
+    { "split_lock_mitigate", split_lock_mitigate },
     { "files", files },
     { "system_calls", system_calls },
     { "other_ioctls", other_ioctls },

@@ -34,7 +34,15 @@ fn output(command: &mut Command) -> Output {
 
 /// The client's behaviour holds under ring3.
 fn holds(behaviour: &str) {
-    let output = output(Command::new(ring3()).args(["run", "--"]).arg(client()).arg(behaviour));
+    holds_on("", behaviour);
+}
+
+/// It holds on a host with these parameters.
+fn holds_on(host: &str, behaviour: &str) {
+    let mut command = Command::new(ring3());
+    // The host's messages of split locks are warnings.
+    command.args(["run", "--log", "error"]).env("RING3_HOST", host);
+    let output = output(command.arg("--").arg(client()).arg(behaviour));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{behaviour}: {}\n{said}", output.status);
     assert_eq!(said, "", "{behaviour}: nothing is said to the client's stderr");
@@ -82,6 +90,34 @@ behaviours! {
     other_ioctls,
     thread_masks,
     no_leaks,
+}
+
+/// A host in fatal mode, where split locks fail KVM_RUN.
+const FATAL: &str = "split_lock_detect=fatal";
+
+#[test]
+fn sl_k1_split_lock_efault() {
+    holds_on(FATAL, "split_lock_efault");
+}
+
+#[test]
+fn sl_split_lock_exit() {
+    holds_on(FATAL, "split_lock_exit");
+}
+
+#[test]
+fn sl_k2_split_lock_kill() {
+    holds_on(FATAL, "split_lock_kill");
+}
+
+#[test]
+fn sl_k2_split_lock_kill_is_forced() {
+    holds_on(&format!("{FATAL} ring3.split_lock_policy=kill"), "split_lock_kill_is_forced");
+}
+
+#[test]
+fn sl_g4_clients_read_the_modelled_hosts_sysctl() {
+    holds_on("kernel.split_lock_mitigate=0", "split_lock_mitigate");
 }
 
 #[test]

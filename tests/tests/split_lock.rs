@@ -1,7 +1,7 @@
 //! Split locks and bus locks of a Linux guest: what Debian's kernel says and does under each of its modes, on hosts in each
 //! of theirs. The program that makes them is `programs/split.c`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -14,14 +14,24 @@ const BARE: &str = "sapphire-rapids,-hypervisor";
 /// It has bus-lock detection and nothing else.
 const BUS_LOCKS: &str = "sapphire-rapids,-hypervisor,-core_capability";
 
+/// A file that `write` makes. Other runs of these tests, which may be going on, see it whole or not at all.
+fn in_one_piece(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
+    std::fs::create_dir_all(guest_dir()).unwrap();
+    let (path, own) = (guest_dir().join(name), guest_dir().join(format!("{name}.{}", std::process::id())));
+    write(&own);
+    std::fs::rename(own, &path).unwrap();
+    path
+}
+
 /// Compiles the program once.
 fn program() -> &'static [u8] {
     static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        std::fs::create_dir_all(guest_dir()).unwrap();
-        let target = guest_dir().join("split");
         let source = root().join("tests/programs/split.c");
-        run(Command::new("cc").args(["-O1", "-static", "-pthread", "-o"]).arg(&target).arg(source)).unwrap();
+        let target = in_one_piece("split", |target| {
+            run(Command::new("cc").args(["-O1", "-static", "-pthread", "-o"]).arg(target).arg(source))
+                .unwrap();
+        });
         std::fs::read(target).unwrap()
     })
 }
@@ -42,9 +52,10 @@ dmesg | grep -o -e 'x86/split lock.*' -e 'Unhandled.*' -e 'unchecked.*'
 echo END log
 ";
         let files = vec![("bin/split".to_string(), 0o755, program().to_vec())];
-        let path = guest_dir().join("split-lock.cpio");
-        Initramfs { script, files }.build(&packages::kernel("6.12").unwrap(), &path).unwrap();
-        path
+        let kernel = packages::kernel("6.12").unwrap();
+        in_one_piece("split-lock.cpio", |path| {
+            Initramfs { script, files }.build(&kernel, path).map(drop).unwrap()
+        })
     })
 }
 

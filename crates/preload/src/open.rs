@@ -1,4 +1,4 @@
-//! Opening files: `/dev/kvm`, and the parameters of the kernel's modules.
+//! Opening files: `/dev/kvm`, the parameters of the kernel's modules, and a sysctl.
 #![expect(unsafe_code, reason = "functions of the C library's")]
 
 use std::ffi::CStr;

@@ -17,13 +17,15 @@ const KVM: &[u8] = b"/dev/kvm\0";
 const RELATIVE: &[u8] = b"kvm\0";
 /// Modules whose parameters we answer for begin with this.
 const MODULES: &[u8] = b"/sys/module/kvm";
+/// The host kernel's sysctl that concerns guests. Clients read it; it is set as a parameter of the host.
+const MITIGATE: &[u8] = b"/proc/sys/kernel/split_lock_mitigate\0";
 
 /// What is at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Special {
     /// `/dev/kvm`.
     Kvm,
-    /// A file below `/sys/module`, with what it says.
+    /// A file below `/sys/module`, or a sysctl, with what it says.
     Parameter(String),
     /// A directory there.
     Directory,
@@ -63,7 +65,7 @@ unsafe fn begins(path: *const c_char, text: &[u8]) -> bool {
 pub(crate) unsafe fn may_be_special(path: *const c_char) -> bool {
     // SAFETY: the caller's promise.
     let begins = |text| unsafe { begins(path, text) };
-    !path.is_null() && (begins(KVM) || begins(RELATIVE) || begins(MODULES))
+    !path.is_null() && (begins(KVM) || begins(RELATIVE) || begins(MODULES) || begins(MITIGATE))
 }
 
 /// What we have at `path`, relative to the directory `dir`; `None` if it is none of our business.
@@ -81,6 +83,9 @@ pub(crate) unsafe fn special(dir: c_int, path: *const c_char) -> Option<Special>
             Some(Special::Kvm)
         } else if begins(path, MODULES) {
             below_modules(CStr::from_ptr(path.add(b"/sys/module/".len())).to_bytes())
+        } else if begins(path, MITIGATE) {
+            let on = process::system().ok()?.split_lock_mitigate();
+            Some(Special::Parameter(format!("{}\n", u8::from(on))))
         } else {
             None
         }
@@ -134,7 +139,17 @@ mod tests {
         assert_eq!(at(c"/sys/module/kvm/"), Some(Special::Directory));
         assert_eq!(at(c"/sys/module/kvm/parameters/no_such"), Some(Special::Absent));
         assert_eq!(at(c"/sys/module/kvm_amd/parameters/npt"), Some(Special::Absent));
-        for other in [c"", c"/dev/kv", c"/dev/kvm2", c"kvm", c"/sys/module/kvmgt", c"/dev/null"] {
+        assert_eq!(at(c"/proc/sys/kernel/split_lock_mitigate"), Some(Special::Parameter("1\n".into())));
+        for other in [
+            c"",
+            c"/proc/sys/kernel/split_lock",
+            c"/proc/sys/kernel/split_lock_mitigate2",
+            c"/dev/kv",
+            c"/dev/kvm2",
+            c"kvm",
+            c"/sys/module/kvmgt",
+            c"/dev/null",
+        ] {
             assert_eq!(at(other), None, "{other:?}");
         }
         let dev = std::fs::File::open("/dev").unwrap();
