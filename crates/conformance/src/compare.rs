@@ -2,6 +2,7 @@
 
 use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind, RflagsBits};
 
+use crate::capabilities::Capabilities;
 use crate::forms::{Tolerance, tolerance};
 use crate::generate::Case;
 use crate::layout::PAGE;
@@ -43,10 +44,25 @@ pub struct Difference {
     pub defined: Vec<String>,
     /// Whether bits that the architecture leaves undefined differ.
     pub undefined: bool,
+    /// What differs and is known to, on this maker's processors: indices into [`crate::vendor::ROWS`].
+    pub excepted: Vec<usize>,
+}
+
+impl Difference {
+    /// Whether FOP, FIP or FDP differ, or memory if that `shows` them.
+    pub fn names_pointers(&self, shows: bool) -> bool {
+        let names = |item: &String| ["fop ", "fip ", "fdp "].iter().any(|name| item.starts_with(name));
+        self.defined.iter().any(|item| names(item) || shows && item.starts_with("memory "))
+    }
 }
 
 /// Compares how the host and the guest ended `case`; memory is compared by the caller.
-pub fn compare(case: &Case, host: &(Event, Machine), guest: &(Event, Machine)) -> Difference {
+pub fn compare(
+    case: &Case,
+    host: &(Event, Machine),
+    guest: &(Event, Machine),
+    capabilities: &Capabilities,
+) -> Difference {
     let mut difference = Difference::default();
     let out = &mut difference.defined;
     if comparable(&host.0, case) != comparable(&guest.0, case) {
@@ -74,7 +90,7 @@ pub fn compare(case: &Case, host: &(Event, Machine), guest: &(Event, Machine)) -
     if status & !conditions != 0 {
         out.push(format!("fsw {:#x} / {:#x}", h.vectors.fsw, g.vectors.fsw));
     }
-    vectors(out, h, g);
+    vectors(out, h, g, capabilities.knows_pointers(&h.vectors));
     difference.undefined = flags & loose & !allowed.flags != 0 || status & conditions != 0;
     difference
 }
@@ -125,17 +141,20 @@ fn number(out: &mut Vec<String>, name: &str, host: u64, guest: u64) {
     }
 }
 
-fn vectors(out: &mut Vec<String>, h: &Machine, g: &Machine) {
+fn vectors(out: &mut Vec<String>, h: &Machine, g: &Machine, pointers: bool) {
     let (h, g) = (&h.vectors, &g.vectors);
     if h == g {
         return;
     }
     number(out, "mxcsr", h.mxcsr.into(), g.mxcsr.into());
+    number(out, "pkru", h.pkru.into(), g.pkru.into());
     number(out, "fcw", h.fcw.into(), g.fcw.into());
     number(out, "ftw", h.ftw.into(), g.ftw.into());
-    number(out, "fop", h.fop.into(), g.fop.into());
-    number(out, "fip", h.fip, g.fip);
-    number(out, "fdp", h.fdp, g.fdp);
+    if pointers {
+        number(out, "fop", h.fop.into(), g.fop.into());
+        number(out, "fip", h.fip, g.fip);
+        number(out, "fdp", h.fdp, g.fdp);
+    }
     for i in 0..8 {
         bytes(out, &format!("st({i})"), &h.st[i], &g.st[i]);
         number(out, &format!("k{i}"), h.k[i], g.k[i]);

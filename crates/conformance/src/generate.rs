@@ -6,6 +6,7 @@ use iced_x86::{
 };
 
 use crate::address;
+use crate::capabilities::Capabilities;
 use crate::host::SETTABLE_FLAGS;
 use crate::layout::{CODE, CODE_SIZE, PAGE};
 use crate::machine::Machine;
@@ -24,10 +25,20 @@ pub struct Case {
     pub machine: Machine,
     /// Memory contents that differ from the initial contents.
     pub patches: Vec<(u64, Vec<u8>)>,
+    /// Linear address of the memory operand, if there is one.
+    pub target: Option<u64>,
     /// The guest steps instead of running a block.
     pub stepping: bool,
     /// On the host, the way back lies behind the instruction (else only filler does).
     pub direct_return: bool,
+}
+
+impl Case {
+    /// Whether the instruction has one of these legacy prefixes.
+    pub fn has_prefix(&self, wanted: &[u8]) -> bool {
+        const PREFIXES: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+        self.bytes.iter().take_while(|byte| PREFIXES.contains(byte)).any(|byte| wanted.contains(byte))
+    }
 }
 
 /// A case in the making.
@@ -50,12 +61,12 @@ pub(crate) struct Draft<'a> {
 /// Makes cases.
 pub struct Generator {
     encoder: Encoder,
-    fsgsbase: bool,
+    host: Capabilities,
 }
 
 impl std::fmt::Debug for Generator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Generator").field("fsgsbase", &self.fsgsbase).finish_non_exhaustive()
+        f.debug_struct("Generator").field("host", &self.host).finish_non_exhaustive()
     }
 }
 
@@ -63,9 +74,9 @@ impl std::fmt::Debug for Generator {
 const ATTEMPTS: usize = 60;
 
 impl Generator {
-    /// A generator; `fsgsbase` says whether FS and GS bases can be set on the host.
-    pub fn new(fsgsbase: bool) -> Generator {
-        Generator { encoder: Encoder::new(64), fsgsbase }
+    /// A generator of cases that start from what `host` has.
+    pub fn new(host: Capabilities) -> Generator {
+        Generator { encoder: Encoder::new(64), host }
     }
 
     /// Case `number` of `code` under `seed`: always the same. `None` if the form cannot be encoded such that it
@@ -76,12 +87,13 @@ impl Generator {
     }
 
     fn attempt(&mut self, code: Code, rng: &mut Rng) -> Option<Case> {
-        let mut draft = Draft::new(code, rng, self.fsgsbase);
+        let mut draft = Draft::new(code, rng, self.host.fsgsbase);
         draft.machine.rip = start_address(draft.rng, draft.branches());
         draft.prefixes();
         draft.operands();
         special::fix_up(&mut draft);
-        let Draft { ins, machine, patches, rng, .. } = draft;
+        let Draft { ins, mut machine, patches, target, rng, .. } = draft;
+        self.host.limit(&mut machine);
 
         self.encoder.set_vex_wig(rng.below(2) as u32);
         self.encoder.set_evex_wig(rng.below(2) as u32);
@@ -90,6 +102,7 @@ impl Generator {
         self.encoder.set_prevent_vex2(rng.percent(20));
         self.encoder.encode(&ins, machine.rip).ok()?;
         let plain = self.encoder.take_buffer();
+        let plain_length = plain.len();
         let mut bytes = plain.clone();
         if rng.percent(12) {
             bytes.insert(0, redundant_prefix(rng, &ins));
@@ -103,8 +116,12 @@ impl Generator {
         if bytes.len() > 15 || last_byte || !lands_outside(&instruction, machine.rip) {
             return None;
         }
+        // What is relative to the next instruction moves with it.
+        let moved = if instruction.is_ip_rel_memory_operand() { bytes.len() - plain_length } else { 0 };
+        let target = target.map(|target| target + moved as u64);
         let direct_return = rng.percent(90);
-        Some(Case { instruction, bytes, machine, patches, stepping: rng.percent(10), direct_return })
+        let stepping = rng.percent(10);
+        Some(Case { instruction, bytes, machine, patches, target, stepping, direct_return })
     }
 }
 
@@ -465,6 +482,8 @@ fn x87(rng: &mut Rng, op: &OpCodeInfo, m: &mut Machine) {
     };
     v.fop = rng.next() as u16 & 0x7ff;
     (v.fip, v.fdp) = (rng.next() >> 17, rng.next() >> 17);
+    // No number of its own, so that cases are the same on hosts without protection keys. Key 0 is everything's.
+    v.pkru = v.fip as u32 & !3;
     for st in &mut v.st {
         *st = values::float80(rng);
     }
@@ -479,7 +498,7 @@ mod tests {
 
     #[test]
     fn every_form_that_is_compared_can_be_made() {
-        let mut generator = Generator::new(true);
+        let mut generator = Generator::new(Capabilities::all());
         for form in forms::all(&CpuModel::parse("max").expect("a model").features()) {
             if matches!(form.class, Class::Compared | Class::FaultCompared) {
                 let case = generator.case(form.code, 1, 0).unwrap_or_else(|| panic!("{:?}", form.code));
@@ -491,7 +510,8 @@ mod tests {
     #[test]
     fn a_case_is_a_function_of_its_numbers() {
         let code = Code::VEX_Vaddps_ymm_ymm_ymmm256;
-        let case = |seed, number| Generator::new(true).case(code, seed, number).expect("encodable");
+        let case =
+            |seed, number| Generator::new(Capabilities::all()).case(code, seed, number).expect("encodable");
         let (first, again) = (case(5, 9), case(5, 9));
         assert_eq!((&first.bytes, &first.machine), (&again.bytes, &again.machine));
         assert_ne!(first.machine, case(5, 10).machine);
@@ -500,7 +520,7 @@ mod tests {
 
     #[test]
     fn branches_land_on_filler() {
-        let mut generator = Generator::new(true);
+        let mut generator = Generator::new(Capabilities::all());
         for number in 0..500 {
             let case = generator.case(Code::Jne_rel8_64, 1, number).expect("encodable");
             let end = case.machine.rip + case.bytes.len() as u64;

@@ -143,7 +143,8 @@ impl Guest {
         state.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         state.cr3 = PML4;
         let wanted = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE | cr4::UMIP;
-        state.cr4 = wanted & self.cpu.features.cr4_mask();
+        let keys = if self.xcr0 & 1 << 9 != 0 { cr4::PKE } else { 0 };
+        state.cr4 = (wanted | keys) & self.cpu.features.cr4_mask();
         state.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
         state.xcr0 = self.xcr0;
         state.cpl = 3;
@@ -214,12 +215,15 @@ impl Guest {
         let v = &machine.vectors;
         let x = &mut state.x87;
         (x.fcw, x.fsw, x.ftw, x.fop, x.fip, x.fdp) = (v.fcw, v.fsw, v.ftw, v.fop, v.fip, v.fdp);
+        // The host loads its state by XRSTOR64, whose image has no selectors.
+        (x.fcs, x.fds) = (0, 0);
         for (slot, st) in x.st.iter_mut().zip(&v.st) {
             *slot = [0; 16];
             slot[..10].copy_from_slice(st);
         }
         state.mxcsr = v.mxcsr;
         state.k = v.k;
+        state.pkru = v.pkru;
         for (slot, zmm) in state.zmm.iter_mut().zip(&v.zmm) {
             slot.0 = *zmm;
         }
@@ -240,6 +244,7 @@ impl Guest {
         }
         v.mxcsr = state.mxcsr;
         v.k = state.k;
+        v.pkru = state.pkru;
         for (slot, zmm) in v.zmm.iter_mut().zip(&state.zmm) {
             *slot = zmm.0;
         }

@@ -13,11 +13,13 @@ use std::io;
 use std::mem::{offset_of, zeroed};
 use std::ptr::{addr_of_mut, null_mut};
 
+use silicon::model::xstate::LEGACY_AND_HEADER;
+
 use crate::layout::{self, Access, CODE, CODE_SIZE, Contents, FILLER, PAGE};
 use crate::machine::{Event, Machine, Vectors};
 
-/// State components that test cases load and compare: x87, SSE, AVX, opmask, ZMM_Hi256, Hi16_ZMM.
-pub const COMPONENTS: u64 = 0xe7;
+/// State components that test cases load and compare: x87, SSE, AVX, opmask, ZMM_Hi256, Hi16_ZMM, PKRU.
+pub const COMPONENTS: u64 = 0x2e7;
 /// Where the way back is stored: a page of its own near the code window.
 const CONTROL: u64 = CODE + 0x1_0000;
 /// Length of `jmp qword ptr [rip+disp32]`.
@@ -45,6 +47,8 @@ struct Context {
     host_fs: u64,
     host_gs: u64,
     components: u64,
+    /// Bytes of the standard-format XSAVE area for `components`.
+    area_size: u64,
     /// A test case's state is (or is about to be) in the registers.
     active: u32,
     /// FSGSBASE instructions can be used.
@@ -269,29 +273,41 @@ unsafe fn take_frame(context: *mut Context, frame: &mut libc::mcontext_t) {
         context.vector = frame.gregs[libc::REG_TRAPNO as usize] as u64;
         context.error = frame.gregs[libc::REG_ERR as usize] as u64;
         context.cr2 = frame.gregs[libc::REG_CR2 as usize] as u64;
-        let size = area_size(context.components);
-        std::ptr::copy_nonoverlapping(frame.fpregs.cast::<u8>(), context.area.0.as_mut_ptr(), size);
+        let size = context.area_size;
+        std::ptr::copy_nonoverlapping(frame.fpregs.cast::<u8>(), context.area.0.as_mut_ptr(), size as usize);
         frame.gregs[libc::REG_RIP as usize] = conformance_return as *const () as i64;
         frame.gregs[libc::REG_RSP as usize] = context.host_rsp as i64;
         frame.gregs[libc::REG_EFL as usize] = 2;
     }
 }
 
-/// Bytes of the standard-format XSAVE area for `components`.
-fn area_size(components: u64) -> usize {
-    match components {
-        c if c & 0xe0 != 0 => 0xa80,
-        c if c & 4 != 0 => 0x340,
-        _ => 0x240,
+/// Where the extended components lie in the standard format. Makers differ.
+#[derive(Clone, Copy, Debug, Default)]
+struct Offsets {
+    avx: usize,
+    opmask: usize,
+    zmm_hi256: usize,
+    hi16_zmm: usize,
+    pkru: usize,
+}
+
+impl Offsets {
+    /// What CPUID says; 0 for what the processor does not have.
+    fn of_host() -> Offsets {
+        let [avx, opmask, zmm_hi256, hi16_zmm, pkru] =
+            [2, 5, 6, 7, 9].map(|component| __cpuid_count(0xd, component).ebx as usize);
+        Offsets { avx, opmask, zmm_hi256, hi16_zmm, pkru }
     }
 }
 
-/// Offsets of the components in the standard format (the same on every processor that has them without MPX
-/// state between; checked against CPUID in [`Host::new`]).
-const AVX: usize = 0x240;
-const OPMASK: usize = 0x440;
-const ZMM_HI256: usize = 0x480;
-const HI16_ZMM: usize = 0x680;
+/// Bytes of the standard-format XSAVE area for `components`.
+fn area_size(components: u64) -> u64 {
+    let extended = (2..63).filter(|bit| components & 1 << bit != 0).map(|bit| {
+        let leaf = __cpuid_count(0xd, bit);
+        u64::from(leaf.eax + leaf.ebx)
+    });
+    extended.max().unwrap_or(0).max(LEGACY_AND_HEADER.into())
+}
 
 /// What keeps the host executor from working here.
 #[derive(Debug, thiserror::Error)]
@@ -330,11 +346,9 @@ pub fn components() -> Result<u64, HostError> {
     }
     // SAFETY: OSXSAVE is set.
     let xcr0 = unsafe { read_xcr0() };
-    let mut components = xcr0 & COMPONENTS;
-    for (component, offset) in [(5, OPMASK), (6, ZMM_HI256), (7, HI16_ZMM)] {
-        if components & (1 << component) != 0 && __cpuid_count(0xd, component).ebx as usize != offset {
-            components &= 7;
-        }
+    let components = xcr0 & COMPONENTS;
+    if area_size(components) > size_of::<Area>() as u64 {
+        return Err(HostError::Processor("has its XSAVE components far apart"));
     }
     if components & 7 != 7 {
         return Err(HostError::Processor("has no AVX"));
@@ -358,6 +372,7 @@ pub fn has_fsgsbase() -> bool {
 #[derive(Debug)]
 pub struct Host {
     components: u64,
+    offsets: Offsets,
 }
 
 impl Host {
@@ -373,10 +388,11 @@ impl Host {
         // SAFETY: no test case runs.
         unsafe {
             (*context).components = components;
+            (*context).area_size = area_size(components);
             (*context).fsgsbase = u32::from(has_fsgsbase());
         }
         install_handlers()?;
-        Ok(Host { components })
+        Ok(Host { components, offsets: Offsets::of_host() })
     }
 
     /// Writes the initial contents and makes read-only pages read-only.
@@ -436,7 +452,7 @@ impl Host {
             (c.in_fs, c.in_gs) = (machine.fs_base, machine.gs_base);
             c.vector = COMPLETED;
             c.ticks = 0;
-            store_vectors(&machine.vectors, self.components, &mut c.area.0);
+            store_vectors(&machine.vectors, self.components, &self.offsets, &mut c.area.0);
             // An earlier case may have written over it.
             (CONTROL as *mut u64).write(conformance_leave as *const () as u64);
             conformance_enter();
@@ -449,7 +465,7 @@ impl Host {
             rflags: c.rflags,
             fs_base: c.out_fs,
             gs_base: c.out_gs,
-            vectors: load_vectors(self.components, &c.area.0),
+            vectors: load_vectors(self.components, &self.offsets, &c.area.0),
         };
         if c.fsgsbase == 0 {
             (after.fs_base, after.gs_base) = (machine.fs_base, machine.gs_base);
@@ -525,7 +541,8 @@ fn install_handlers() -> Result<(), HostError> {
 }
 
 /// Writes the standard-format XSAVE image.
-fn store_vectors(v: &Vectors, components: u64, area: &mut [u8; 4096]) {
+fn store_vectors(v: &Vectors, components: u64, offsets: &Offsets, area: &mut [u8; 4096]) {
+    let has = |component: u32| components & 1 << component != 0;
     area[..576].fill(0);
     area[0..2].copy_from_slice(&v.fcw.to_le_bytes());
     area[2..4].copy_from_slice(&v.fsw.to_le_bytes());
@@ -538,22 +555,29 @@ fn store_vectors(v: &Vectors, components: u64, area: &mut [u8; 4096]) {
         area[32 + 16 * i..][..10].copy_from_slice(st);
     }
     area[XSTATE_BV..][..8].copy_from_slice(&components.to_le_bytes());
-    for (i, zmm) in v.zmm.iter().enumerate() {
-        if i < 16 {
-            area[160 + 16 * i..][..16].copy_from_slice(&zmm[..16]);
-            area[AVX + 16 * i..][..16].copy_from_slice(&zmm[16..32]);
-            area[ZMM_HI256 + 32 * i..][..32].copy_from_slice(&zmm[32..]);
-        } else {
-            area[HI16_ZMM + 64 * (i - 16)..][..64].copy_from_slice(zmm);
+    for (i, zmm) in v.zmm.iter().take(16).enumerate() {
+        area[160 + 16 * i..][..16].copy_from_slice(&zmm[..16]);
+        area[offsets.avx + 16 * i..][..16].copy_from_slice(&zmm[16..32]);
+        if has(6) {
+            area[offsets.zmm_hi256 + 32 * i..][..32].copy_from_slice(&zmm[32..]);
         }
     }
-    for (i, k) in v.k.iter().enumerate() {
-        area[OPMASK + 8 * i..][..8].copy_from_slice(&k.to_le_bytes());
+    if has(7) {
+        let high = v.zmm[16..].as_flattened();
+        area[offsets.hi16_zmm..][..high.len()].copy_from_slice(high);
+    }
+    if has(5) {
+        for (i, k) in v.k.iter().enumerate() {
+            area[offsets.opmask + 8 * i..][..8].copy_from_slice(&k.to_le_bytes());
+        }
+    }
+    if has(9) {
+        area[offsets.pkru..][..8].copy_from_slice(&u64::from(v.pkru).to_le_bytes());
     }
 }
 
 /// Reads the standard-format XSAVE image; a component that XSTATE_BV says is in its initial state is zero.
-fn load_vectors(components: u64, area: &[u8; 4096]) -> Vectors {
+fn load_vectors(components: u64, offsets: &Offsets, area: &[u8; 4096]) -> Vectors {
     let word = |at: usize| u16::from_le_bytes([area[at], area[at + 1]]);
     let quad = |at: usize| {
         let mut bytes = [0; 8];
@@ -561,33 +585,35 @@ fn load_vectors(components: u64, area: &[u8; 4096]) -> Vectors {
         u64::from_le_bytes(bytes)
     };
     let present = components & quad(XSTATE_BV);
+    let has = |component: u32| present & 1 << component != 0;
     let mut v = Vectors { mxcsr: quad(24) as u32, ..Vectors::default() };
-    if present & 1 != 0 {
+    if has(0) {
         (v.fcw, v.fsw, v.ftw, v.fop) = (word(0), word(2), area[4], word(6));
         (v.fip, v.fdp) = (quad(8), quad(16));
         for (i, st) in v.st.iter_mut().enumerate() {
             st.copy_from_slice(&area[32 + 16 * i..][..10]);
         }
     }
-    for (i, zmm) in v.zmm.iter_mut().enumerate() {
-        if i < 16 {
-            if present & 2 != 0 {
-                zmm[..16].copy_from_slice(&area[160 + 16 * i..][..16]);
-            }
-            if present & 4 != 0 {
-                zmm[16..32].copy_from_slice(&area[AVX + 16 * i..][..16]);
-            }
-            if present & 0x40 != 0 {
-                zmm[32..].copy_from_slice(&area[ZMM_HI256 + 32 * i..][..32]);
-            }
-        } else if present & 0x80 != 0 {
-            zmm.copy_from_slice(&area[HI16_ZMM + 64 * (i - 16)..][..64]);
+    for (i, zmm) in v.zmm.iter_mut().take(16).enumerate() {
+        if has(1) {
+            zmm[..16].copy_from_slice(&area[160 + 16 * i..][..16]);
+        }
+        if has(2) {
+            zmm[16..32].copy_from_slice(&area[offsets.avx + 16 * i..][..16]);
+        }
+        if has(6) {
+            zmm[32..].copy_from_slice(&area[offsets.zmm_hi256 + 32 * i..][..32]);
         }
     }
-    if present & 0x20 != 0 {
-        for (i, k) in v.k.iter_mut().enumerate() {
-            *k = quad(OPMASK + 8 * i);
-        }
+    if has(7) {
+        let high = v.zmm[16..].as_flattened_mut();
+        high.copy_from_slice(&area[offsets.hi16_zmm..][..high.len()]);
+    }
+    if has(5) {
+        v.k = std::array::from_fn(|i| quad(offsets.opmask + 8 * i));
+    }
+    if has(9) {
+        v.pkru = quad(offsets.pkru) as u32;
     }
     v
 }

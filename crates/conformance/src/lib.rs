@@ -7,6 +7,7 @@
 
 pub mod address;
 pub mod bench;
+pub mod capabilities;
 pub mod compare;
 pub mod forms;
 pub mod generate;
@@ -19,3 +20,4 @@ pub mod rng;
 pub mod run;
 pub mod special;
 pub mod values;
+pub mod vendor;

@@ -1,6 +1,6 @@
 //! The architectural state that a test case starts from and ends in, as the host and the guest both know it.
 
-/// x87, SSE, AVX and AVX-512 state.
+/// x87, SSE, AVX and AVX-512 state, and PKRU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vectors {
     /// x87 control word.
@@ -23,6 +23,15 @@ pub struct Vectors {
     pub k: [u64; 8],
     /// Vector registers.
     pub zmm: [[u8; 64]; 32],
+    /// Protection keys' rights.
+    pub pkru: u32,
+}
+
+impl Vectors {
+    /// Whether an unmasked x87 exception is pending (FSW.ES).
+    pub fn pending(&self) -> bool {
+        self.fsw & 1 << 7 != 0
+    }
 }
 
 impl Default for Vectors {
@@ -38,6 +47,7 @@ impl Default for Vectors {
             mxcsr: 0x1f80,
             k: [0; 8],
             zmm: [[0; 64]; 32],
+            pkru: 0,
         }
     }
 }

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use conformance::bench::Bench;
+use conformance::capabilities::Capabilities;
 use conformance::forms::{self, Form};
 use conformance::generate::Generator;
-use conformance::host::has_fsgsbase;
 use conformance::report;
 use conformance::run::{self, Plan};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -123,19 +123,22 @@ fn many_cases(arguments: &Arguments, features: &Features, round: u64) -> Result<
         println!("CRASH {crash}");
     }
     if !arguments.no_table && round == 0 {
-        println!("{}", report::coverage(&all, &summary));
+        let host = Capabilities::of_host().map_err(|e| e.to_string())?;
+        println!("{}", report::coverage(&all, &summary, &host));
     }
     let untested = report::untested(&summary);
     let undefined: u64 = summary.forms.iter().map(|f| f.undefined).sum();
+    let excepted: u64 = summary.forms.iter().map(|f| f.excepted).sum();
     println!(
         "{} cases of {} forms: {} different, {} forms untested, {} workers crashed; \
-         architecturally undefined bits differ in {} cases",
+         architecturally undefined bits differ in {} cases, what this host's maker does otherwise in {}",
         summary.cases(),
         plan.forms.len(),
         summary.differences(),
         untested,
         summary.crashes.len(),
         undefined,
+        excepted,
     );
     Ok(summary.differences() == 0 && untested == 0 && summary.crashes.is_empty())
 }
@@ -146,9 +149,9 @@ fn one_case(arguments: &Arguments, features: &Features, case: &str) -> Result<Ex
     let code = iced_x86::Code::values()
         .find(|code| format!("{code:?}") == name)
         .ok_or_else(|| format!("there is no form {name}"))?;
-    let case = Generator::new(has_fsgsbase())
-        .case(code, arguments.seed, number)
-        .ok_or("this form cannot be encoded")?;
+    let host = Capabilities::of_host().map_err(|e| e.to_string())?;
+    let case =
+        Generator::new(host).case(code, arguments.seed, number).ok_or("this form cannot be encoded")?;
     println!("{}", report::disassemble(&case));
     println!("{:x?}", case.machine);
     for (address, bytes) in &case.patches {

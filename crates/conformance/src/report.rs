@@ -6,9 +6,11 @@ use std::fmt::Write;
 use iced_x86::{Code, Formatter, IntelFormatter};
 
 use crate::bench::Outcome;
+use crate::capabilities::Capabilities;
 use crate::forms::{Class, Form};
 use crate::generate::Case;
 use crate::run::Summary;
+use crate::vendor::ROWS;
 
 /// Counts for one form.
 #[derive(Clone, Copy, Debug)]
@@ -25,32 +27,39 @@ pub struct FormResult {
     pub undefined: u64,
     /// Cases with a difference.
     pub different: u64,
+    /// Cases that differ, but only as this host's maker is known to ([`crate::vendor`]).
+    pub excepted: u64,
 }
 
 impl FormResult {
     /// Nothing run yet.
     pub fn new(code: Code) -> FormResult {
-        FormResult { code, cases: 0, completed: 0, faulted: 0, undefined: 0, different: 0 }
+        FormResult { code, cases: 0, completed: 0, faulted: 0, undefined: 0, different: 0, excepted: 0 }
     }
 
-    /// As five numbers.
+    /// As six numbers.
     pub fn to_line(&self) -> String {
-        let FormResult { cases, completed, faulted, undefined, different, .. } = self;
-        format!("{cases} {completed} {faulted} {undefined} {different}")
+        let FormResult { cases, completed, faulted, undefined, different, excepted, .. } = self;
+        format!("{cases} {completed} {faulted} {undefined} {different} {excepted}")
     }
 }
 
-/// Takes a worker's output into `summary`: lines `F index counts` and `T text`.
+/// Takes a worker's output into `summary`: lines `F index counts`, `E row count` and `T text`.
 pub fn merge(summary: &mut Summary, text: &str) {
     for line in text.lines() {
         if let Some(told) = line.strip_prefix("T ") {
             summary.told.push(told.to_owned());
         } else if let Some(counts) = line.strip_prefix("F ") {
             let numbers: Vec<u64> = counts.split(' ').filter_map(|n| n.parse().ok()).collect();
-            if let [index, cases, completed, faulted, undefined, different] = numbers[..]
+            if let [index, cases, completed, faulted, undefined, different, excepted] = numbers[..]
                 && let Some(result) = summary.forms.get_mut(index as usize)
             {
-                *result = FormResult { cases, completed, faulted, undefined, different, ..*result };
+                *result = FormResult { cases, completed, faulted, undefined, different, excepted, ..*result };
+            }
+        } else if let Some(counts) = line.strip_prefix("E ") {
+            let numbers: Vec<u64> = counts.split(' ').filter_map(|n| n.parse().ok()).collect();
+            if let [row, cases] = numbers[..] {
+                *summary.excepted.entry(row as usize).or_default() += cases;
             }
         }
     }
@@ -91,12 +100,13 @@ struct Group {
 }
 
 /// The coverage table by extension group, then what is not compared and why.
-pub fn coverage(forms: &[Form], summary: &Summary) -> String {
+pub fn coverage(forms: &[Form], summary: &Summary, host: &Capabilities) -> String {
     let results: BTreeMap<usize, &FormResult> = summary.forms.iter().map(|r| (r.code as usize, r)).collect();
     let mut groups: BTreeMap<String, Group> = BTreeMap::new();
     let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     let mut untested = Vec::new();
     let mut never_completed = Vec::new();
+    let mut always_excepted = Vec::new();
     for form in forms.iter().filter(|f| !matches!(f.class, Class::OtherMode | Class::NotOffered)) {
         let group = groups.entry(form.group()).or_default();
         group.offered += 1;
@@ -108,6 +118,9 @@ pub fn coverage(forms: &[Form], summary: &Summary) -> String {
         let Some(result) = results.get(&(form.code as usize)) else { continue };
         group.cases += result.cases;
         group.different += result.different;
+        if result.cases > 0 && result.excepted == result.cases {
+            always_excepted.push(format!("{:?}", form.code));
+        }
         match form.class {
             _ if result.cases == 0 => untested.push(format!("{:?}", form.code)),
             Class::FaultCompared => group.fault_only += 1,
@@ -140,7 +153,16 @@ pub fn coverage(forms: &[Form], summary: &Summary) -> String {
         let _ =
             writeln!(text, "\nnot comparable here ({} forms): {reason}\n  {}", codes.len(), codes.join(" "));
     }
+    for what in host.not_comparable() {
+        let _ = writeln!(text, "\nnot comparable here: {what}");
+    }
+    for (row, cases) in &summary.excepted {
+        if let Some(row) = ROWS.get(*row) {
+            let _ = writeln!(text, "\nthis host's maker differs ({cases} cases): {}", row.what);
+        }
+    }
     list(&mut text, "offered but untested", &untested);
+    list(&mut text, "compared, but every case is one in which this host's maker differs", &always_excepted);
     list(&mut text, "compared, but every case faulted", &never_completed);
     text
 }

@@ -1,6 +1,7 @@
 //! Runs many cases in worker processes, so that even a crash of the harness is reported with its case.
 #![expect(unsafe_code, reason = "forks worker processes that share a page of progress counters")]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::fd::FromRawFd;
@@ -11,9 +12,10 @@ use iced_x86::Code;
 use silicon::model::Features;
 
 use crate::bench::Bench;
+use crate::capabilities::Capabilities;
 use crate::forms::{Class, Form};
 use crate::generate::Generator;
-use crate::host::{HostError, has_fsgsbase};
+use crate::host::HostError;
 use crate::machine::Event;
 use crate::report::{self, FormResult};
 
@@ -41,6 +43,8 @@ pub struct Summary {
     pub forms: Vec<FormResult>,
     /// Full text of differences.
     pub told: Vec<String>,
+    /// Cases that a row of [`crate::vendor::ROWS`] excepts, by its index.
+    pub excepted: BTreeMap<usize, u64>,
     /// Workers that died, with the case that they were at.
     pub crashes: Vec<String>,
 }
@@ -176,8 +180,9 @@ fn work(
     out: &mut impl Write,
 ) -> Result<(), RunError> {
     let mut bench = Bench::new(features.clone(), plan.seed)?;
-    let mut generator = Generator::new(has_fsgsbase());
+    let mut generator = Generator::new(Capabilities::of_host()?);
     let failed = |e| RunError::System("writing results", e);
+    let mut excepted = BTreeMap::<usize, u64>::new();
     for (index, form) in plan.forms.iter().enumerate().filter(|(i, _)| i % plan.workers == worker) {
         progress.form.store(index as u64, Ordering::Relaxed);
         let mut result = FormResult::new(form.code);
@@ -192,6 +197,10 @@ fn work(
                 _ => result.faulted += 1,
             }
             result.undefined += u64::from(outcome.difference.undefined);
+            result.excepted += u64::from(!outcome.difference.excepted.is_empty());
+            for row in &outcome.difference.excepted {
+                *excepted.entry(*row).or_default() += 1;
+            }
             if !outcome.difference.defined.is_empty() {
                 result.different += 1;
                 if result.different <= plan.told_per_form {
@@ -201,6 +210,9 @@ fn work(
             }
         }
         writeln!(out, "F {index} {}", result.to_line()).map_err(failed)?;
+    }
+    for (row, cases) in excepted {
+        writeln!(out, "E {row} {cases}").map_err(failed)?;
     }
     Ok(())
 }

@@ -62,6 +62,7 @@ pub(crate) fn fix_up(draft: &mut Draft<'_>) {
             let index = if draft.rng.percent(80) { 0 } else { draft.rng.next() };
             draft.set_free(RCX, index);
         }
+        Rdpkru | Wrpkru => protection_keys(draft),
         Wrfsbase | Wrgsbase => canonical_register(draft),
         _ => {}
     }
@@ -157,6 +158,16 @@ fn indirect_branch(draft: &mut Draft<'_>) {
     }
 }
 
+/// RDPKRU and WRPKRU want zeros in ECX and EDX. Key 0 stays allowed: all memory has it, the harness's too.
+fn protection_keys(draft: &mut Draft<'_>) {
+    if draft.rng.percent(80) {
+        draft.set_free(RCX, 0);
+        draft.set_free(RDX, 0);
+    }
+    let rights = draft.rng.next() & !3;
+    draft.set_free(RAX, rights);
+}
+
 fn canonical_register(draft: &mut Draft<'_>) {
     if let Some(register) = operand_gpr(draft, 0) {
         let value = match draft.rng.below(10) {
@@ -213,6 +224,8 @@ fn extended_state(draft: &mut Draft<'_>) {
         if draft.rng.percent(8) {
             let byte = draft.rng.below(64) as usize;
             header[byte] |= 1 << draft.rng.below(8);
+            // No PKRU from a random image: it could take the harness's own memory away.
+            header[1] &= !2;
         }
         image[512..576].copy_from_slice(&header);
         patch_target(draft, &image);
