@@ -22,7 +22,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1)]
     jobs: usize,
     /// Seconds that a test may take (the kernel's own harness gives 120).
-    #[arg(long, default_value_t = 240)]
+    #[arg(long, default_value_t = 600)]
     limit: u64,
     /// Only tests that the table expects to pass, whatever else the machine does: without those that measure time.
     #[arg(long)]
