@@ -102,7 +102,7 @@ fn bad_arguments_get_a_sentence() {
         (&["--cpus", "two"], &["'two'", "1 to 8"]),
         (&["--cpu", "skylak"], &["unknown CPU model 'skylak'", "did you mean 'skylake'", "nehalem"]),
         (&["--cpu", "skylake,+smop"], &["unknown CPU feature 'smop'", "did you mean"]),
-        (&["--cpu", "skylake,smap"], &["+feature or -feature"]),
+        (&["--cpu", "skylake,smap"], &["'smap'", "expected +feature, -feature"]),
         (&["--host", "split_lock_detect=maybe"], &["split_lock_detect", "off|warn|fatal"]),
         (&["--host", "colour=blue"], &["unknown host parameter 'colour'"]),
         (&["--serial", "pty"], &["'pty' is not a console target"]),
