@@ -88,6 +88,17 @@ unsafe extern "C" {
 
 /// Where to go on if the instruction at `rip` faults.
 fn fixup(rip: u64) -> Option<u64> {
+    // An entry that no address equals: the section, and with it its bounds, is there in programs without guests, too.
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!(
+            ".pushsection ring3_fixups, \"aR\", @progbits",
+            ".balign 4",
+            ".long 0, 0",
+            ".popsection",
+            options(nomem, nostack, preserves_flags)
+        );
+    }
     let (start, end) = (&raw const FIXUPS, &raw const FIXUPS_END);
     let count = (end as usize - start as usize) / size_of::<Fixup>();
     // SAFETY: the section holds nothing but entries, and is never written.
