@@ -6,7 +6,7 @@ mod guest;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use guest::system;
 use hypervisor::memory::catch_absence;
@@ -29,12 +29,17 @@ const ACCESS: u64 = CODE + 5;
 /// A file of the slot's size, mapped, and a VM with it.
 struct Guest {
     vm: Arc<Vm>,
+    /// What is unmapped leaves a hole that another test's mapping may take, and repairing it would then take that away:
+    /// one guest at a time.
+    _alone: MutexGuard<'static, ()>,
     host: u64,
     file: File,
 }
 
 impl Guest {
     fn new(program: &[u8]) -> Guest {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         catch_absence();
         // SAFETY: the name ends with a zero byte, and the descriptor is nobody else's.
         let mut file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), 0)) };
@@ -50,7 +55,7 @@ impl Guest {
         let region =
             kvm_userspace_memory_region { memory_size: SIZE, userspace_addr: host, ..Default::default() };
         vm.set_user_memory_region(region).unwrap();
-        Guest { vm, host, file }
+        Guest { vm, _alone, host, file }
     }
 
     fn vcpu(&self) -> Vcpu {
