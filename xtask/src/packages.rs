@@ -25,13 +25,21 @@ const KERNELS: &[(&str, &str, &[&str])] = &[
     ("6.1", "6.1", &["linux-image-6.1-cloud-amd64", "linux-image-cloud-amd64"]),
 ];
 
+/// Somebody else may be installing something: apt-get's option for how many seconds it waits.
+const APT_WAITS: &str = "DPkg::Lock::Timeout=600";
+
 fn is_root() -> bool {
     Path::new("/proc/self").metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
 }
 
 /// Makes sure that the programs in `tools` (program, package) are there; installs them if we are root.
 pub fn require(tools: &[(&str, &str)]) -> Result<(), Error> {
-    let missing: Vec<_> = tools.iter().filter(|(tool, _)| find(tool).is_none()).collect();
+    let absent = || tools.iter().filter(|(tool, _)| find(tool).is_none()).collect::<Vec<_>>();
+    if absent().is_empty() {
+        return Ok(());
+    }
+    let _alone = fetching()?;
+    let missing = absent();
     let Some((tool, _)) = missing.first() else { return Ok(()) };
     let packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
     if !is_root() {
@@ -40,7 +48,7 @@ pub fn require(tools: &[(&str, &str)]) -> Result<(), Error> {
     eprintln!("installing {}", packages.join(", "));
     let install = || {
         let mut apt = Command::new("apt-get");
-        apt.env("DEBIAN_FRONTEND", "noninteractive");
+        apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", APT_WAITS]);
         run(apt.args(["install", "-y", "-qq", "--no-install-recommends"]).args(&packages))
     };
     if install().is_err() {
@@ -95,8 +103,18 @@ fn unpack(package: &str, into: &Path) -> Result<(), Error> {
     at(into, std::fs::rename(&part, into))
 }
 
-/// What `found` finds; if it finds nothing, what it finds after `fetch`. Only one fetch runs at a time, be it of
-/// another thread or of another process: tests start together on a machine that has nothing yet.
+/// Held by whoever fetches or installs something. Only one does at a time, be it another thread or another process: tests
+/// start together on a machine that has nothing yet.
+fn fetching() -> Result<std::fs::File, Error> {
+    let dir = guest_dir();
+    at(&dir, std::fs::create_dir_all(&dir))?;
+    let path = dir.join("fetch.lock");
+    let lock = at(&path, std::fs::File::create(&path))?;
+    at(&path, lock.lock())?;
+    Ok(lock)
+}
+
+/// What `found` finds; if it finds nothing, what it finds after `fetch`, which nobody else does at the time.
 fn fetched<T>(
     found: impl Fn() -> Option<T>,
     fetch: impl FnOnce() -> Result<(), Error>,
@@ -105,11 +123,7 @@ fn fetched<T>(
     if let Some(there) = found() {
         return Ok(there);
     }
-    let dir = guest_dir();
-    at(&dir, std::fs::create_dir_all(&dir))?;
-    let path = dir.join("fetch.lock");
-    let lock = at(&path, std::fs::File::create(&path))?;
-    at(&path, lock.lock())?;
+    let _alone = fetching()?;
     if found().is_none() {
         fetch()?;
     }
@@ -180,7 +194,6 @@ pub fn kernel_source() -> Result<PathBuf, Error> {
             }
             unpack(PACKAGE, &dir)?;
         }
-        require(&[("xz", "xz-utils")])?;
         let part = dir.join("part");
         at(&part, std::fs::create_dir_all(&part))?;
         eprintln!("unpacking the kernel's source");
@@ -190,6 +203,7 @@ pub fn kernel_source() -> Result<PathBuf, Error> {
         at(&archive, std::fs::remove_file(&archive))?;
         at(&part, std::fs::rename(&part, dir.join("tree")))
     };
+    require(&[("xz", "xz-utils")])?;
     fetched(found, fetch, PACKAGE)
 }
 
