@@ -66,7 +66,10 @@ pub(crate) struct Map {
 pub(crate) struct Backing {
     pub(crate) region: Region,
     pub(crate) pages: Arc<Pages>,
-    pub(crate) dirty: Option<Arc<DirtyLog>>,
+    pub(crate) dirty: Option<Arc<PageSet>>,
+    /// Pages that CPUs have accessed, for a region whose writes have been recorded since it was put there; `None`: any
+    /// may have been.
+    accessed: Option<Arc<PageSet>>,
 }
 
 impl Map {
@@ -116,6 +119,16 @@ impl Backing {
     pub(crate) fn log(&self, gpa: u64) -> bool {
         self.dirty.as_ref().is_some_and(|dirty| dirty.set(self.page(gpa)))
     }
+
+    /// Records a CPU's access to `gpa`'s page if writes are logged: writes, and, as KVM does, the first access of any
+    /// kind, for it makes a translation through which the page could be written (kernel: `make_spte` in
+    /// arch/x86/kvm/mmu/spte.c; a page that the host itself has only read so far is an exception there). True if the page
+    /// was not marked before.
+    #[inline]
+    pub(crate) fn log_access(&self, gpa: u64, write: bool) -> bool {
+        let first = self.accessed.as_ref().is_some_and(|accessed| accessed.set(self.page(gpa)));
+        (write || first) && !self.region.readonly && self.log(gpa)
+    }
 }
 
 /// Which CPUs hold decoded code of each page, and which may store to it without looking: two words per page,
@@ -139,19 +152,19 @@ impl Pages {
     }
 }
 
-/// Pages written since their bits were last cleared; bit order as in KVM's dirty bitmap (bit 0 of word 0 is the
-/// region's first page).
+/// A set of a region's pages: those written since their bits were last cleared, or those accessed. Bit order as in KVM's
+/// dirty bitmap (bit 0 of word 0 is the region's first page).
 #[derive(Debug)]
-pub(crate) struct DirtyLog(Box<[AtomicU64]>);
+pub(crate) struct PageSet(Box<[AtomicU64]>);
 
-impl DirtyLog {
-    fn new(pages: usize) -> Option<DirtyLog> {
-        Some(DirtyLog(zeroed(pages.div_ceil(64))?))
+impl PageSet {
+    fn new(pages: usize) -> Option<PageSet> {
+        Some(PageSet(zeroed(pages.div_ceil(64))?))
     }
 
     /// With all pages marked, and no bits behind the last.
-    fn all_dirty(pages: usize) -> Option<DirtyLog> {
-        let log = DirtyLog::new(pages)?;
+    fn all_dirty(pages: usize) -> Option<PageSet> {
+        let log = PageSet::new(pages)?;
         for (index, word) in log.0.iter().enumerate() {
             let left = pages - index * 64;
             word.store(if left >= 64 { u64::MAX } else { (1 << left) - 1 }, Ordering::Relaxed);
@@ -268,9 +281,10 @@ impl Ept {
                 let dirty = match (enabled, &b.dirty) {
                     (false, _) => None,
                     (true, Some(log)) => Some(log.clone()),
-                    (true, None) => Some(Arc::new(DirtyLog::new(pages)?)),
+                    (true, None) => Some(Arc::new(PageSet::new(pages)?)),
                 };
-                Some(Arc::new(Backing { dirty, ..Backing::clone(b) }))
+                let accessed = b.accessed.clone().filter(|_| enabled);
+                Some(Arc::new(Backing { dirty, accessed, ..Backing::clone(b) }))
             });
             Some(Map { backings: backings.collect::<Option<_>>()? })
         });
@@ -373,7 +387,7 @@ impl Ept {
         self.map.read().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    fn dirty_log(&self, gpa: u64) -> Option<Arc<DirtyLog>> {
+    fn dirty_log(&self, gpa: u64) -> Option<Arc<PageSet>> {
         self.map().at(gpa)?.dirty.clone()
     }
 
@@ -403,10 +417,15 @@ fn replacement(before: Option<&Backing>, region: Region, logging: Logging) -> Op
     let dirty = match (logging, kept) {
         (Logging::Off, _) => None,
         (_, Some(log)) => Some(log),
-        (Logging::On, None) => Some(Arc::new(DirtyLog::new(count)?)),
-        (Logging::OnAllDirty, None) => Some(Arc::new(DirtyLog::all_dirty(count)?)),
+        (Logging::On, None) => Some(Arc::new(PageSet::new(count)?)),
+        (Logging::OnAllDirty, None) => Some(Arc::new(PageSet::all_dirty(count)?)),
     };
-    Some(Backing { region, pages, dirty })
+    let accessed = match (logging, before) {
+        (Logging::Off, _) => None,
+        (_, Some(before)) if same_pages.is_some() => before.accessed.clone(),
+        _ => Some(Arc::new(PageSet::new(count)?)),
+    };
+    Some(Backing { region, pages, dirty, accessed })
 }
 
 /// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
@@ -416,7 +435,7 @@ fn renew(old: &Map, region: Region) -> Option<Arc<Backing>> {
         Some(b) if b.region.size == region.size => Arc::new(Backing { region, ..Backing::clone(b) }),
         _ => {
             let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize)?);
-            Arc::new(Backing { region, pages, dirty: None })
+            Arc::new(Backing { region, pages, dirty: None, accessed: None })
         }
     })
 }

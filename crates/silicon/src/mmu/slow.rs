@@ -269,10 +269,14 @@ impl Cpu {
         let access = Access { kind: Kind::Execute, class };
         let lin = self.checked(Seg::Cs, lin)?;
         let (leaf, walked) = self.leaf(lin, access)?;
-        let Some(host) = self.backing(leaf.page()).map(|b| b.host(leaf.page())) else {
+        let Some(backing) = self.backing(leaf.page()) else {
             let gpa = leaf.page() & !SMM_SPACE | (lin & PAGE_MASK);
             return Err(self.exit(Exit::FetchFailed { gpa }));
         };
+        let host = backing.host(leaf.page());
+        if backing.log_access(leaf.page(), false) {
+            self.log_modified(leaf.page());
+        }
         let gfn = leaf.page() >> PAGE_SHIFT;
         if walked {
             // A new mapping may be how the guest learns that a device has written the page.
@@ -307,7 +311,7 @@ impl Cpu {
             return Ok(Place { gpa, host: None, writable: false, coded: false, watched, uncached: true });
         };
         let (host, writable) = (backing.host(gpa), !backing.region.readonly);
-        if write && writable && backing.log(gpa) {
+        if backing.log_access(gpa, write) {
             self.log_modified(gpa);
         }
         let claimed = writable
@@ -397,7 +401,11 @@ impl Cpu {
     pub(crate) fn peek_entry(&mut self, gpa: u64, wide: bool) -> Result<Option<u64>, Absent> {
         let gpa = gpa | self.space();
         let Some(backing) = self.backing(gpa) else { return Ok(None) };
-        read_host(backing.host(gpa), if wide { 8 } else { 4 }).map(Some)
+        let host = backing.host(gpa);
+        if backing.log_access(gpa, false) {
+            self.log_modified(gpa);
+        }
+        read_host(host, if wide { 8 } else { 4 }).map(Some)
     }
 
     /// Reads a byte of memory with no effect on the guest and no regard to rights; `None` if none is there.
@@ -415,7 +423,7 @@ impl Cpu {
             return Ok(true);
         }
         let (host, size) = (backing.host(gpa), if wide { 8 } else { 4 });
-        if backing.log(gpa) {
+        if backing.log_access(gpa, true) {
             self.log_modified(gpa);
         }
         let found = self.present(exchange_host(host, size, &mut |now| (now == old).then_some(new)))?;
