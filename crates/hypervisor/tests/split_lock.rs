@@ -695,6 +695,20 @@ fn sl_g11_uc_lock_disable() {
     assert_eq!(bit, DETECT, "the host's setting once the vCPU is put");
 }
 
+/// G11: emulation of a split lock once made it on memory where the guest has asked for UC locks to fault.
+#[test]
+fn sl_g11_an_emulated_split_lock_is_still_refused_as_a_uc_lock() {
+    // As above, with lock inc word [0x203f].
+    let program: &[u8] = &[
+        0x0f, 0x20, 0xc0, 0x66, 0x0d, 0, 0, 0, 0x40, 0x0f, 0x22, 0xc0, 0x66, 0xb9, 0x33, 0, 0, 0, 0x66, 0x31,
+        0xd2, 0x66, 0xb8, 0, 0, 0, 0x10, 0x0f, 0x30, 0xf0, 0xff, 0x06, 0x3f, 0x20, 0xf4,
+    ];
+    let mut machine = Machine::of(system(FATAL), &[program], &[COUNT, HLT]).policy(Policy::Emulate);
+    assert_eq!(machine.run(), HALTED);
+    assert_eq!((machine.word(WORD), machine.word(HANDLED)), (0, 1));
+    assert_eq!(machine.vcpu.handle().stats.uc_locks.load(Ordering::Relaxed), 1);
+}
+
 /// G11, B14: a vCPU that wants UC locks to fault does not do it to the other thread of its core, whichever exception it is.
 #[test]
 fn sl_g11_uc_lock_disable_of_the_cores_other_thread() {

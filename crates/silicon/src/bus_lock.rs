@@ -114,17 +114,18 @@ impl Cpu {
     /// Refuses `lock`, which is about to be taken, if MSR_TEST_CTRL says so; `uncached`: some of it is not write-back memory.
     /// Sees to it that what follows a bus lock comes right after its instruction.
     pub(crate) fn claim_bus_lock(&mut self, lock: LockedAccess, uncached: bool) -> Result<(), Abort> {
-        if !self.permit_locked_access {
-            let control = self.test_ctrl.get();
-            if lock.kind == LockKind::Split && control & test_ctrl::SPLIT_LOCK_DETECT != 0 {
-                self.counters.split_lock_faults += 1;
-                return Err(self.refuse_lock(lock, Exception::AC));
-            }
-            if uncached && control & test_ctrl::UC_LOCK_DISABLE != 0 {
-                self.counters.uc_lock_faults += 1;
-                let exception = if self.test_ctrl.uc_lock_is_ac() { Exception::AC } else { Exception::gp(0) };
-                return Err(self.refuse_lock(LockedAccess { kind: LockKind::Uncached, ..lock }, exception));
-            }
+        let control = self.test_ctrl.get();
+        let permitted = self.permitted_lock;
+        if lock.kind == LockKind::Split && permitted.is_none() && control & test_ctrl::SPLIT_LOCK_DETECT != 0
+        {
+            self.counters.split_lock_faults += 1;
+            return Err(self.refuse_lock(lock, Exception::AC));
+        }
+        let permitted = permitted == Some(LockKind::Uncached);
+        if uncached && !permitted && control & test_ctrl::UC_LOCK_DISABLE != 0 {
+            self.counters.uc_lock_faults += 1;
+            let exception = if self.test_ctrl.uc_lock_is_ac() { Exception::AC } else { Exception::gp(0) };
+            return Err(self.refuse_lock(LockedAccess { kind: LockKind::Uncached, ..lock }, exception));
         }
         self.step_for_bus_locks()
     }
@@ -153,7 +154,7 @@ impl Cpu {
 
     /// MSR_TEST_CTRL says that a split access goes without LOCK#.
     pub(crate) fn lock_is_suppressed(&self) -> bool {
-        !self.permit_locked_access && self.test_ctrl.get() & test_ctrl::SUPPRESS_LOCK != 0
+        self.permitted_lock.is_none() && self.test_ctrl.get() & test_ctrl::SUPPRESS_LOCK != 0
     }
 
     /// `lock`, if there is one, has been taken.
@@ -179,7 +180,7 @@ impl Cpu {
 
     /// The instruction at RIP is over or given up for good: what was asked for it alone ends.
     pub(crate) fn end_lock_permission(&mut self) {
-        self.permit_locked_access = false;
+        self.permitted_lock = None;
         self.step_next = false;
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::Decoder;
 
-use crate::bus_lock::{LockedAccess, TestCtrl};
+use crate::bus_lock::{LockKind, LockedAccess, TestCtrl};
 use crate::clock::Clock;
 use crate::code::CodeCache;
 use crate::code::op::Op;
@@ -143,11 +143,12 @@ pub struct Cpu {
     /// goes to memory that is not write-back.
     pub test_ctrl: TestCtrl,
     /// The locked accesses of the next instruction, or of the delivery of the event that the entry injects, go through
-    /// atomically although [`Cpu::test_ctrl`] would refuse them: all other CPUs of the VM stand still meanwhile. They are bus
-    /// locks all the same: BLD and bus-lock detection report them. The hypervisor sets it before an entry; it ends when the
-    /// instruction at RIP completes or faults, or when an event has been delivered, and outlasts exits that repeat the
-    /// instruction (ports, MMIO).
-    pub permit_locked_access: bool,
+    /// atomically although [`Cpu::test_ctrl`] would refuse them for this reason: all other CPUs of the VM stand still
+    /// meanwhile. The processor looks for split locks first, so what is permitted to be [`LockKind::Uncached`] may be split
+    /// as well. They are bus locks all the same: BLD and bus-lock detection report them. The hypervisor sets it before an
+    /// entry; it ends when the instruction at RIP completes or faults, or when an event has been delivered, and outlasts exits
+    /// that repeat the instruction (ports, MMIO).
+    pub permitted_lock: Option<LockKind>,
     /// The locked access that the last exception refused, set with [`Exit::Exception`] when #AC or #GP is from split-lock
     /// detection or UC-lock disable; `None` for those of any other cause. RIP is at the instruction, which has changed nothing.
     pub refused_lock: Option<LockedAccess>,
@@ -201,7 +202,7 @@ impl Cpu {
             pending_debug: 0,
             idt_vectoring: None,
             test_ctrl: TestCtrl::default(),
-            permit_locked_access: false,
+            permitted_lock: None,
             refused_lock: None,
             exit_bus_lock: false,
             event_window: EventWindow::default(),

@@ -282,7 +282,7 @@ impl Cpu {
             || self.controls.monitor_trap_flag
             || self.event_window.stalls_instructions()
             || self.step_next
-            || self.permit_locked_access
+            || self.permitted_lock.is_some()
             || close_to_limit
             || (shadow && window)
         {
@@ -330,7 +330,7 @@ impl Cpu {
             || controls.monitor_trap_flag
             || self.event_window.stalls_instructions()
             || self.step_next
-            || self.permit_locked_access
+            || self.permitted_lock.is_some()
             || controls.instruction_limit != u64::MAX
             || !self.replay.done.is_empty();
         // Nobody else changes this bit, so it is written only when it has to be.

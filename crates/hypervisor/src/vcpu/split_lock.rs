@@ -52,8 +52,9 @@ impl SplitLockExit {
 pub(super) enum Step {
     /// The host's detection is off for it, as the host kernel does it in warn mode. A UC lock that the guest wants refused is.
     Undetected,
-    /// The processor is told to let it pass, or the delivery of the event that made it; detection stays on.
-    Permitted,
+    /// The processor is told to let it pass, or the delivery of the event that made it, although it is a lock of this kind;
+    /// detection stays on.
+    Permitted(LockKind),
 }
 
 /// What a vCPU's locks have to do with its place on the host.
@@ -221,7 +222,7 @@ impl Vcpu {
         };
         match decide(access.kind, &situation) {
             Action::Forward => self.forward(access.kind, exception),
-            Action::Execute => self.locks.step = Some(Step::Permitted),
+            Action::Execute => self.locks.step = Some(Step::Permitted(access.kind)),
             Action::Warn => self.warn(),
             Action::Refuse(policy) => return self.refuse(policy, &access, exception),
         }
@@ -273,7 +274,7 @@ impl Vcpu {
             }
             Policy::Emulate => {
                 stats.split_locks_emulated.count();
-                self.locks.step = Some(Step::Permitted);
+                self.locks.step = Some(Step::Permitted(access.kind));
                 return None;
             }
             Policy::Efault => stats.split_locks_efault.count(),
@@ -301,7 +302,10 @@ impl Vcpu {
     /// Executes the instruction whose access was refused, or delivers the event.
     pub(super) fn execute_step(&mut self, step: Step, enter: fn(&mut Cpu) -> Exit) -> Exit {
         let claim = (step == Step::Undetected).then(|| self.claim(Want::SplitLocks));
-        self.cpu.permit_locked_access = step == Step::Permitted;
+        self.cpu.permitted_lock = match step {
+            Step::Permitted(kind) => Some(kind),
+            Step::Undetected => None,
+        };
         self.cpu.controls.smi_exiting = false;
         if self.events.reinjects() {
             self.cpu.injection = self.next_injection();

@@ -349,7 +349,7 @@ fn sl_b8_ltr_takes_a_lock_and_lsl_does_not() {
     assert_eq!(machine.reg(reg::RCX), 0x1ff);
     assert_eq!(machine.run(&[0x0f, 0x00, 0xd8]), Exit::Exception(Exception::AC)); // ltr ax
     assert!(machine.cpu.refused_lock.is_some_and(|lock| lock.implicit && lock.kind == LockKind::Split));
-    machine.cpu.permit_locked_access = true;
+    machine.cpu.permitted_lock = Some(LockKind::Split);
     assert_eq!(machine.cpu.run(), Exit::Hlt);
     assert_eq!((machine.word(DATA + 58 + 0x45, 1), machine.cpu.state.tr.selector), (0x8b, 0x40));
 }
@@ -366,10 +366,10 @@ fn sl_b8_an_event_whose_delivery_splits_is_vectoring() {
     assert_eq!(machine.cpu.idt_vectoring, Some(Event::Interrupt(0x40)));
     assert!(machine.cpu.refused_lock.is_some());
     // The permission to make the access covers the delivery that is tried again, and ends with it.
-    machine.cpu.permit_locked_access = true;
+    machine.cpu.permitted_lock = Some(LockKind::Split);
     machine.cpu.injection = Some(Injection::Interrupt(0x40));
     assert_eq!((machine.cpu.run(), machine.vector()), (Exit::Hlt, Some(0x40)));
-    assert!(!machine.cpu.permit_locked_access);
+    assert_eq!(machine.cpu.permitted_lock, None);
     assert_eq!(machine.cpu.counters.bus_locks, 1);
     let at = machine.cpu.state.gdtr.base + 0x45;
     machine.put_word(at, 1, 0x9a);
@@ -572,28 +572,46 @@ fn sl_a_permitted_access_is_made_once() {
     let mut machine = machine(3, test_ctrl::SPLIT_LOCK_DETECT | test_ctrl::UC_LOCK_DISABLE);
     let code = LOCK_INC.repeat(2);
     assert_eq!(go(&mut machine, &code), Exit::Exception(Exception::AC));
-    machine.cpu.permit_locked_access = true;
+    machine.cpu.permitted_lock = Some(LockKind::Split);
     assert_eq!(machine.cpu.run(), Exit::Exception(Exception::AC), "the second one");
     assert_eq!((machine.cpu.state.rip, machine.word(SPLIT, 4)), (CODE3 + LOCK_INC_LEN, 1));
-    assert!(!machine.cpu.permit_locked_access);
+    assert_eq!(machine.cpu.permitted_lock, None);
     // It outlasts the exits of a device access, which repeat the instruction, and is a bus lock for whoever asks.
     let device = MEMORY as u64;
     machine.cpu.controls.bus_lock_detection = true;
     map(&mut machine, DEVICE, device, 0);
     machine.set(reg::RBX, DEVICE);
-    machine.cpu.permit_locked_access = true;
+    machine.cpu.permitted_lock = Some(LockKind::Uncached);
     for _ in 0..2 {
         assert!(matches!(machine.cpu.run(), Exit::EptViolation(_)));
         machine.cpu.complete_read(7);
     }
-    assert_eq!((machine.cpu.run(), machine.cpu.permit_locked_access), (Exit::BusLock, false));
+    assert_eq!((machine.cpu.run(), machine.cpu.permitted_lock), (Exit::BusLock, None));
     // The delivery of an event ends it.
     machine.set(reg::RBX, SPLIT);
     machine.set_ring(3);
-    machine.cpu.permit_locked_access = true;
+    machine.cpu.permitted_lock = Some(LockKind::Split);
     machine.cpu.injection = Some(Injection::Interrupt(0x40));
-    assert_eq!((go(&mut machine, LOCK_INC), machine.cpu.permit_locked_access), (Exit::Hlt, false));
+    assert_eq!((go(&mut machine, LOCK_INC), machine.cpu.permitted_lock), (Exit::Hlt, None));
     assert_eq!(machine.vector(), Some(0x40));
+}
+
+/// Permission for a split lock once let it through where locks on memory that is not write-back are refused.
+#[test]
+fn sl_b9_a_permitted_split_lock_is_refused_as_uncached() {
+    let mut machine = machine(3, test_ctrl::SPLIT_LOCK_DETECT | test_ctrl::UC_LOCK_DISABLE);
+    machine.cpu.controls.exception_bitmap |= 1 << GP;
+    map(&mut machine, SPLIT & !0xfff, SPLIT & !0xfff, UC);
+    assert_eq!(go(&mut machine, LOCK_INC), Exit::Exception(Exception::AC));
+    assert_eq!(machine.cpu.refused_lock.map(|lock| lock.kind), Some(LockKind::Split));
+    machine.cpu.permitted_lock = Some(LockKind::Split);
+    assert_eq!(machine.cpu.run(), Exit::Exception(Exception::gp(0)));
+    assert_eq!(machine.cpu.refused_lock.map(|lock| lock.kind), Some(LockKind::Uncached));
+    assert_eq!(machine.word(SPLIT, 4), 0);
+    // What may be uncached has been found to be split before.
+    machine.cpu.permitted_lock = Some(LockKind::Uncached);
+    assert_eq!(machine.cpu.run(), Exit::Cpuid);
+    assert_eq!(machine.word(SPLIT, 4), 1);
 }
 
 #[test]
@@ -653,7 +671,7 @@ fn hammer(first: &[u8], second: &[u8], rounds: u64, control: u64) -> (Machine, C
                 // The emulating hypervisor: what is refused is permitted once.
                 loop {
                     match cpu.run() {
-                        Exit::Exception(Exception::AC) => cpu.permit_locked_access = true,
+                        Exit::Exception(Exception::AC) => cpu.permitted_lock = Some(LockKind::Split),
                         exit => break assert_eq!(exit, Exit::Cpuid),
                     }
                 }
