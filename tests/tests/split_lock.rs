@@ -1,5 +1,5 @@
 //! Split locks and bus locks of a Linux guest: what Debian's kernel says and does under each of its modes, on hosts in each
-//! of theirs. The program that makes them is `programs/split.c`.
+//! of theirs. The programs that make them are `programs/split.c` and, in the kernel, `programs/kernel_split.c`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,17 +23,13 @@ fn in_one_piece(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
     path
 }
 
-/// Compiles the program once.
-fn program() -> &'static [u8] {
-    static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let source = root().join("tests/programs/split.c");
-        let target = in_one_piece("split", |target| {
-            run(Command::new("cc").args(["-O1", "-static", "-pthread", "-o"]).arg(target).arg(source))
-                .unwrap();
-        });
-        std::fs::read(target).unwrap()
-    })
+/// Compiles the program `name`.
+fn program(name: &str) -> Vec<u8> {
+    let source = root().join(format!("tests/programs/{name}.c"));
+    let target = in_one_piece(name, |target| {
+        run(Command::new("cc").args(["-O1", "-static", "-pthread", "-o"]).arg(target).arg(source)).unwrap();
+    });
+    std::fs::read(target).unwrap()
 }
 
 /// The initramfs runs the commands of its kernel command line's `run=`, between BEGIN and END, and shows the log.
@@ -48,10 +44,11 @@ echo BEGIN program
 eval \"$commands\" 2>&1
 echo END program
 echo BEGIN log
-dmesg | grep -o -e 'x86/split lock.*' -e 'Unhandled.*' -e 'unchecked.*'
+dmesg | grep -o -e 'x86/split lock.*' -e 'Unhandled.*' -e 'unchecked.*' -e 'Oops: .*'
 echo END log
 ";
-        let files = vec![("bin/split".to_string(), 0o755, program().to_vec())];
+        let programs = ["split", "kernel_split"];
+        let files = programs.map(|name| (format!("bin/{name}"), 0o755, program(name))).to_vec();
         let kernel = packages::kernel("6.12").unwrap();
         in_one_piece("split-lock.cpio", |path| {
             Initramfs { script, files }.build(&kernel, path).map(drop).unwrap()
@@ -130,6 +127,40 @@ fn sl_l2_the_guest_warns_on_a_fatal_host_that_emulates() {
     assert_eq!(logged(&outcome, "took a split_lock trap at address: 0x"), 1);
     assert_eq!(section(&outcome, "program"), "sum 3\n");
     assert!(outcome.stderr.contains("split locks emulated"), "{}", outcome.stderr);
+}
+
+/// A split lock of the kernel's own is a bug of it in every mode but off.
+#[test]
+fn sl_l4_the_kernel_itself() {
+    let lock = "kernel_split; echo status $?";
+    for (host, guest) in [("warn", "warn"), ("fatal", "fatal")] {
+        let (host, guest) = (format!("split_lock_detect={host}"), format!("split_lock_detect={guest}"));
+        let outcome = linux(BARE, &host, &guest, lock, 1);
+        assert_eq!(logged(&outcome, "Oops: Split lock detected"), 1, "{guest}: {}", outcome.console);
+        // The oops, on the console, and then the end of the process whose system call it was.
+        let program = section(&outcome, "program");
+        assert!(program.ends_with("status 139\n") && !program.contains("sum 4"), "{guest}: {program}");
+    }
+    // Who does not detect them gets what the host says.
+    for host in ["split_lock_detect=warn", "split_lock_detect=fatal ring3.split_lock_policy=emulate"] {
+        let outcome = linux("sapphire-rapids", host, "", lock, 1);
+        assert_eq!(section(&outcome, "program"), "sum 42\nstatus 0\n", "{host}");
+        assert_eq!(logged(&outcome, "Oops"), 0);
+    }
+}
+
+/// Row 5 with the policy to forward: a kernel that has not asked for detection takes the exception for a warning, waits its
+/// 10 ms, and executes the instruction again, for ever; the culprit can be killed.
+#[test]
+fn sl_l6_an_unaware_guest_that_gets_the_exception_loops_and_can_be_stopped() {
+    let commands = "split 1 & sleep 1; kill -9 $!; wait $!; echo status $?";
+    let host = "split_lock_detect=fatal ring3.split_lock_policy=forward";
+    let outcome = linux("sapphire-rapids", host, "", commands, 1);
+    assert_eq!(section(&outcome, "program"), "status 137\n", "{}", outcome.console);
+    assert_eq!(logged(&outcome, "took a split_lock trap at address: 0x"), 1, "each task once");
+    let (_, forwarded) = outcome.stderr.split_once("split locks forwarded").unwrap();
+    let forwarded: u64 = forwarded.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(forwarded >= 2, "{forwarded}");
 }
 
 #[test]
