@@ -152,8 +152,16 @@ fn split_locks(options: &Options) -> Result<(), Error> {
         let (speed, locks) = (median(speeds.into_iter()), median(locks.into_iter()));
         let _ = writeln!(table, "| `{host}` | {speed:.2} | {locks:.0} |");
     }
+    let _ = writeln!(table, "\n{}", lock_detection()?.trim_end());
     println!("{table}");
     options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &table)))
+}
+
+/// What detection costs locked accesses that are not split, in interleaved runs: a line of text.
+fn lock_detection() -> Result<String, Error> {
+    let example =
+        ["run", "--release", "--quiet", "--package", "silicon", "--example", "mips", "lock-detection"];
+    xtask::run(Command::new("cargo").args(example).current_dir(xtask::root()))
 }
 
 fn guests(options: &Options) -> Result<(), Error> {
