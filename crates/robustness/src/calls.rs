@@ -55,6 +55,14 @@ impl Arena {
         }
     }
 
+    /// Makes the guests' half one piece of memory again. What sessions have done to it is theirs, and no growth.
+    pub fn mend(self) {
+        let (rw, at) = (libc::PROT_READ | libc::PROT_WRITE, self.0 as usize + ARENA / 2);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_POPULATE;
+        // SAFETY: part of the arena; between sessions nobody looks at it.
+        unsafe { libc::mmap(at as *mut libc::c_void, ARENA / 2, rw, flags, -1, 0) };
+    }
+
     fn range(self) -> Range<u64> {
         self.0..self.0 + ARENA as u64
     }

@@ -61,9 +61,11 @@ fn worker(arguments: &Arguments, sessions: u64) -> ExitCode {
             return ExitCode::FAILURE;
         }
         if number + 1 == WARM {
+            arena.mend();
             before = Held::now();
         }
     }
+    arena.mend();
     if sessions > WARM
         && let Some(growth) = Held::now().growth(&before)
     {
