@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use hypervisor::permissions::Beneficiary;
 use hypervisor::{HostParams, System, Vcpu, VcpuExit, Vm};
 use kvm_bindings::{kvm_pit_config, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use silicon::model::{CpuModel, Feature};
@@ -185,6 +186,7 @@ pub fn build(image: &[u8], cpus: u32, model: CpuModel, host: HostParams) -> Resu
     }
     let offers_deadline = model.features().has(Feature::TscDeadline);
     let system = System::new(model, host);
+    system.permissions().request_all(Beneficiary::Guests);
     let vm = system.create_vm()?;
     vm.set_user_memory_region(kvm_userspace_memory_region {
         slot: 0,
@@ -198,8 +200,7 @@ pub fn build(image: &[u8], cpus: u32, model: CpuModel, host: HostParams) -> Resu
     let mut vcpus = Vec::new();
     for id in 0..cpus {
         let mut vcpu = vm.create_vcpu(id)?;
-        // All that the processor has, also what a foreign client would need a permission for (AMX).
-        let mut cpuid = hypervisor::cpuid::supported(system.model(), system.host());
+        let mut cpuid = system.supported_cpuid();
         // KVM leaves it to a capability whether the local APIC's timer has this mode.
         for leaf in cpuid.iter_mut().filter(|leaf| leaf.function == 1 && offers_deadline) {
             leaf.ecx |= 1 << 24;

@@ -20,8 +20,8 @@ use kvm_bindings::*;
 use crate::coalesced::RING_PAGE;
 use crate::error::Errno;
 use crate::ring3::{
-    RING3_CAP_NOTIFY, RING3_CAP_NOTIFY_WINDOW, RING3_CAP_PINNED_VCPUS, RING3_CAP_SPLIT_LOCK_POLICY,
-    RING3_NOTIFY_THERE,
+    RING3_CAP_LIVE_XSTATE, RING3_CAP_NOTIFY, RING3_CAP_NOTIFY_WINDOW, RING3_CAP_PINNED_VCPUS,
+    RING3_CAP_SPLIT_LOCK_POLICY, RING3_NOTIFY_THERE,
 };
 use crate::run::SYNC_REGS;
 
@@ -190,6 +190,7 @@ capabilities! {
     RING3_PINNED_VCPUS        RING3_CAP_PINNED_VCPUS              Value(1), enable Vm::declare_pinned;
     RING3_NOTIFY              RING3_CAP_NOTIFY                    OfVm(notify), enable Vm::set_notify;
     RING3_NOTIFY_WINDOW       RING3_CAP_NOTIFY_WINDOW             OfVm(notify_window);
+    RING3_LIVE_XSTATE         RING3_CAP_LIVE_XSTATE               Value(1), enable Vm::set_live_xstate;
 }
 
 /// The modes of bus-lock detection, where there is any.

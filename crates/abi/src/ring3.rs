@@ -52,6 +52,10 @@ pub const RING3_CAP_NOTIFY: u32 = 0x5233_0010;
 /// KVM_CHECK_EXTENSION answers the window, in ticks of the crystal (25 MHz), as an unsigned number.
 pub const RING3_CAP_NOTIFY_WINDOW: u32 = 0x5233_0011;
 
+/// KVM_CAP of a VM, at any time: with argument 1 KVM_GET_XSAVE2 and KVM_SET_XSAVE carry XSAVE components that IA32_XFD disables
+/// (tiles that are live all the same); with 0 they do not, as the kernel's.
+pub const RING3_CAP_LIVE_XSTATE: u32 = 0x5233_0020;
+
 /// In the answer to [`RING3_CAP_NOTIFY`]: it is there, whatever is enabled; and KVM_EXIT_NOTIFY comes with a
 /// [`NotifyRecord`].
 pub const RING3_NOTIFY_THERE: u32 = 1 << 16;

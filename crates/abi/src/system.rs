@@ -98,7 +98,7 @@ pub(crate) fn get_mce_cap_supported(system: &Arc<System>, argument: Argument) ->
 /// The value of an attribute of the system.
 fn attribute(system: &System, attribute: &kvm_device_attr) -> Result<u64, Errno> {
     match (attribute.group, attribute.attr) {
-        (0, id) if id == u64::from(KVM_X86_XCOMP_GUEST_SUPP) => Ok(system.guest_xcr0()),
+        (0, id) if id == u64::from(KVM_X86_XCOMP_GUEST_SUPP) => Ok(system.permissions().supported()),
         _ => Err(Errno::NXIO),
     }
 }

@@ -5,7 +5,8 @@
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use silicon::bus_lock::core_capabilities;
 use silicon::model::cpuid::{CpuidEntry, CpuidValues, Dynamic, Identity, read};
-use silicon::model::{CpuModel, Feature, Features};
+use silicon::model::xstate::{TILEDATA, size_compacted, size_standard};
+use silicon::model::{CpuModel, Feature, FeatureSet, Features};
 use silicon::state::CpuState;
 
 use crate::host::HostParams;
@@ -81,6 +82,23 @@ pub enum CpuidError {
     /// EINVAL.
     #[error("CPUID leaf 0x80000008 gives {0} bits of linear address; 48 and 57 can be")]
     LinearBits(u8),
+    /// EPERM.
+    #[error(
+        "CPUID leaf 0xd has XSAVE components {0:#x}, which guests may not use: ask for them with \
+         arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM) before the first vCPU is created"
+    )]
+    NotPermitted(u64),
+}
+
+impl CpuidError {
+    /// The errno of KVM_SET_CPUID2.
+    pub fn errno(self) -> i32 {
+        match self {
+            CpuidError::TooMany(_) => libc::E2BIG,
+            CpuidError::LinearBits(_) => libc::EINVAL,
+            CpuidError::NotPermitted(_) => libc::EPERM,
+        }
+    }
 }
 
 fn entry(from: &CpuidEntry) -> kvm_cpuid_entry2 {
@@ -133,9 +151,33 @@ fn paravirtual() -> [CpuidEntry; 2] {
     ]
 }
 
-/// KVM_GET_SUPPORTED_CPUID.
-pub fn supported(model: &CpuModel, host: &HostParams) -> Vec<kvm_cpuid_entry2> {
+/// Of leaf 0DH, what describes the components of `xcr0` (kernel: `__do_cpuid_func`). Whatever else tells of a feature with a component
+/// that a process must have a permission for, is told without it.
+fn limit_components(table: &mut Vec<CpuidEntry>, xcr0: u64) {
+    let kept = |e: &CpuidEntry| e.values.ecx & 1 != 0 || xcr0 >> e.subleaf.min(63) & 1 != 0;
+    table.retain(|e| e.leaf != 0xd || e.subleaf < 2 || kept(e));
+    for entry in table.iter_mut().filter(|e| e.leaf == 0xd) {
+        let values = &mut entry.values;
+        match entry.subleaf {
+            0 => {
+                (values.eax, values.edx) = (values.eax & xcr0 as u32, values.edx & (xcr0 >> 32) as u32);
+                (values.ebx, values.ecx) = (size_standard(xcr0), size_standard(xcr0));
+            }
+            1 if values.ebx != 0 => {
+                let xss = u64::from(values.edx) << 32 | u64::from(values.ecx);
+                values.ebx = size_compacted(xcr0 | xss);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// KVM_GET_SUPPORTED_CPUID, where guests may use the components of `xcr0`.
+pub fn supported(model: &CpuModel, host: &HostParams, xcr0: u64) -> Vec<kvm_cpuid_entry2> {
     let mut table = model.cpuid(&Identity::default());
+    if model.has(Feature::Xsave) {
+        limit_components(&mut table, xcr0);
+    }
     EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
     LEFT_TO_THE_CLIENT.iter().for_each(|&feature| set_bit(&mut table, feature, false));
     // No topology, and clocks are the client's to tell.
@@ -276,9 +318,20 @@ impl Cpuid {
         }
     }
 
-    /// What the table says that the processor has.
+    /// What the table says that the processor has. What works with XSAVE components that leaf 0DH lacks, can never be
+    /// enabled (kernel: `guest_supported_xcr0`).
     pub fn features(&self) -> Features {
-        Features::from_cpuid(|leaf, subleaf| self.raw(leaf, subleaf))
+        let features = Features::from_cpuid(|leaf, subleaf| self.raw(leaf, subleaf));
+        if self.xcr0() & TILEDATA != 0 || !features.has(Feature::AmxTile) {
+            return features;
+        }
+        let left = features.set().minus(FeatureSet::of(&[Feature::AmxTile])).consistent();
+        Features::new(left, features.physical_bits()).with_signature(features.signature())
+    }
+
+    /// The XSAVE components that leaf 0DH has.
+    pub fn xcr0(&self) -> u64 {
+        self.raw(0xd, 0).map_or(0, |values| u64::from(values.edx) << 32 | u64::from(values.eax))
     }
 
     /// The paravirtual features that the guest is told of ([`pv`]).
@@ -318,7 +371,8 @@ mod tests {
     use silicon::state::cr4;
 
     fn cpuid(model: &str) -> Cpuid {
-        Cpuid::from_entries(&supported(&CpuModel::parse(model).unwrap(), &HostParams::default())).unwrap()
+        Cpuid::from_entries(&supported(&CpuModel::parse(model).unwrap(), &HostParams::default(), u64::MAX))
+            .unwrap()
     }
 
     fn look(cpuid: &Cpuid, leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -337,7 +391,7 @@ mod tests {
 
     #[test]
     fn every_leaf_is_listed() {
-        let table = supported(&CpuModel::default(), &HostParams::default());
+        let table = supported(&CpuModel::default(), &HostParams::default(), u64::MAX);
         let leaves: Vec<u32> = table.iter().map(|e| e.function).collect();
         assert!((0..=0x1f).chain(0x8000_0000..=0x8000_0008).all(|leaf| leaves.contains(&leaf)));
         assert!(leaves.is_sorted());
@@ -353,7 +407,7 @@ mod tests {
         let name: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|w| w.to_le_bytes()).collect();
         assert_eq!((eax, &name[..9]), (KVM_CPUID_FEATURES, &b"KVMKVMKVM"[..]));
         assert_eq!(spr.pv_features(), pv::SUPPORTED);
-        let mut moved = supported(&CpuModel::default(), &HostParams::default());
+        let mut moved = supported(&CpuModel::default(), &HostParams::default(), u64::MAX);
         moved.iter_mut().filter(|e| e.function >> 28 == 4).for_each(|e| e.function += 0x100);
         assert_eq!(Cpuid::from_entries(&moved).unwrap().pv_features(), pv::SUPPORTED);
         assert_eq!(Cpuid::default().pv_features(), 0);
@@ -373,7 +427,7 @@ mod tests {
             let host = HostParams::parse(host).unwrap();
             let model = CpuModel::default();
             let machine = for_machine(&model, &host, &Identity::default());
-            for table in [supported(&model, &host), machine] {
+            for table in [supported(&model, &host, u64::MAX), machine] {
                 let table = Cpuid::from_entries(&table).unwrap();
                 assert_eq!(table.features().has(Feature::CoreCapability), offered, "{host:?}");
                 let [eax, ebx, ecx, edx] = look(&table, RING3_CPUID_SIGNATURE, 0);
@@ -384,7 +438,8 @@ mod tests {
             }
         }
         let host = HostParams::parse("split_lock_detect=fatal").unwrap();
-        let old = Cpuid::from_entries(&supported(&CpuModel::parse("nehalem").unwrap(), &host)).unwrap();
+        let old =
+            Cpuid::from_entries(&supported(&CpuModel::parse("nehalem").unwrap(), &host, u64::MAX)).unwrap();
         assert_eq!(look(&old, RING3_CPUID_FEATURES, 0)[1], 0, "nothing to be forced on");
     }
 
@@ -396,7 +451,7 @@ mod tests {
         assert_eq!(look(&spr, 0x8000_0009, 0), last);
         assert_eq!(look(&spr, 0x4000_0002, 0), last);
         assert_eq!(look(&spr, 0xc000_0000, 0), last);
-        let mut amd = supported(&CpuModel::default(), &HostParams::default());
+        let mut amd = supported(&CpuModel::default(), &HostParams::default(), u64::MAX);
         amd[0].ebx = u32::from_le_bytes(*b"Auth");
         assert_eq!(look(&Cpuid::from_entries(&amd).unwrap(), 0x20, 0), [0; 4]);
         assert_eq!(look(&Cpuid::default(), 1, 0), [0; 4], "no table");
@@ -418,7 +473,7 @@ mod tests {
 
     #[test]
     fn tables_that_kvm_refuses() {
-        let mut table = supported(&CpuModel::default(), &HostParams::default());
+        let mut table = supported(&CpuModel::default(), &HostParams::default(), u64::MAX);
         table.iter_mut().filter(|e| e.function == 0x8000_0008).for_each(|e| e.eax = 46 | 40 << 8);
         assert_eq!(Cpuid::from_entries(&table).err(), Some(CpuidError::LinearBits(40)));
         let many = vec![kvm_cpuid_entry2::default(); CPUID_ENTRIES_MAX + 1];

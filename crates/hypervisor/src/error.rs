@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use silicon::tiles::TileDataError;
+
 use crate::cpuid::CpuidError;
 use crate::eventfd::EventFdError;
 use crate::irqchip::IrqChipError;
@@ -81,6 +83,13 @@ pub enum Error {
         /// Where the client has it.
         host: u64,
     },
+    /// KVM_RUN, KVM_SET_XSAVE: there is no memory for the AMX tiles of the vCPU, which is as it was. RIP is at the guest's
+    /// instruction that needs it.
+    #[error(
+        "{0}: free some and run the vCPU again, or let the guest go on without tiles (#GP for its XSETBV or WRMSR at RIP, by \
+         KVM_SET_VCPU_EVENTS)"
+    )]
+    NoRoom(TileDataError),
     /// The interrupt controllers refuse.
     #[error(transparent)]
     IrqChip(#[from] IrqChipError),
@@ -114,9 +123,9 @@ impl Error {
             Error::IrqChip(IrqChipError::Exists) => libc::EEXIST,
             Error::IrqChip(IrqChipError::NoDevice) => libc::ENXIO,
             Error::IrqChip(IrqChipError::Invalid | IrqChipError::Routing(_)) => libc::EINVAL,
-            Error::Cpuid(CpuidError::TooMany(_)) => libc::E2BIG,
             Error::EventFd(e) => e.errno(),
-            Error::Cpuid(_) => libc::EINVAL,
+            Error::Cpuid(e) => e.errno(),
+            Error::NoRoom(_) => libc::ENOMEM,
             Error::MemoryAbsent { .. } => libc::EFAULT,
             // The signal has interrupted it.
             Error::Interrupted | Error::MemoryFailed { .. } => libc::EINTR,

@@ -17,6 +17,7 @@ pub mod modules;
 pub mod msr;
 pub mod nested;
 pub mod notify;
+pub mod permissions;
 pub mod processors;
 pub mod routing;
 pub mod split_lock;

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
-use silicon::model::{CpuModel, Feature, FeatureSet};
+use silicon::model::{CpuModel, Feature};
 
 use crate::cpuid;
 use crate::error::Error;
 use crate::host::{HostParams, SplitLockDetect};
 use crate::msr;
 use crate::notify;
+use crate::permissions::Permissions;
 use crate::processors::Processors;
 use crate::split_lock::{self, RateLimit};
 use crate::time::{HostTime, Monotonic};
@@ -25,8 +26,7 @@ pub const VCPU_IDS_MAX: u32 = 4 * VCPUS_MAX;
 #[derive(Debug)]
 pub struct System {
     model: CpuModel,
-    /// The model as clients are told of it: without what a process needs a permission for that it cannot ask for yet.
-    permitted: CpuModel,
+    permissions: Permissions,
     host: HostParams,
     processors: Arc<Processors>,
     time: Box<dyn HostTime>,
@@ -58,7 +58,6 @@ impl System {
             SplitLockDetect::RateLimit(rate) => Some(RateLimit::new(rate, SECOND)),
             _ => None,
         };
-        let permitted = model.without(FeatureSet::of(&[Feature::AmxTile, Feature::Xfd]));
         Arc::new(System {
             processors: Arc::new(Processors::new(&model, &host)),
             time,
@@ -67,8 +66,8 @@ impl System {
             // The kernel's DEFAULT_RATELIMIT_BURST and _INTERVAL.
             split_lock_messages: RateLimit::new(10, 5 * SECOND),
             notify_window: AtomicU64::new(host.notify_window_us.map_or(NOTIFY_OFF, u64::from)),
+            permissions: Permissions::new(model.features().xcr0_mask()),
             model,
-            permitted,
             host,
         })
     }
@@ -160,14 +159,14 @@ impl System {
         u32::try_from(host).unwrap_or(VCPUS_MAX).clamp(ANYWHERE, VCPUS_MAX)
     }
 
-    /// Extended-state components that a guest can have (KVM_X86_XCOMP_GUEST_SUPP), as in XCR0.
-    pub fn guest_xcr0(&self) -> u64 {
-        self.permitted.features().xcr0_mask()
+    /// Permission to use dynamically enabled XSAVE components.
+    pub fn permissions(&self) -> &Permissions {
+        &self.permissions
     }
 
-    /// Bytes of the XSAVE area of its vCPUs (KVM_CAP_XSAVE2).
+    /// Bytes of the XSAVE area of vCPUs that are given all that guests may use now (KVM_CAP_XSAVE2).
     pub fn xsave_size(&self) -> usize {
-        crate::vcpu::xstate::xsave_size(self.guest_xcr0())
+        crate::vcpu::xstate::xsave_size(self.permissions.guest_xcr0())
     }
 
     /// KVM_CREATE_VM.
@@ -175,9 +174,9 @@ impl System {
         Vm::new(self.clone())
     }
 
-    /// KVM_GET_SUPPORTED_CPUID.
+    /// KVM_GET_SUPPORTED_CPUID: of XSAVE components only those that guests may use now.
     pub fn supported_cpuid(&self) -> Vec<kvm_cpuid_entry2> {
-        cpuid::supported(&self.permitted, &self.host)
+        cpuid::supported(&self.model, &self.host, self.permissions.guest_xcr0())
     }
 
     /// KVM_GET_EMULATED_CPUID: what a guest may be given although the processor lacks it.

@@ -4,7 +4,7 @@
 use std::arch::naked_asm;
 
 use abi::Argument;
-use abi::xcomp::Permissions;
+use abi::xcomp;
 use libc::{c_int, c_long, sigaction as SigAction};
 
 use crate::open::answered;
@@ -60,8 +60,6 @@ struct KernelAction {
 
 /// SA_RESTORER.
 const SA_RESTORER: u64 = 0x0400_0000;
-
-static PERMISSIONS: Permissions = Permissions::new();
 
 /// A system call with six arguments, as the C library makes it: -1 and `errno`, or the result. Calls that may come back
 /// twice or on another stack (clone, vfork) work, for nothing is kept on the stack.
@@ -149,7 +147,7 @@ unsafe extern "C-unwind" fn handled(
 fn make_arch_prctl(code: usize, argument: usize) -> c_long {
     let ours = || {
         let system = process::system().ok()?;
-        PERMISSIONS.arch_prctl(&system, code as u64, Argument(argument as u64))
+        xcomp::arch_prctl(&system, code as u64, Argument(argument as u64))
     };
     // The codes in question are 0x1021 to 0x1025; others, such as those for FS, are made without a detour.
     if code >> 4 == 0x102

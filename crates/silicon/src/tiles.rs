@@ -164,17 +164,32 @@ pub struct TileDataError(#[from] TryReserveError);
 ///
 /// [`CpuState::tile_data_used`]: crate::state::CpuState::tile_data_used
 #[derive(Debug, Default)]
-pub(crate) struct TileData(Option<Box<[Tile; TILES]>>);
+pub(crate) struct TileData {
+    tiles: Option<Box<[Tile; TILES]>>,
+    /// There is no memory for them, for tests.
+    #[cfg(any(test, feature = "testing"))]
+    refused: bool,
+}
 
 impl TileData {
     fn reserve(&mut self) -> Result<(), TileDataError> {
-        if self.0.is_none() {
+        if self.tiles.is_none() {
             let mut tiles = Vec::new();
-            tiles.try_reserve_exact(TILES)?;
+            tiles.try_reserve_exact(self.wanted())?;
             tiles.resize(TILES, Tile::ZERO);
-            self.0 = Box::try_from(tiles).ok();
+            self.tiles = Box::try_from(tiles).ok();
         }
         Ok(())
+    }
+
+    #[cfg(any(test, feature = "testing"))]
+    fn wanted(&self) -> usize {
+        if self.refused { usize::MAX } else { TILES }
+    }
+
+    #[cfg(not(any(test, feature = "testing")))]
+    fn wanted(&self) -> usize {
+        TILES
     }
 }
 
@@ -196,15 +211,21 @@ impl Cpu {
         self.state.tile_data_used = false;
     }
 
+    /// Makes [`Cpu::reserve_tile_data`] fail from now on, or not, for tests of what comes of it.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn refuse_tile_data(&mut self, refused: bool) {
+        self.tiles.refused = refused;
+    }
+
     /// Bytes of memory that this CPU's tiles take.
     pub fn tile_data_bytes(&self) -> usize {
-        self.tiles.0.as_ref().map_or(0, |tiles| size_of_val(&**tiles))
+        self.tiles.tiles.as_ref().map_or(0, |tiles| size_of_val(&**tiles))
     }
 
     /// TILEDATA as an XSAVE area holds it, whatever XFD says. What does not fit is left out.
     pub(crate) fn tile_data_image(&self, image: &mut [u8]) {
         image.fill(0);
-        let Some(tiles) = self.tiles.0.as_ref().filter(|_| self.state.tile_data_used) else { return };
+        let Some(tiles) = self.tiles.tiles.as_ref().filter(|_| self.state.tile_data_used) else { return };
         for (slot, tile) in image.as_chunks_mut::<TILE_BYTES>().0.iter_mut().zip(tiles.iter()) {
             *slot = tile.to_bytes();
         }
@@ -212,7 +233,7 @@ impl Cpu {
 
     /// Loads one tile of TILEDATA from an XSAVE area; all eight must follow each other. The room has been reserved.
     pub(crate) fn load_tile(&mut self, tile: usize, bytes: &[u8; TILE_BYTES]) {
-        if let Some(slot) = self.tiles.0.as_mut().and_then(|tiles| tiles.get_mut(tile)) {
+        if let Some(slot) = self.tiles.tiles.as_mut().and_then(|tiles| tiles.get_mut(tile)) {
             *slot = Tile::from_bytes(bytes);
             self.state.tile_data_used |= tile == TILES - 1;
         }
@@ -234,7 +255,7 @@ impl Cpu {
 
     /// Leaves guest mode if there is no room for the tiles yet.
     pub(crate) fn need_tile_data(&mut self) -> Result<(), Abort> {
-        if self.tiles.0.is_some() {
+        if self.tiles.tiles.is_some() {
             return Ok(());
         }
         Err(self.exit(Exit::StateNeeded { components: xstate::TILEDATA }))
@@ -243,7 +264,7 @@ impl Cpu {
     /// The tiles, to be changed: from now on TILEDATA is in use. `None` where there is no room for them; see
     /// [`Cpu::need_tile_data`].
     pub(crate) fn tiles_mut(&mut self) -> Option<&mut [Tile; TILES]> {
-        let tiles = self.tiles.0.as_deref_mut()?;
+        let tiles = self.tiles.tiles.as_deref_mut()?;
         if !self.state.tile_data_used {
             *tiles = [Tile::ZERO; TILES];
             self.state.tile_data_used = true;
@@ -253,7 +274,7 @@ impl Cpu {
 
     /// One tile; `None` if all of them are zero.
     pub(crate) fn tile(&self, tile: u8) -> Option<&Tile> {
-        self.tiles.0.as_ref().filter(|_| self.state.tile_data_used)?.get(usize::from(tile))
+        self.tiles.tiles.as_ref().filter(|_| self.state.tile_data_used)?.get(usize::from(tile))
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use hypervisor::permissions::Beneficiary;
 use hypervisor::{System, Vcpu, VcpuExit, VcpuHandle, Vm};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region};
 use silicon::model::cpuid::Identity;
@@ -241,6 +242,7 @@ impl Machine {
         let memory = memory::allocate(config.memory)?;
         let ender = Ender::new()?;
         let system = System::new(config.cpu_model.clone(), config.host.clone());
+        system.permissions().request_all(Beneficiary::Guests);
         let vm = create_vm(&system, &memory)?;
         let assembly = Assembly::new(&config, &vm, &memory, &ender.event, ender.sink())?;
         // Reading the kernel and making the CPUs take about the same time, and neither needs the other.

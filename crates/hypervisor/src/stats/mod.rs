@@ -148,6 +148,12 @@ statistics! {
     notify_window_exits "notify_window_exits" Count;
     /// Time that the vCPU was held back for making no progress between them.
     notify_throttle "notify_throttle_ns" Nanoseconds;
+    /// Exits for reads and writes of IA32_XFD, before the guest had a use for tiles.
+    xfd_exits "xfd_exits" Count;
+    /// #NM that IA32_XFD has caused, as of the last exit.
+    xfd_faults "xfd_faults" Count;
+    /// Bytes of memory that the vCPU's tiles take.
+    tile_bytes "tile_data_bytes" Present;
 }
 
 statistics! {

@@ -4,14 +4,16 @@ use kvm_bindings::{KVM_X86_DISABLE_EXITS_HLT, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
 use silicon::model::Feature;
 
 use super::Vcpu;
-use crate::cpuid::{Cpuid, CpuidState, pv};
+use crate::cpuid::{Cpuid, CpuidError, CpuidState, pv};
 use crate::error::Error;
 use crate::irqchip::lapic::ApicFeatures;
 use crate::msr::MISC_ENABLE_MWAIT;
+use crate::permissions::{Beneficiary, DYNAMIC};
 
 impl Vcpu {
     /// KVM_SET_CPUID2: what the guest sees, and what the processor offers it from now on. Once the vCPU has run, only
-    /// what it has already can be set: EINVAL for anything else.
+    /// what it has already can be set: EINVAL for anything else. EPERM for XSAVE components that guests may not use. The vCPU is
+    /// as it was where the table is refused.
     pub fn set_cpuid2(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
         let mut cpuid = Cpuid::from_entries(entries)?;
         if self.vm.policy().disabled_exits() & KVM_X86_DISABLE_EXITS_HLT != 0 {
@@ -27,11 +29,23 @@ impl Vcpu {
                 Err(Error::Invalid("the vCPU has run with another CPUID table"))
             };
         }
+        self.dynamic_xcr0 |= self.permitted_dynamic(cpuid.xcr0())?;
         self.cpuid = cpuid;
         self.pv_features = self.cpuid.pv_features();
         self.cpu.set_features(self.cpuid.features());
         self.update_apic_features();
         Ok(())
+    }
+
+    /// The dynamically enabled components among those that a CPUID table has. EPERM if guests may not use them. (Memory for
+    /// them is only allocated once the guest needs it; the kernel does it here, and makes EFAULT of a lack of it.)
+    fn permitted_dynamic(&self, xcr0: u64) -> Result<u64, CpuidError> {
+        let permissions = self.vm.system().permissions();
+        let wanted = xcr0 & DYNAMIC;
+        match wanted & !(permissions.permitted(Beneficiary::Guests) | self.dynamic_xcr0) {
+            0 => Ok(wanted),
+            refused => Err(CpuidError::NotPermitted(refused)),
+        }
     }
 
     /// KVM_GET_CPUID2: the table with the bits that follow the vCPU's state.

@@ -37,11 +37,17 @@ impl Vcpu {
             Exit::Io(access) => self.port_access(access),
             Exit::EptViolation(access) => self.memory_access(access),
             Exit::Cpuid => self.cpuid_exit(),
-            Exit::Rdmsr { index } => self.rdmsr(index),
-            Exit::Wrmsr { index, value } => self.wrmsr(index, value),
+            Exit::Rdmsr { index } => {
+                self.count_xfd_exit(index);
+                self.rdmsr(index)
+            }
+            Exit::Wrmsr { index, value } => {
+                self.prepare_xfd_write(index, value)?;
+                self.wrmsr(index, value)
+            }
             Exit::Hlt => self.hlt(),
             Exit::Cr8 { register, read } => self.cr8_access(register, read),
-            Exit::Xsetbv { index, value } => self.xsetbv(index, value),
+            Exit::Xsetbv { index, value } => self.xsetbv(index, value)?,
             Exit::Vmcall => self.hypercall_instruction(false),
             Exit::Vmmcall => self.hypercall_instruction(true),
             // No instruction of these changes anything that this machine has: caches are coherent, MWAIT may
@@ -69,7 +75,10 @@ impl Vcpu {
             Exit::Exception(exception) => self.exception_exit(exception),
             Exit::TripleFault => Some(VcpuExit::Shutdown),
             Exit::FetchFailed { gpa } => self.fetch_failed(gpa),
-            Exit::StateNeeded { .. } => self.state_needed(),
+            Exit::StateNeeded { .. } => {
+                self.reserve_tiles()?;
+                None
+            }
             Exit::Budget => Some(VcpuExit::Budget),
         })
     }
@@ -194,14 +203,15 @@ impl Vcpu {
         (lowered && self.lapic.is_none()).then_some(VcpuExit::SetTpr)
     }
 
-    fn xsetbv(&mut self, index: u32, value: u64) -> Option<VcpuExit> {
+    fn xsetbv(&mut self, index: u32, value: u64) -> Result<Option<VcpuExit>, Error> {
         if index != 0 || !self.cpu.features.valid_xcr0(value) {
             self.inject_gp();
-            return None;
+            return Ok(None);
         }
+        self.make_room(value, self.cpu.state.xfd)?;
         self.cpu.state.xcr0 = value;
         self.cpu.refresh_mode();
         self.skip_instruction();
-        None
+        Ok(None)
     }
 }

@@ -121,15 +121,6 @@ impl Vcpu {
         internal_error(KVM_INTERNAL_ERROR_EMULATION, &words, gpa)
     }
 
-    /// The guest uses AMX's tiles for the first time: makes room for them. If there is no memory, RIP is still at the
-    /// instruction, and KVM_RUN may be tried again.
-    pub(super) fn state_needed(&mut self) -> Option<VcpuExit> {
-        self.cpu.reserve_tile_data().err().map(|error| {
-            tracing::warn!("vCPU {}: {error}", self.handle.id());
-            internal_error(KVM_INTERNAL_ERROR_EMULATION, &[0], 0)
-        })
-    }
-
     /// What can be read of the instruction at RIP, and how many bytes that are.
     fn instruction_bytes(&mut self) -> (u8, [u8; INSTRUCTION_LONGEST]) {
         let mut bytes = [NOP; INSTRUCTION_LONGEST];

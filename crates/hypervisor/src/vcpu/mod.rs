@@ -160,6 +160,8 @@ pub struct Vcpu {
     steal: StealTime,
     locks: Locks,
     notify: NotifyState,
+    /// Dynamically enabled XSAVE components that KVM_SET_CPUID2 has given the vCPU, for good.
+    dynamic_xcr0: u64,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -181,6 +183,9 @@ impl Vcpu {
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
         cpu.event_window.threshold = model.notify_threshold();
+        // Until the guest has a use for tiles.
+        cpu.controls.xfd_exiting = true;
+        vm.system().permissions().freeze();
         let tsc_khz = vm.tsc_khz();
         vm.tsc_sync().begin(&mut cpu.controls, tsc_khz)?;
         let exits = |disabled: u32| vm.policy().disabled_exits() & disabled == 0;
@@ -229,6 +234,7 @@ impl Vcpu {
             steal: StealTime::default(),
             locks,
             notify: NotifyState::default(),
+            dynamic_xcr0: 0,
             has_run: false,
             tsc_khz,
             reset_state,

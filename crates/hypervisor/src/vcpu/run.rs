@@ -62,7 +62,8 @@ impl Vcpu {
     /// [`Error::Interrupted`] for [`RunRequest::immediate_exit`] and [`VcpuHandle::interrupt`](super::VcpuHandle),
     /// [`Error::Again`] once a vCPU that waited for INIT has got it, [`Error::Invalid`] for a CR8 that there is not,
     /// [`Error::MemoryAbsent`] and [`Error::MemoryFailed`] where the client has no memory for the guest, if the process
-    /// has a handler for the signals ([`crate::memory::catch_absence`]).
+    /// has a handler for the signals ([`crate::memory::catch_absence`]), [`Error::NoRoom`] where there is no memory for the
+    /// tiles that the guest is about to use.
     pub fn run_request(&mut self, request: RunRequest) -> Result<VcpuExit, Error> {
         self.complete(0);
         self.complete_msr(false, 0);
@@ -71,6 +72,7 @@ impl Vcpu {
         let (stats, counters) = (&self.handle.stats, &self.cpu.counters);
         stats.bus_locks.store(counters.bus_locks, Ordering::Relaxed);
         stats.uc_locks.store(counters.uc_lock_faults, Ordering::Relaxed);
+        stats.xfd_faults.store(counters.xfd_faults, Ordering::Relaxed);
         self.handle.stats.instructions.store(self.cpu.instructions(), Ordering::Relaxed);
         match result {
             Ok(_) => self.handle.stats.user_exits.count(),
@@ -115,6 +117,8 @@ impl Vcpu {
             // The client's answer has completed the instruction.
             return Ok(self.step_exit());
         }
+        // The client may have set both.
+        self.make_room(self.cpu.state.xcr0, self.cpu.state.xfd)?;
         self.has_run = true;
         self.record_steal_time();
         let result = self.run_guest();

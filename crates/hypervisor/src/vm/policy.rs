@@ -63,6 +63,7 @@ pub struct Policy {
     split_locks: AtomicU32,
     pinned: AtomicBool,
     notify: AtomicU64,
+    live_xstate: AtomicBool,
 }
 
 impl Policy {
@@ -83,6 +84,7 @@ impl Policy {
             halt_poll_ns: AtomicU32::new(0),
             manual_dirty_log: AtomicU64::new(0),
             notify: AtomicU64::new(notify.bits()),
+            live_xstate: AtomicBool::new(false),
         }
     }
 }
@@ -96,6 +98,11 @@ fn bits(value: u64, valid: u32) -> Result<u32, Error> {
 }
 
 impl Policy {
+    /// Saving and restoring carries XSAVE components that IA32_XFD disables.
+    pub fn live_xstate(&self) -> bool {
+        self.live_xstate.load(Ordering::Relaxed)
+    }
+
     /// The notify VM exit.
     pub fn notify(&self) -> Setting {
         Setting::from_bits(self.notify.load(Ordering::Relaxed)).unwrap_or_default()
@@ -268,6 +275,12 @@ impl Vm {
         Ok(())
     }
 
+    /// RING3_CAP_LIVE_XSTATE: 1 for on, 0 for off; it counts from the next KVM_GET_XSAVE2 or KVM_SET_XSAVE on.
+    pub fn set_live_xstate(&self, on: u64) -> Result<(), Error> {
+        self.policy().live_xstate.store(bits(on, 1)? != 0, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// RING3_CAP_SPLIT_LOCK_POLICY ([`VmPolicy`]); it counts from the next split lock on. EINVAL to enforce what the host does
     /// not detect, or cannot for one VM alone.
     pub fn set_split_lock_policy(&self, policy: u64) -> Result<(), Error> {
@@ -368,6 +381,7 @@ mod tests {
             ("bus locks, neither", Vm::set_bus_lock_exit, 1, 0),
             ("split locks", Vm::set_split_lock_policy, 0x110, 0x18),
             ("pinned", Vm::declare_pinned, 1, 2),
+            ("live state", Vm::set_live_xstate, 1, 2),
             ("dirty log, initially set alone", Vm::set_manual_dirty_log, 0, 2),
         ];
         for (name, call, good, bad) in calls {
