@@ -292,6 +292,8 @@ pub(crate) fn set_cpuid(vcpu: &mut Vcpu, argument: Argument) -> Result<Reply, Er
 }
 
 #[cfg(test)]
+mod amx_tests;
+#[cfg(test)]
 mod notify_tests;
 #[cfg(test)]
 mod split_lock_tests;

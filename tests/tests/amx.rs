@@ -1,0 +1,131 @@
+//! AMX in a Linux guest: the kernel's own test of it, matrices, and tiles that stay what they are. The machine needs no AMX.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use xtask::guest::{Boot, Outcome};
+use xtask::images::Initramfs;
+use xtask::{guest_dir, packages, root, run};
+
+const MODEL: &str = "sapphire-rapids";
+
+/// How long tiles have to stay: `RING3_SOAK_SECONDS`, or a few seconds.
+fn seconds() -> u64 {
+    std::env::var("RING3_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(4)
+}
+
+/// A file that `write` makes. Other runs of these tests, which may be going on, see it whole or not at all.
+fn in_one_piece(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
+    std::fs::create_dir_all(guest_dir()).unwrap();
+    let (path, own) = (guest_dir().join(name), guest_dir().join(format!("{name}.{}", std::process::id())));
+    write(&own);
+    std::fs::rename(own, &path).unwrap();
+    path
+}
+
+/// Compiles `source` for the guest.
+fn program(name: &str, source: &Path, include: Option<&Path>) -> (String, u32, Vec<u8>) {
+    let target = in_one_piece(name, |target| {
+        let mut cc = Command::new("cc");
+        cc.args(["-O2", "-w", "-static", "-pthread", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]);
+        cc.args(include.map(|dir| format!("-I{}", dir.display())));
+        run(cc.arg("-o").arg(target).arg(source)).unwrap();
+    });
+    (format!("bin/{name}"), 0o755, std::fs::read(target).unwrap())
+}
+
+/// The initramfs runs the commands of its kernel command line's `run=`.
+fn initrd() -> &'static PathBuf {
+    static INITRD: OnceLock<PathBuf> = OnceLock::new();
+    INITRD.get_or_init(|| {
+        let script = "commands=$(sed -n 's/.* run=\"\\([^\"]*\\)\".*/\\1/p' /proc/cmdline)
+echo BEGIN flags
+tr ' ' '\\n' < /proc/cpuinfo | grep -x -e 'amx_.*' | sort | uniq
+echo END flags
+echo BEGIN log
+dmesg | grep -o -e 'x86/fpu: .*AMX.*' -e 'x86/fpu: Enabled xstate.*'
+echo END log
+echo BEGIN program
+eval \"$commands\" 2>&1
+echo END program
+";
+        let selftests = packages::kernel_source().unwrap().join("tools/testing/selftests");
+        let ours = |name: &str| program(name, &root().join(format!("tests/programs/{name}.c")), None);
+        let files = vec![
+            program("amx", &selftests.join("x86/amx.c"), Some(&selftests)),
+            ours("amx_matmul"),
+            ours("amx_tasks"),
+        ];
+        let kernel = packages::kernel("6.12").unwrap();
+        in_one_piece("amx.cpio", |path| Initramfs { script, files }.build(&kernel, path).map(drop).unwrap())
+    })
+}
+
+/// Boots a guest that runs `commands`.
+fn linux(model: &str, commands: &str, cpus: u32, extra: &[&str]) -> Outcome {
+    let options = [&["--cpu", model, "--stats"], extra].concat();
+    let boot = Boot {
+        kernel: packages::kernel("6.12").unwrap().image,
+        initrd: Some(initrd().clone()),
+        append: format!("console=ttyS0 quiet panic=-1 run=\"{commands}\""),
+        memory: 256,
+        cpus,
+        extra: options.into_iter().map(String::from).collect(),
+        ..Boot::default()
+    };
+    let outcome = boot.run().unwrap();
+    assert_eq!(outcome.status, Some(0), "{}\n{}", outcome.stderr, outcome.console);
+    assert_eq!(outcome.alarms(), Vec::<&str>::new(), "{}", outcome.console);
+    outcome
+}
+
+fn section<'a>(outcome: &'a Outcome, name: &str) -> &'a str {
+    outcome.section(name).unwrap_or_else(|| panic!("no {name}: {}", outcome.console))
+}
+
+/// Permission, first use, sigaltstack, fork, context switches, ptrace: the kernel's `tools/testing/selftests/x86/amx.c`.
+#[test]
+fn amx_linux_passes_its_own_test() {
+    for cpus in [1, 2] {
+        let outcome = linux(MODEL, "amx; echo status $?", cpus, &[]);
+        assert_eq!(section(&outcome, "flags"), "amx_bf16\namx_int8\namx_tile\n");
+        let log = section(&outcome, "log");
+        assert!(log.contains("'AMX Tile config'") && log.contains("'AMX Tile data'"), "{log}");
+        assert!(log.contains("Enabled xstate features 0x602e7, context size is 10752 bytes"), "{log}");
+        let said = section(&outcome, "program");
+        assert!(said.ends_with("status 0\n") && !said.contains("[FAIL]"), "{cpus} processors: {said}");
+        assert!(said.matches("[OK]").count() >= 5, "{said}");
+    }
+}
+
+#[test]
+fn amx_linux_multiplies_matrices() {
+    let outcome = linux(MODEL, "amx_matmul; echo status $?", 1, &[]);
+    assert_eq!(section(&outcome, "program"), "int8 equal\nbf16 equal\nstatus 0\n");
+}
+
+/// Without XSAVES Linux does not use AMX, and nobody gets it.
+#[test]
+fn amx_linux_without_xsaves_has_none() {
+    let outcome = linux("sapphire-rapids,-xsaves", "amx_matmul; echo status $?", 1, &[]);
+    assert_eq!(section(&outcome, "flags"), "");
+    assert_eq!(section(&outcome, "program"), "no permission\nstatus 2\n");
+}
+
+fn all_right(processes: u32) -> String {
+    (0..processes).map(|i| format!("process {i}: wrong 0\n")).collect::<String>() + "done\n"
+}
+
+fn sorted(text: &str) -> String {
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable_by_key(|line| (*line == "done", *line));
+    lines.join("\n") + "\n"
+}
+
+/// More processes than processors, each with tiles of its own, with signals whose handlers use tiles.
+#[test]
+fn amx_linux_keeps_the_tiles_of_many_processes() {
+    let outcome = linux(MODEL, &format!("amx_tasks 6 {}", seconds()), 2, &[]);
+    assert_eq!(sorted(section(&outcome, "program")), all_right(6));
+}
