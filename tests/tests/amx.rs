@@ -123,6 +123,18 @@ fn sorted(text: &str) -> String {
     lines.join("\n") + "\n"
 }
 
+/// Four processes with patterns of their own on two virtual CPUs, whose state is saved, overwritten and restored ten times and more.
+#[test]
+fn amx_linux_keeps_tiles_when_virtual_cpus_move() {
+    let per_minute = (60 * 20 / seconds()).to_string();
+    let commands = format!("amx_tasks 4 {}", seconds());
+    let outcome = linux(MODEL, &commands, 2, &["--moves-per-minute", &per_minute]);
+    assert_eq!(sorted(section(&outcome, "program")), all_right(4));
+    let (_, moves) = outcome.stderr.split_once("virtual CPUs moved").expect("moves in the figures");
+    let moves: u64 = moves.split_whitespace().next().unwrap().replace(',', "").parse().unwrap();
+    assert!(moves >= 20, "{moves} moves");
+}
+
 /// More processes than processors, each with tiles of its own, with signals whose handlers use tiles.
 #[test]
 fn amx_linux_keeps_the_tiles_of_many_processes() {

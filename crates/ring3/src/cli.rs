@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
 use hypervisor::HostParams;
@@ -176,6 +176,10 @@ pub(crate) struct BootArguments {
     /// Offer the debug-exit port 0xf4: a value written there ends the machine with status (value << 1) | 1
     #[arg(long)]
     exit_port: bool,
+
+    /// Save, overwrite and restore the state of each virtual CPU so many times a minute, to test that nothing of it is lost
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=6000))]
+    moves_per_minute: Option<u32>,
 }
 
 fn cpu_help() -> String {
@@ -199,6 +203,7 @@ impl BootArguments {
             console: self.virtio_console,
             exit_port: self.exit_port,
             rng_seed: None,
+            move_every: self.moves_per_minute.map(|moves| Duration::from_secs(60) / moves),
             started,
         }
     }

@@ -1,7 +1,7 @@
 //! What machine is wanted.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hypervisor::HostParams;
 use silicon::model::CpuModel;
@@ -60,6 +60,8 @@ pub struct Config {
     pub exit_port: bool,
     /// Seed for the guest's random number generator; `None` takes one from the host.
     pub rng_seed: Option<[u8; 32]>,
+    /// How often each virtual CPU's state is saved and restored, for tests of that.
+    pub move_every: Option<Duration>,
     /// When the process started, for the figures.
     pub started: Instant,
 }

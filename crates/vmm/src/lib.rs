@@ -11,6 +11,7 @@ pub mod layout;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+mod moving;
 pub mod mptable;
 mod registers;
 pub mod report;

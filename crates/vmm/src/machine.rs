@@ -29,6 +29,7 @@ use crate::host::sys;
 use crate::host::terminal::RawMode;
 use crate::loader::{self, BootSource, Entry, Image, LoadError};
 use crate::memory::{self, GuestMemory, MemoryError};
+use crate::moving::Mover;
 use crate::report::{Outcome, Report, Statistics};
 use crate::{acpi, boot, mptable, registers};
 
@@ -273,12 +274,18 @@ impl Machine {
         let startup = self.config.started.elapsed();
         let begin = Instant::now();
         let mut threads = Vec::new();
+        let mover = Arc::new(Mover::default());
+        if let Some(every) = self.config.move_every {
+            let (mover, cpus, ender) = (mover.clone(), handles.clone(), self.ender.clone());
+            let body = move || mover.run(every, &cpus, || ender.ending());
+            threads.push(thread::Builder::new().name("mover".into()).spawn(body)?);
+        }
         match self.start_events(signals) {
             Ok(thread) => threads.push(thread),
             Err(error) => self.ender.end(internal(0, format!("cannot start a thread: {error}"))),
         }
         for vcpu in std::mem::take(&mut self.vcpus) {
-            match start_vcpu(vcpu, self.buses.clone(), self.ender.clone()) {
+            match start_vcpu(vcpu, self.buses.clone(), self.ender.clone(), mover.clone()) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => self.ender.end(internal(0, format!("cannot start a thread: {error}"))),
             }
@@ -297,7 +304,9 @@ impl Machine {
         for output in &self.outputs {
             output.finish(patience);
         }
-        let statistics = statistics(&handles, startup, wall, memory_size(&self.memory));
+        let moves = mover.moves.load(Ordering::Relaxed);
+        let statistics =
+            Statistics { moves, ..statistics(&handles, startup, wall, memory_size(&self.memory)) };
         Ok(Report { outcome, statistics })
     }
 
@@ -323,11 +332,16 @@ fn memory_size(memory: &GuestMemory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-fn start_vcpu(vcpu: Vcpu, buses: Arc<Buses>, ender: Arc<Ender>) -> io::Result<JoinHandle<()>> {
+fn start_vcpu(
+    vcpu: Vcpu,
+    buses: Arc<Buses>,
+    ender: Arc<Ender>,
+    mover: Arc<Mover>,
+) -> io::Result<JoinHandle<()>> {
     let id = vcpu.handle().id();
     thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
         let mut vcpu = vcpu;
-        let run = catch_unwind(AssertUnwindSafe(|| run_vcpu(&mut vcpu, &buses, &ender)));
+        let run = catch_unwind(AssertUnwindSafe(|| run_vcpu(&mut vcpu, &buses, &ender, &mover)));
         if let Err(panic) = run {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
@@ -338,12 +352,23 @@ fn start_vcpu(vcpu: Vcpu, buses: Arc<Buses>, ender: Arc<Ender>) -> io::Result<Jo
 }
 
 /// Runs a virtual CPU until the machine ends.
-fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender) {
+fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender, mover: &Mover) {
     let cpu = vcpu.handle().id();
+    let mut moved = 0;
     while !ender.ending() {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
-            Err(hypervisor::Error::Interrupted | hypervisor::Error::Again) => continue,
+            Err(hypervisor::Error::Interrupted | hypervisor::Error::Again) => {
+                vcpu.handle().settle();
+                match mover.attend(vcpu, &mut moved) {
+                    Ok(()) => continue,
+                    Err(error) => {
+                        let reason = format!("its state cannot be restored: {error}");
+                        let registers = registers::dump(vcpu);
+                        return ender.end(Outcome::InternalError { cpu, reason, registers });
+                    }
+                }
+            }
             Err(error) => {
                 let registers = registers::dump(vcpu);
                 return ender.end(Outcome::InternalError { cpu, reason: error.to_string(), registers });
@@ -410,6 +435,7 @@ fn statistics(cpus: &[Arc<VcpuHandle>], startup: Duration, wall: Duration, guest
         split_locks: split_locks(cpus),
         throttled: Duration::from_nanos(cpus.iter().map(|cpu| load(&cpu.stats.split_lock_throttle)).sum()),
         guest_memory,
+        moves: 0,
         peak_resident: peak_resident(),
     }
 }

@@ -58,6 +58,8 @@ pub struct Statistics {
     pub split_locks: Vec<(&'static str, u64)>,
     /// How long virtual CPUs were held back for either.
     pub throttled: Duration,
+    /// How often the state of a virtual CPU was saved and restored.
+    pub moves: u64,
     /// Guest memory in bytes.
     pub guest_memory: u64,
     /// Largest resident size of the process in bytes, if the host tells.
@@ -130,6 +132,9 @@ impl fmt::Display for Statistics {
         }
         if !self.throttled.is_zero() {
             row("held back for them", format!("{:.3} s", self.throttled.as_secs_f64()))?;
+        }
+        if self.moves != 0 {
+            row("virtual CPUs moved", Grouped(self.moves).to_string())?;
         }
         let total = self.exits.iter().map(|(_, count)| count).sum();
         row("exits", Grouped(total).to_string())?;
