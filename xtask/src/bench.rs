@@ -47,6 +47,8 @@ enum Subject {
     SplitLocks,
     /// What a guest whose event window never opens takes from another one on the same processor.
     Notify,
+    /// AMX: a guest's products against the host's vector instructions, and what hosts pay to keep tiles.
+    Amx,
 }
 
 /// Kernel command line of all runs.
@@ -89,6 +91,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
             client(options, "notify_loop", 2, title)
         }
         Subject::SplitLocks => split_locks(options),
+        Subject::Amx => amx(options),
     }
 }
 
@@ -162,6 +165,18 @@ fn lock_detection() -> Result<String, Error> {
     let example =
         ["run", "--release", "--quiet", "--package", "silicon", "--example", "mips", "lock-detection"];
     xtask::run(Command::new("cargo").args(example).current_dir(xtask::root()))
+}
+
+/// Runs the two programs that measure AMX.
+fn amx(options: &Options) -> Result<(), Error> {
+    let mut text = String::new();
+    for (package, example) in [("silicon", "tmul"), ("hypervisor", "xfd_options")] {
+        let arguments = ["run", "--release", "--quiet", "--package", package, "--example", example];
+        text += &xtask::run(Command::new("cargo").args(arguments).current_dir(xtask::root()))?;
+        text.push('\n');
+    }
+    println!("{text}");
+    options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &text)))
 }
 
 fn guests(options: &Options) -> Result<(), Error> {

@@ -38,6 +38,33 @@ impl SplitLockDetect {
     }
 }
 
+/// `ring3.xfd=`: how the host kernel keeps a vCPU's extended state, with the guest's IA32_XFD, across preemption and its own use of the FPU
+/// ([`vcpu`](crate::vcpu)'s `host_fpu`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum XfdOption {
+    /// It stays in the vCPU: nothing has to be saved, and nothing is lost.
+    #[default]
+    Native,
+    /// With XSAVES under the guest's IA32_XFD, as the kernel does: what it disables is lost.
+    Upstream,
+    /// IA32_XFD is cleared at an exit with tiles in use, and set again before the entry.
+    Option1,
+    /// IA32_XFD is cleared around XSAVES and XRSTORS.
+    Option2,
+}
+
+impl XfdOption {
+    fn parse(text: &str) -> Option<XfdOption> {
+        Some(match text {
+            "native" => XfdOption::Native,
+            "upstream" => XfdOption::Upstream,
+            "option1" => XfdOption::Option1,
+            "option2" => XfdOption::Option2,
+            _ => return None,
+        })
+    }
+}
+
 /// The parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostParams {
@@ -60,6 +87,13 @@ pub struct HostParams {
     /// `kvm_intel.notify_throttle_ms=N`: how long a vCPU that makes no progress from one notify VM exit to the next is held
     /// back at most; 0: not at all.
     pub notify_throttle_ms: u32,
+    /// `ring3.xfd=native|upstream|option1|option2`: what becomes of tiles that IA32_XFD disables.
+    pub xfd: XfdOption,
+    /// `ring3.preempt_exits=N`: a vCPU's thread is preempted after every Nth exit; 0: only when KVM_RUN returns or the vCPU
+    /// sleeps. Without `ring3.xfd` nothing comes of it.
+    pub preempt_exits: u32,
+    /// `ring3.softirq_exits=N`: a softirq uses the FPU after every Nth exit.
+    pub softirq_exits: u32,
 }
 
 impl Default for HostParams {
@@ -73,6 +107,9 @@ impl Default for HostParams {
             report_ignored_msrs: true,
             notify_window_us: Some(DEFAULT_WINDOW_US),
             notify_throttle_ms: DEFAULT_THROTTLE_MS,
+            xfd: XfdOption::default(),
+            preempt_exits: 0,
+            softirq_exits: 0,
         }
     }
 }
@@ -146,6 +183,21 @@ static PARAMS: &[Row] = &[
         name: "kvm_intel.notify_throttle_ms",
         values: "0..10000",
         set: |p, v| put(&mut p.notify_throttle_ms, v.parse().ok().filter(|ms| *ms <= 10_000)),
+    },
+    Row {
+        name: "ring3.xfd",
+        values: "native|upstream|option1|option2",
+        set: |p, v| put(&mut p.xfd, XfdOption::parse(v)),
+    },
+    Row {
+        name: "ring3.preempt_exits",
+        values: "0..4294967295",
+        set: |p, v| put(&mut p.preempt_exits, v.parse().ok()),
+    },
+    Row {
+        name: "ring3.softirq_exits",
+        values: "0..4294967295",
+        set: |p, v| put(&mut p.softirq_exits, v.parse().ok()),
     },
 ];
 
@@ -272,7 +324,9 @@ mod tests {
             "unknown host parameter 'mitigations'; known parameters: smt=on|off \
              split_lock_detect=off|warn|fatal|ratelimit:1..1000 kernel.split_lock_mitigate=0|1 \
              ring3.split_lock_policy=efault|kill|forward|emulate kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1 \
-             kvm_intel.notify_window_us=off|0..171798691 kvm_intel.notify_throttle_ms=0..10000"
+             kvm_intel.notify_window_us=off|0..171798691 kvm_intel.notify_throttle_ms=0..10000 \
+             ring3.xfd=native|upstream|option1|option2 ring3.preempt_exits=0..4294967295 \
+             ring3.softirq_exits=0..4294967295"
         );
         let value = HostParams::parse("smt=maybe").unwrap_err().to_string();
         assert_eq!(value, "host parameter smt: 'maybe' is not one of on|off");

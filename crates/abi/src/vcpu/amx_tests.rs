@@ -1,5 +1,5 @@
-//! AMX as clients see it, by the numbers of its test plan: permission (A1, A2), IA32_XFD (A3), room for tiles (A4, A5, A9), what
-//! is saved and restored (P6), and the rest of P2 to P5.
+//! AMX as clients see it, by the numbers of its test plan: permission (A1, A2), IA32_XFD (A3), room for tiles (A4, A5, A9), what the host
+//! kernel does with them (A7, A8, T8), what is saved and restored (P6), and the rest of P2 to P5.
 #![expect(unsafe_code, reason = "addresses of fields of kvm_run")]
 
 use std::sync::Arc;
@@ -54,7 +54,13 @@ fn system() -> Arc<System> {
 
 /// A process that has asked for tiles for its guests.
 fn permitted() -> Arc<System> {
-    let system = system();
+    permitted_on("")
+}
+
+/// The same on a host kernel with these parameters.
+fn permitted_on(host: &str) -> Arc<System> {
+    let host = HostParams::parse(host).unwrap();
+    let system = System::new(CpuModel::parse("sapphire-rapids").unwrap(), host);
     system.permissions().request(Beneficiary::Guests, 18).unwrap();
     system
 }
@@ -398,4 +404,87 @@ fn amx_p6_tiles_that_are_disabled_move_if_asked() {
         assert_eq!(migrate(false, &program, state_first), (0, vec![0; 1024]), "{state_first}");
         assert_eq!(migrate(true, &program, state_first), (TILEDATA, pattern()), "{state_first}");
     }
+}
+
+/// A loop of 1000 writes to a port with live tiles that IA32_XFD disables. In each round the guest looks whether IA32_XFD is what it wrote,
+/// IA32_XFD_ERR zero, and TILEDATA in use.
+fn live_tiles() -> Vec<u8> {
+    // mov ebx, 1000
+    let begin = [0xbb, 0xe8, 0x03, 0, 0];
+    // out 0x10, al; mov ecx, 0x1c4; rdmsr; cmp eax, 1 << 18; jne bad
+    let xfd = [0xe6, 0x10, 0xb9, 0xc4, 0x01, 0, 0, 0x0f, 0x32, 0x3d, 0, 0, 4, 0, 0x75, 24];
+    // inc ecx; rdmsr; test eax, eax; jne bad
+    let error = [0xff, 0xc1, 0x0f, 0x32, 0x85, 0xc0, 0x75, 16];
+    // mov ecx, 1; xgetbv; bt eax, 18; jnc bad
+    let in_use = [0xb9, 1, 0, 0, 0, 0x0f, 0x01, 0xd0, 0x0f, 0xba, 0xe0, 18, 0x73, 2];
+    // jmp +2; bad: out 0x12, al; dec ebx; jnz to the out
+    let end = [0xeb, 2, 0xe6, 0x12, 0xff, 0xcb, 0x75, 210];
+    [ENABLE, LOAD, DISARM, &begin, &xfd, &error, &in_use, &end, ARM, STORE, HLT].concat()
+}
+
+/// Runs it on a host; whether all was well in every round, what is in the tile at the end, and what it cost the host.
+fn on_host(host: &str) -> (bool, Vec<u8>, [u64; 4]) {
+    let guest = Guest::new(&permitted_on(host), &[&live_tiles()]);
+    let mut well = true;
+    let mut rounds = 0;
+    loop {
+        match guest.run() {
+            Ok(KVM_EXIT_IO) if guest.port() == 0x10 => rounds += 1,
+            Ok(KVM_EXIT_IO) => well = false,
+            exit => break assert_eq!(exit, Ok(KVM_EXIT_HLT)),
+        }
+    }
+    assert_eq!(rounds, 1000);
+    let Object::Vcpu(vcpu) = &guest.vcpu else { unreachable!() };
+    let costs = vcpu.lock().host_fpu_costs().map(|(_, count)| count);
+    (well, guest.stored(), costs)
+}
+
+const EVENTS: &str = "ring3.preempt_exits=3 ring3.softirq_exits=7";
+
+/// Hazards (a), preemption and the return of KVM_RUN, and (b), a softirq that uses the FPU, are real.
+#[test]
+fn amx_a7_a_host_that_saves_under_the_guests_register_loses_tiles() {
+    for events in ["", "ring3.preempt_exits=1", "ring3.softirq_exits=1", EVENTS] {
+        let (well, stored, costs) = on_host(&format!("ring3.xfd=upstream {events}"));
+        assert_eq!((well, stored), (false, vec![0; 1024]), "{events}");
+        assert!(costs[0] >= 1000 && costs[2] >= 1000, "{costs:?}");
+    }
+}
+
+/// A7, A8, T8: with either option no tile is lost and the guest sees its registers as it wrote them.
+#[test]
+fn amx_a7_a8_both_options_keep_tiles_and_hide_what_they_do() {
+    for host in ["ring3.xfd=native", "ring3.xfd=option1", "ring3.xfd=option2"] {
+        let (well, stored, costs) = on_host(&format!("{host} {EVENTS}"));
+        assert_eq!((well, stored), (true, pattern()), "{host}");
+        match host {
+            "ring3.xfd=native" => assert_eq!(costs, [0; 4]),
+            // One write at each exit and one at each entry.
+            "ring3.xfd=option1" => assert!(costs[3] >= 2 * costs[2] - 10 && costs[2] >= 1000, "{costs:?}"),
+            // Two writes for each use of the registers by somebody else, of which every exit to the client is one.
+            _ => assert!(costs[3] >= 2 * 1000 && costs[3] <= 2 * costs[0], "{costs:?}"),
+        }
+    }
+}
+
+/// T8: the client saves and restores the state all the while.
+#[test]
+fn amx_t8_live_tiles_outlive_saving_and_restoring() {
+    let guest = Guest::new(&permitted_on("ring3.xfd=option1"), &[&live_tiles()]);
+    let request = kvm_enable_cap { cap: RING3_CAP_LIVE_XSTATE, args: [1, 0, 0, 0], ..Default::default() };
+    enable(&guest.vm, &request).unwrap();
+    loop {
+        match guest.run() {
+            Ok(KVM_EXIT_IO) => {
+                assert_eq!(guest.port(), 0x10);
+                let mut area = guest.xsave2();
+                assert_ne!(xstate_bv(&area) & TILEDATA, 0);
+                guest.call("KVM_SET_XSAVE", vec![0u8; AREA].as_mut_slice()).unwrap();
+                guest.call("KVM_SET_XSAVE", area.as_mut_slice()).unwrap();
+            }
+            exit => break assert_eq!(exit, Ok(KVM_EXIT_HLT)),
+        }
+    }
+    assert_eq!(guest.stored(), pattern());
 }

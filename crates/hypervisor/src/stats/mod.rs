@@ -154,6 +154,14 @@ statistics! {
     xfd_faults "xfd_faults" Count;
     /// Bytes of memory that the vCPU's tiles take.
     tile_bytes "tile_data_bytes" Present;
+    /// What the host kernel has done for the vCPU's extended state, where it does not stay in the vCPU.
+    host_xsaves "host_xsaves" Count;
+    /// Likewise.
+    host_xrstors "host_xrstors" Count;
+    /// Its reads of IA32_XFD.
+    host_xfd_reads "host_xfd_reads" Count;
+    /// Its writes of IA32_XFD.
+    host_xfd_writes "host_xfd_writes" Count;
 }
 
 statistics! {

@@ -8,6 +8,7 @@ mod events;
 mod exits;
 mod failure;
 mod handle;
+mod host_fpu;
 mod hypercall;
 mod mce;
 mod msr;
@@ -33,6 +34,7 @@ use kvm_bindings::{
     KVM_X86_DISABLE_EXITS_MWAIT, kvm_mp_state,
 };
 use silicon::Cpu;
+use silicon::model::xstate::size_standard;
 use silicon::state::CpuState;
 
 use crate::cpuid::Cpuid;
@@ -44,6 +46,7 @@ use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
 use debug::GuestDebug;
 use events::Events;
+use host_fpu::HostFpu;
 use notify::NotifyState;
 use ports::ReadAhead;
 use split_lock::Locks;
@@ -162,6 +165,7 @@ pub struct Vcpu {
     notify: NotifyState,
     /// Dynamically enabled XSAVE components that KVM_SET_CPUID2 has given the vCPU, for good.
     dynamic_xcr0: u64,
+    host_fpu: Option<Box<HostFpu>>,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -205,6 +209,7 @@ impl Vcpu {
         let locks = Locks::new(&vm, id);
         cpu.test_ctrl = vm.system().processors().test_ctrl(locks.thread());
         cpu.controls.exception_bitmap = locks.intercepted();
+        let host_fpu = HostFpu::new(vm.system().host(), size_standard(model.features().xcr0_mask()) as usize);
         Ok(Vcpu {
             cpu,
             vm,
@@ -235,6 +240,7 @@ impl Vcpu {
             locks,
             notify: NotifyState::default(),
             dynamic_xcr0: 0,
+            host_fpu,
             has_run: false,
             tsc_khz,
             reset_state,

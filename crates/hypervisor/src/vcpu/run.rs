@@ -87,6 +87,7 @@ impl Vcpu {
         let loaded = system.processors().load(self.locks.thread());
         self.load_locks();
         let result = self.run_inner(request);
+        self.host_fpu_put();
         self.locks.put();
         drop(loaded);
         result
@@ -208,7 +209,9 @@ impl Vcpu {
         self.update_intercepts();
         self.debug.stepped = false;
         self.debug.exchange(&mut self.cpu.state);
+        self.host_fpu_enter();
         let exit = enter(&mut self.cpu);
+        self.host_fpu_exit();
         self.debug.exchange(&mut self.cpu.state);
         self.list_modified_pages();
         self.sync_from_vapic();
@@ -297,6 +300,7 @@ impl Vcpu {
     /// HLT, wait-for-SIPI: sleeps until there is something to do.
     fn sleep(&mut self) {
         // Whatever else ran on the thread would have the host's settings.
+        self.host_fpu_put();
         self.locks.put();
         self.sleep_on_thread();
         self.load_locks();
