@@ -488,3 +488,15 @@ fn amx_t8_live_tiles_outlive_saving_and_restoring() {
     }
     assert_eq!(guest.stored(), pattern());
 }
+
+/// T8: a million exits that stay in KVM_RUN, with preemption and softirqs among them.
+#[test]
+fn amx_t8_live_tiles_outlive_a_million_exits() {
+    // mov edi, 1000000; 1: xor eax, eax; cpuid; dec edi; jnz 1b
+    let exits: &[u8] = &[0xbf, 0x40, 0x42, 0x0f, 0x00, 0x31, 0xc0, 0x0f, 0xa2, 0xff, 0xcf, 0x75, 0xf8];
+    for option in ["native", "option1", "option2"] {
+        let host = format!("ring3.xfd={option} ring3.preempt_exits=1000 ring3.softirq_exits=777");
+        let guest = Guest::new(&permitted_on(&host), &[ENABLE, LOAD, DISARM, exits, ARM, STORE, HLT]);
+        assert_eq!((guest.run(), guest.stored()), (Ok(KVM_EXIT_HLT), pattern()), "{option}");
+    }
+}
