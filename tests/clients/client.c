@@ -1167,6 +1167,48 @@ static void no_leaks(void)
     expect_out(&first);
 }
 
+enum { GET_SUPPORTED = 0x1021, GET_GUEST = 0x1024, REQUEST_GUEST = 0x1025, TILES = 18 };
+
+/* What guests may use. */
+static unsigned long guest_permission(void)
+{
+    unsigned long permitted = 0;
+    CHECK(syscall(SYS_arch_prctl, (long)GET_GUEST, &permitted) == 0);
+    return permitted >> TILES & 1;
+}
+
+static int permission_after_exec(void)
+{
+    CHECK(guest_permission() == 0);
+    shared = machine(OUT_HLT, sizeof OUT_HLT);
+    CHECK(syscall(SYS_arch_prctl, (long)REQUEST_GUEST, (long)TILES) == -1 && errno == EBUSY);
+    return 0;
+}
+
+/* Permission to give guests tiles is inherited by children, ends with the program, and is frozen by the first vCPU. */
+static void guest_permissions(void)
+{
+    unsigned long supported = 0;
+    CHECK(syscall(SYS_arch_prctl, (long)GET_SUPPORTED, &supported) == 0 && (supported >> 17 & 3) == 3);
+    CHECK(guest_permission() == 0);
+    CHECK(syscall(SYS_arch_prctl, (long)REQUEST_GUEST, 17L) == -1 && errno == EOPNOTSUPP);
+    CHECK(syscall(SYS_arch_prctl, (long)REQUEST_GUEST, 19L) == -1 && errno == EINVAL);
+    int kvm = open("/dev/kvm", O_RDWR);
+    CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2) == 4096);
+    CHECK(syscall(SYS_arch_prctl, (long)REQUEST_GUEST, (long)TILES) == 0 && guest_permission() == 1);
+    CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2) == 11008);
+    pid_t child = fork();
+    if (child == 0) {
+        CHECK(guest_permission() == 1);
+        execl("/proc/self/exe", "client", "permission_after_exec", NULL);
+        _exit(3);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    shared = machine(OUT_HLT, sizeof OUT_HLT);
+    CHECK(syscall(SYS_arch_prctl, (long)REQUEST_GUEST, (long)TILES) == 0);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -1205,6 +1247,7 @@ static const struct {
     { "files", files },
     { "system_calls", system_calls },
     { "other_ioctls", other_ioctls },
+    { "guest_permissions", guest_permissions },
     { "thread_masks", thread_masks },
     { "no_leaks", no_leaks },
 };
@@ -1214,6 +1257,8 @@ int main(int argc, char **argv)
     if (argc == 4 && strcmp(argv[1], "after_exec") == 0)
         return after_exec(atoi(argv[2]), atoi(argv[3]));
     CHECK(argc == 2);
+    if (strcmp(argv[1], "permission_after_exec") == 0)
+        return permission_after_exec();
     for (size_t i = 0; i < sizeof behaviours / sizeof *behaviours; i++) {
         if (strcmp(behaviours[i].name, argv[1]) == 0) {
             alarm(300); /* An end to what would hang. */

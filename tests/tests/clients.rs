@@ -92,6 +92,18 @@ behaviours! {
     no_leaks,
 }
 
+/// AMX is there for who asks for it, whatever the machine has.
+#[test]
+fn amx_p1_guest_permissions() {
+    let mut command = Command::new(ring3());
+    command
+        .args(["run", "--cpu", "sapphire-rapids,+xfd,+amx_tile", "--"])
+        .arg(client())
+        .arg("guest_permissions");
+    let output = output(&mut command);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// A host in fatal mode, where split locks fail KVM_RUN.
 const FATAL: &str = "split_lock_detect=fatal";
 
