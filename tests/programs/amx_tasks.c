@@ -1,14 +1,17 @@
 /*
  * Keeps tiles alive over time: `amx_tasks PROCESSES SECONDS`. Each process has a pattern of its own in all
  * eight tiles, multiplies some, yields and takes signals, and compares what the tiles hold. Prints a line for each and "done".
+ * With 0 seconds it goes on until there is a line to read, and prints "tick N" whenever every process has come a round further.
  */
 #include <immintrin.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -33,6 +36,14 @@ static const struct config config = {
 static uint8_t held[8][1024], found[1024];
 static int32_t product[16][16];
 static volatile sig_atomic_t ticks;
+
+#define PROCESSES 64
+
+/* What the processes share. */
+static volatile struct {
+	int stop;
+	long rounds[PROCESSES];
+} *shared;
 
 /* Uses tiles: the interrupted ones must come back from the signal's frame. */
 static void tick(int signal)
@@ -65,7 +76,7 @@ static void fill(unsigned seed)
 		wrong += memcmp(found, with, 1024) != 0; \
 	} while (0)
 
-static long work(unsigned seed, long seconds, long *rounds)
+static long work(unsigned seed, long seconds, volatile long *rounds)
 {
 	time_t end = time(NULL) + seconds;
 	long wrong = 0;
@@ -74,7 +85,7 @@ static long work(unsigned seed, long seconds, long *rounds)
 	/* The intrinsics do not tell the compiler what they read. */
 	__asm__ volatile("" ::: "memory");
 	_tile_loadconfig(&config);
-	for (*rounds = 0; time(NULL) < end; ++*rounds) {
+	for (*rounds = 0; seconds ? time(NULL) < end : !shared->stop; ++*rounds) {
 		_tile_loadd(1, held[1], 64);
 		_tile_loadd(2, held[2], 64);
 		_tile_loadd(3, held[3], 64);
@@ -96,6 +107,25 @@ static long work(unsigned seed, long seconds, long *rounds)
 	return wrong;
 }
 
+/* Until there is a line to read. */
+static void watch(long processes)
+{
+	struct pollfd input = { .fd = 0, .events = POLLIN };
+	long seen[PROCESSES] = { 0 }, tick = 0, i;
+
+	while (poll(&input, 1, 50) == 0) {
+		for (i = 0; i < processes && shared->rounds[i] > seen[i]; i++)
+			;
+		if (i < processes)
+			continue;
+		for (i = 0; i < processes; i++)
+			seen[i] = shared->rounds[i];
+		printf("tick %ld\n", tick++);
+		fflush(stdout);
+	}
+	shared->stop = 1;
+}
+
 int main(int argc, char **argv)
 {
 	long processes = argc > 1 ? atol(argv[1]) : 4, seconds = argc > 2 ? atol(argv[2]) : 1;
@@ -105,6 +135,9 @@ int main(int argc, char **argv)
 	int failed = 0, status;
 
 	stack.ss_sp = malloc(stack.ss_size);
+	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (processes < 1 || processes > PROCESSES || shared == MAP_FAILED)
+		return 2;
 	if (sigaltstack(&stack, NULL) || sigaction(SIGALRM, &action, NULL) ||
 	    syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)) {
 		perror("amx_tasks");
@@ -112,16 +145,19 @@ int main(int argc, char **argv)
 	}
 	for (long i = 0; i < processes; i++) {
 		if (fork() == 0) {
-			long rounds, wrong;
+			volatile long *rounds = &shared->rounds[i];
+			long wrong;
 
 			setitimer(ITIMER_REAL, &every, NULL);
-			wrong = work(i + 1, seconds, &rounds);
-			printf("process %ld: wrong %ld%s%s\n", i, wrong, rounds ? "" : ", no rounds",
+			wrong = work(i + 1, seconds, rounds);
+			printf("process %ld: wrong %ld%s%s\n", i, wrong, *rounds ? "" : ", no rounds",
 			       ticks ? "" : ", no signals");
 			fflush(stdout);
-			_exit(wrong != 0 || !rounds || !ticks);
+			_exit(wrong != 0 || !*rounds || !ticks);
 		}
 	}
+	if (!seconds)
+		watch(processes);
 	for (long i = 0; i < processes; i++)
 		failed |= wait(&status) < 0 || status;
 	puts(failed ? "failed" : "done");

@@ -59,12 +59,23 @@ impl Qemu {
         cpu: &str,
         arguments: &[&str],
     ) -> Result<Qemu, Error> {
+        Qemu::start_on(Command::new(ring3()).arg("run"), name, accel, machine, cpu, arguments)
+    }
+
+    /// The same by a `ring3 run` that has its options and environment.
+    pub fn start_on(
+        command: &mut Command,
+        name: &str,
+        accel: &str,
+        machine: &str,
+        cpu: &str,
+        arguments: &[&str],
+    ) -> Result<Qemu, Error> {
         packages::require(&[("qemu-system-x86_64", "qemu-system-x86")])?;
         std::fs::create_dir_all(guest_dir()).map_err(|e| Error::Guest(e.to_string()))?;
         let socket = std::env::temp_dir().join(format!("ring3-{name}-{}.qmp", std::process::id()));
         let _ = std::fs::remove_file(&socket);
-        let mut command = Command::new(ring3());
-        command.args(["run", "--", "qemu-system-x86_64", "-accel", accel, "-M", machine, "-cpu", cpu]);
+        command.args(["--", "qemu-system-x86_64", "-accel", accel, "-M", machine, "-cpu", cpu]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]);
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display())).args(arguments);
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();

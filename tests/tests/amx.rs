@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-use xtask::guest::{Boot, Outcome};
+use e2e::qemu::{APPEND, Qemu, scratch, text};
+use xtask::guest::{Boot, Outcome, ring3};
 use xtask::images::Initramfs;
 use xtask::{guest_dir, packages, root, run};
 
@@ -56,6 +58,7 @@ echo END program
             program("amx", &selftests.join("x86/amx.c"), Some(&selftests)),
             ours("amx_matmul"),
             ours("amx_tasks"),
+            ours("amx_signal"),
         ];
         let kernel = packages::kernel("6.12").unwrap();
         in_one_piece("amx.cpio", |path| Initramfs { script, files }.build(&kernel, path).map(drop).unwrap())
@@ -140,4 +143,86 @@ fn amx_linux_keeps_tiles_when_virtual_cpus_move() {
 fn amx_linux_keeps_the_tiles_of_many_processes() {
     let outcome = linux(MODEL, &format!("amx_tasks 6 {}", seconds()), 2, &[]);
     assert_eq!(sorted(section(&outcome, "program")), all_right(6));
+}
+
+/// SIGILL without permission, and tiles in the frames of signals.
+#[test]
+fn amx_linux_has_tiles_in_signal_frames() {
+    let outcome = linux(MODEL, "amx_signal; echo status $?", 1, &[]);
+    let expected = "refused: signal 4 code 1, frame without tiles
+allowed: signal 0
+frame: size full, in use 1, same 1, changed 1
+released: in use 0
+status 0
+";
+    assert_eq!(section(&outcome, "program"), expected);
+}
+
+/// How often the machine with tiles is saved and restored.
+const SAVES: usize = 10;
+
+/// QEMU's machine with four processes that have tiles on two processors.
+fn qemu_with_tiles(disk: &Path) -> Qemu {
+    let library = in_one_piece("qemu_tiles.so", |target| {
+        let source = root().join("tests/programs/qemu_tiles.c");
+        run(Command::new("cc").args(["-O2", "-shared", "-fPIC", "-o"]).arg(target).arg(source)).unwrap();
+    });
+    let mut command = Command::new(ring3());
+    command.env("LD_PRELOAD", library).args([
+        "run",
+        "--cpu",
+        "sapphire-rapids,+xfd,+amx_tile,+amx_int8,+amx_bf16",
+    ]);
+    let (kernel, initrd) = (text(&packages::kernel("6.12").unwrap().image), text(initrd()));
+    let append = format!("{APPEND} quiet run=\"amx_tasks 4 0 < /dev/ttyS0\"");
+    let drive = format!("if=none,id=d,format=qcow2,file={}", text(disk));
+    let arguments = ["-m", "256", "-smp", "2", "-kernel", &kernel, "-initrd", &initrd, "-append", &append];
+    let arguments = [&arguments[..], &["-drive", &drive, "-no-reboot"]].concat();
+    Qemu::start_on(&mut command, "qemu-amx", "kvm", "q35", "host", &arguments).unwrap()
+}
+
+/// Waits until every process of the guest has come `more` times further than now.
+fn go_on(qemu: &mut Qemu, more: usize) {
+    let so_far = qemu.console().matches("tick ").count();
+    qemu.wait_for("tick ", so_far + more).unwrap();
+}
+
+/// Four processes with tiles of their own on two processors; the machine is saved and restored ten times.
+#[test]
+fn amx_linux_keeps_tiles_over_snapshots() {
+    packages::require(&[("qemu-img", "qemu-utils")]).unwrap();
+    let disk = scratch("amx-snapshot.qcow2");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("64M")).unwrap();
+    let mut qemu = qemu_with_tiles(&disk);
+    qemu.wait_for("tick 0\n", 1).unwrap();
+    let (started, all) = (Instant::now(), Duration::from_secs(seconds()));
+    for save in 1..=SAVES {
+        while started.elapsed() < all * save as u32 / SAVES as u32 {
+            go_on(&mut qemu, 1);
+        }
+        go_on(&mut qemu, 2);
+        qemu.human("savevm tiles").unwrap();
+        go_on(&mut qemu, 2);
+        qemu.human("loadvm tiles").unwrap();
+    }
+    go_on(&mut qemu, 2);
+    qemu.say("\n").unwrap();
+    qemu.wait_for("END program", 1).unwrap();
+    qemu.wait().unwrap();
+    qemu.healthy();
+    let console = qemu.console();
+    let program: String = section_of(&console, "program")
+        .lines()
+        .filter(|l| !l.starts_with("tick"))
+        .fold(String::new(), |text, line| text + line + "\n");
+    assert!(console.contains("amx_bf16\namx_int8\namx_tile\n"), "{console}");
+    assert_eq!(sorted(program.trim_start()), all_right(4), "{console}");
+    let _ = std::fs::remove_file(disk);
+}
+
+/// What a console has between the last BEGIN and END of `name`.
+fn section_of<'a>(console: &'a str, name: &str) -> &'a str {
+    let (begin, end) = (format!("BEGIN {name}\n"), format!("END {name}\n"));
+    let from = console.find(&begin).unwrap_or_else(|| panic!("no {name}: {console}")) + begin.len();
+    &console[from..from + console[from..].find(&end).unwrap()]
 }
