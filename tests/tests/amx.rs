@@ -37,11 +37,9 @@ fn program(name: &str, source: &Path, include: Option<&Path>) -> (String, u32, V
     (format!("bin/{name}"), 0o755, std::fs::read(target).unwrap())
 }
 
-/// The initramfs runs the commands of its kernel command line's `run=`.
-fn initrd() -> &'static PathBuf {
-    static INITRD: OnceLock<PathBuf> = OnceLock::new();
-    INITRD.get_or_init(|| {
-        let script = "commands=$(sed -n 's/.* run=\"\\([^\"]*\\)\".*/\\1/p' /proc/cmdline)
+/// An initramfs with `files` that runs the commands of its kernel command line's `run=`.
+fn initramfs(name: &str, files: Vec<(String, u32, Vec<u8>)>) -> PathBuf {
+    let script = "commands=$(sed -n 's/.* run=\"\\([^\"]*\\)\".*/\\1/p' /proc/cmdline)
 echo BEGIN flags
 tr ' ' '\\n' < /proc/cpuinfo | grep -x -e 'amx_.*' | sort | uniq
 echo END flags
@@ -52,27 +50,34 @@ echo BEGIN program
 eval \"$commands\" 2>&1
 echo END program
 ";
+    let kernel = packages::kernel("6.12").unwrap();
+    in_one_piece(name, |path| Initramfs { script, files }.build(&kernel, path).map(drop).unwrap())
+}
+
+/// The initramfs with all programs that need no libraries.
+fn initrd() -> &'static PathBuf {
+    static INITRD: OnceLock<PathBuf> = OnceLock::new();
+    INITRD.get_or_init(|| {
         let selftests = packages::kernel_source().unwrap().join("tools/testing/selftests");
         let ours = |name: &str| program(name, &root().join(format!("tests/programs/{name}.c")), None);
-        let files = vec![
-            program("amx", &selftests.join("x86/amx.c"), Some(&selftests)),
-            ours("amx_matmul"),
-            ours("amx_tasks"),
-            ours("amx_signal"),
-        ];
-        let kernel = packages::kernel("6.12").unwrap();
-        in_one_piece("amx.cpio", |path| Initramfs { script, files }.build(&kernel, path).map(drop).unwrap())
+        let mut files = vec![program("amx", &selftests.join("x86/amx.c"), Some(&selftests))];
+        files.extend(["amx_matmul", "amx_tasks", "amx_signal"].map(ours));
+        initramfs("amx.cpio", files)
     })
 }
 
 /// Boots a guest that runs `commands`.
 fn linux(model: &str, commands: &str, cpus: u32, extra: &[&str]) -> Outcome {
+    linux_with(initrd(), model, commands, cpus, extra)
+}
+
+fn linux_with(initrd: &Path, model: &str, commands: &str, cpus: u32, extra: &[&str]) -> Outcome {
     let options = [&["--cpu", model, "--stats"], extra].concat();
     let boot = Boot {
         kernel: packages::kernel("6.12").unwrap().image,
-        initrd: Some(initrd().clone()),
+        initrd: Some(initrd.to_path_buf()),
         append: format!("console=ttyS0 quiet panic=-1 run=\"{commands}\""),
-        memory: 256,
+        memory: 512,
         cpus,
         extra: options.into_iter().map(String::from).collect(),
         ..Boot::default()
@@ -106,6 +111,50 @@ fn amx_linux_passes_its_own_test() {
 fn amx_linux_multiplies_matrices() {
     let outcome = linux(MODEL, "amx_matmul; echo status $?", 1, &[]);
     assert_eq!(section(&outcome, "program"), "int8 equal\nbf16 equal\nstatus 0\n");
+}
+
+/// Debian's oneDNN, a program of ours that has it multiply, and all libraries, in /bin.
+fn onednn() -> PathBuf {
+    let packages = ["libdnnl-dev", "libdnnl2", "ocl-icd-libopencl1", "libgomp1", "libstdc++6"];
+    let unpacked = packages.map(|package| packages::unpacked(package).unwrap());
+    let libraries = unpacked.each_ref().map(|dir| dir.join("usr/lib/x86_64-linux-gnu"));
+    let program = in_one_piece("amx_onednn", |target| {
+        let mut cc = Command::new("cc");
+        cc.arg("-O2").arg("-I").arg(unpacked[0].join("usr/include")).arg("-o").arg(target);
+        cc.arg(root().join("tests/programs/amx_onednn.c")).arg(libraries[1].join("libdnnl.so.2"));
+        run(cc.arg("-Wl,--allow-shlib-undefined")).unwrap();
+    });
+    let path = libraries.map(|dir| text(&dir)).join(":");
+    let listed = run(Command::new("ldd").arg(&program).env("LD_LIBRARY_PATH", path)).unwrap();
+    let mut wanted: Vec<&Path> =
+        listed.split_whitespace().filter(|w| w.starts_with('/')).map(Path::new).collect();
+    wanted.push(&program);
+    let read = |path: &Path| {
+        let name = path.file_name().unwrap().to_string_lossy();
+        (format!("bin/{name}"), 0o755, std::fs::read(path).unwrap())
+    };
+    initramfs("onednn.cpio", wanted.into_iter().map(read).collect())
+}
+
+/// oneDNN takes AMX only together with AVX-512, which the guest has if the machine has it, and multiplies bf16 only with that.
+/// A processor that has AMX without AVX-512 it takes for one that has both (KMOVQ), unless it is told what to use.
+#[test]
+fn amx_linux_has_onednn_use_it() {
+    let initrd = onednn();
+    for model in [MODEL, "sapphire-rapids,-avx512f"] {
+        let commands = "grep -q -w avx512_bf16 /proc/cpuinfo && echo AVX-512 || export ONEDNN_MAX_CPU_ISA=AVX2; \
+             ONEDNN_VERBOSE=1 ld-linux-x86-64.so.2 --library-path /bin /bin/amx_onednn; echo status $?";
+        let outcome = linux_with(&initrd, model, commands, 1, &[]);
+        let said = section(&outcome, "program");
+        if !said.starts_with("AVX-512\n") {
+            assert!(said.ends_with("int8 equal\nbf16 unavailable\nstatus 0\n"), "{said}");
+            continue;
+        }
+        assert!(said.ends_with("int8 equal\nbf16 equal\nstatus 0\n"), "{said}");
+        for kernel in ["matmul,brg:avx512_core_amx_int8,", "matmul,brg:avx512_core_amx_bf16,"] {
+            assert!(said.contains(kernel), "no {kernel}: {said}");
+        }
+    }
 }
 
 /// Without XSAVES Linux does not use AMX, and nobody gets it.
@@ -210,6 +259,7 @@ fn amx_linux_keeps_tiles_over_snapshots() {
     qemu.wait_for("END program", 1).unwrap();
     qemu.wait().unwrap();
     qemu.healthy();
+    assert!(!qemu.errors().contains("no table"), "{}", qemu.errors());
     let console = qemu.console();
     let program: String = section_of(&console, "program")
         .lines()

@@ -177,6 +177,16 @@ pub fn busybox() -> Result<PathBuf, Error> {
     fetched(found, fetch, "busybox-static")
 }
 
+/// Where `package` is unpacked, fetched on first use. It is not installed, nor is what it depends on.
+pub fn unpacked(package: &str) -> Result<PathBuf, Error> {
+    let dir = guest_dir().join(package);
+    let fetch = || match unpack(package, &dir) {
+        Err(_) if is_root() => update().and_then(|()| unpack(package, &dir)),
+        result => result,
+    };
+    fetched(|| Some(dir.clone()).filter(|dir| dir.is_dir()), fetch, package)
+}
+
 /// Parts of the kernel's source that its KVM tests are built from.
 const SOURCE_PARTS: &[&str] =
     &["Makefile", "scripts", "include", "arch/x86", "tools", "usr/include", "usr/Makefile"];
