@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::Decoder;
 
+use crate::buffers::{Buffer, Cleared};
 use crate::bus_lock::{LockKind, LockedAccess, TestCtrl};
 use crate::clock::Clock;
 use crate::code::CodeCache;
@@ -104,6 +105,10 @@ pub struct Counters {
     pub uc_lock_faults: u64,
     /// #NMs for components that IA32_XFD disables.
     pub xfd_faults: u64,
+    /// VERWs with a memory operand that cleared fill buffers.
+    pub fb_clears: u64,
+    /// VERWs with a memory operand that cleared the register file.
+    pub register_file_clears: u64,
 }
 
 /// A logical processor executing guest code.
@@ -155,6 +160,8 @@ pub struct Cpu {
     /// Bit 26 of the exit reason: a bus lock was taken since the entry and [`Controls::bus_lock_detection`] is on. Set with
     /// every [`Exit::BusLock`], and with another exit that came in its place, which is then the only report.
     pub exit_bus_lock: bool,
+    /// What VERW with a memory operand clears, by what the guest has been told of its processor. The hypervisor sets it.
+    pub verw_clears: Cleared,
     /// How long there has been no event window.
     pub event_window: EventWindow,
     /// A fault met in a new task before its first instruction.
@@ -205,6 +212,7 @@ impl Cpu {
             permitted_lock: None,
             refused_lock: None,
             exit_bus_lock: false,
+            verw_clears: Cleared::NOTHING,
             event_window: EventWindow::default(),
             deferred: None,
             trap_after: false,
@@ -303,6 +311,12 @@ impl Cpu {
         if let Some(access) = self.replay.waiting.take() {
             self.replay.done.push((access, value));
         }
+    }
+
+    /// VERW with a memory operand has been executed.
+    pub(crate) fn clear_buffers(&mut self) {
+        self.counters.fb_clears += u64::from(self.verw_clears.has(Buffer::Fill));
+        self.counters.register_file_clears += u64::from(self.verw_clears.has(Buffer::RegisterFile));
     }
 
     /// Whether an access that an exit carried has been answered and its instruction waits to be executed again.

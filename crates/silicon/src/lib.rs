@@ -3,6 +3,7 @@
 //! Guest state, instruction execution, paging, event delivery, and guest mode with the controls and exits of VMX.
 //! This crate knows nothing of KVM: the hypervisor enters guest mode with [`Cpu::run`] and gets a [`vmx::Exit`].
 
+pub mod buffers;
 pub mod bus_lock;
 pub mod clock;
 pub(crate) mod code;

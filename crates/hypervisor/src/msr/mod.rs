@@ -7,6 +7,7 @@ mod env;
 pub mod filter;
 mod mce;
 mod mtrr;
+mod speculation;
 mod table;
 
 use silicon::model::msrs::{Kept, StateMsr, find as find_state};
@@ -21,6 +22,7 @@ pub use mce::Injected;
 use mce::MachineCheck;
 pub use mce::SUPPORTED as MCE_CAPABILITIES;
 use mtrr::Mtrrs;
+pub(crate) use table::MCU_OPT_CTRL;
 use table::{Read, Row, Slot, Write, rows};
 
 /// Why an access is refused: #GP(0) for the guest; the client's call stops there.
@@ -120,6 +122,12 @@ impl MsrState {
         state
     }
 
+    /// The client has switched KVM_X86_QUIRK_STUFF_FEATURE_MSRS off: it sets the feature registers itself.
+    pub fn clear_feature_msrs(&mut self) {
+        self.put(Slot::ArchCapabilities, 0);
+        self.put(Slot::PlatformInfo, 0);
+    }
+
     /// A new vCPU may have these bits of IA32_CORE_CAPABILITIES, and has them at first.
     pub fn offer_core_capabilities(&mut self, offered: u64) {
         self.core_capabilities_offered = offered;
@@ -141,9 +149,15 @@ impl MsrState {
         self.init();
         self.put(Slot::MiscEnable, MISC_ENABLE_RESET);
         self.put(Slot::Smbase, 0x3_0000);
-        for slot in
-            [Slot::MiscFeatures, Slot::SpecCtrl, Slot::FeatureControl, Slot::UmwaitControl, Slot::TestControl]
-        {
+        for slot in [
+            Slot::MiscFeatures,
+            Slot::SpecCtrl,
+            Slot::FeatureControl,
+            Slot::UmwaitControl,
+            Slot::TestControl,
+            Slot::TsxControl,
+            Slot::McuOptControl,
+        ] {
             self.put(slot, 0);
         }
     }
@@ -377,6 +391,11 @@ pub fn index_list(model: &CpuModel, core_capabilities: u64) -> Vec<u32> {
         row.listed && offered && row.feature.is_none_or(|f| features.has(f))
     });
     state.map(|row| row.index).chain(kept.flat_map(|row| row.first..=row.last)).collect()
+}
+
+/// Whether a vCPU that has run keeps its value of the register (kernel: `kvm_is_immutable_feature_msr`).
+pub(crate) fn is_immutable(index: u32) -> bool {
+    matches!(index, table::ARCH_CAPABILITIES | table::PERF_CAPABILITIES)
 }
 
 /// KVM_GET_MSR_FEATURE_INDEX_LIST.

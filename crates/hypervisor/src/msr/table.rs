@@ -4,6 +4,7 @@ use silicon::bus_lock::debugctl;
 use silicon::model::Feature;
 use silicon::model::msrs::MSR_TEST_CTRL;
 
+use super::speculation;
 use super::{
     CPUID_FAULT, FEATURE_CONTROL_LMCE, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_SUPPORTED, MISC_ENABLE_EMON,
     MISC_ENABLE_PMU, MsrEnv, MsrState, PLATFORM_INFO_CPUID_FAULT,
@@ -13,6 +14,10 @@ use crate::cpuid::pv;
 pub(super) const UCODE_REV: u32 = 0x8b;
 pub(super) const CORE_CAPABILITIES: u32 = 0xcf;
 pub(super) const ARCH_CAPABILITIES: u32 = 0x10a;
+/// IA32_TSX_CTRL.
+pub(super) const TSX_CTRL: u32 = 0x122;
+/// IA32_MCU_OPT_CTRL.
+pub(crate) const MCU_OPT_CTRL: u32 = 0x123;
 pub(super) const PERF_CAPABILITIES: u32 = 0x345;
 
 /// Registers that are one stored value.
@@ -29,6 +34,8 @@ pub(super) enum Slot {
     CoreCapabilities,
     UmwaitControl,
     ArchCapabilities,
+    TsxControl,
+    McuOptControl,
     MiscFeatures,
     MiscEnable,
     PowerControl,
@@ -218,13 +225,29 @@ static ROWS: &[Row] = &[
         ARCH_CAPABILITIES,
         "IA32_ARCH_CAPABILITIES",
         Read::Slot(Slot::ArchCapabilities),
-        Write::Host(Slot::ArchCapabilities),
+        Write::Call(write_arch_capabilities),
     )
     .needs(Feature::ArchCapabilities)
     .listed(),
     row(0x10b, "IA32_FLUSH_CMD", Read::No, Write::Call(|_, _, value, _, _| value & !1 == 0))
         .needs(Feature::FlushL1d),
     row(0x11e, "MSR_BBL_CR_CTL3", Read::Value(0xbe70_2111), Write::Ignore),
+    row(
+        TSX_CTRL,
+        "IA32_TSX_CTRL",
+        Read::Call(|state, _, host, env| state.tsx_ctrl_exists(host, env).then(|| state.tsx_ctrl())),
+        Write::Call(write_tsx_ctrl),
+    )
+    .listed(),
+    row(
+        MCU_OPT_CTRL,
+        "IA32_MCU_OPT_CTRL",
+        Read::Call(|state, _, host, env| {
+            (state.mcu_opt_ctrl_bits(host, env) != 0).then(|| state.mcu_opt_ctrl())
+        }),
+        Write::Call(write_mcu_opt_ctrl),
+    )
+    .listed(),
     row(0x140, "MSR_MISC_FEATURES_ENABLES", Read::Slot(Slot::MiscFeatures), Write::Call(write_misc_features))
         .listed(),
     row(0x179, "IA32_MCG_CAP", MCE_READ, Write::No),
@@ -369,13 +392,51 @@ fn write_tsc_adjust(state: &mut MsrState, _: u32, value: u64, host: bool, env: &
     true
 }
 
-/// IBRS, STIBP and SSBD, each as far as the guest has it.
+/// Bits of IA32_SPEC_CTRL and what enumerates them (SDM vol. 4, table 2-2).
+static SPEC_CTRL_BITS: &[(u64, Feature)] = &[
+    (1 << 0, Feature::SpecCtrl),
+    (1 << 1, Feature::Stibp),
+    (1 << 2, Feature::Ssbd),
+    (1 << 3 | 1 << 4, Feature::IpredCtrl),
+    (1 << 5 | 1 << 6, Feature::RrsbaCtrl),
+    (1 << 7, Feature::Psfd),
+    (1 << 8, Feature::DdpdU),
+    (1 << 10, Feature::BhiCtrl),
+];
+
+/// Each bit as far as the guest has it; the kernel asks what the host has.
 fn write_spec_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
-    let bits = [(1 << 0, Feature::SpecCtrl), (1 << 1, Feature::Stibp), (1 << 2, Feature::Ssbd)];
-    let offered = bits.iter().filter(|(_, feature)| host || env.features().has(*feature));
-    let valid = value & !offered.fold(0, |all, (bit, _)| all | bit) == 0;
+    let offered = SPEC_CTRL_BITS.iter().filter(|(_, feature)| host || env.features().has(*feature));
+    let valid = value & !offered.fold(0, |all, (bits, _)| all | bits) == 0;
     if valid {
         state.put(Slot::SpecCtrl, value);
+    }
+    valid
+}
+
+/// What the client may set: what only tells the guest something, and what enumerates registers that there are.
+fn write_arch_capabilities(state: &mut MsrState, _: u32, value: u64, host: bool, _: &mut dyn MsrEnv) -> bool {
+    let valid = host && value & !speculation::SETTABLE == 0;
+    if valid {
+        state.put(Slot::ArchCapabilities, value);
+    }
+    valid
+}
+
+fn write_tsx_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
+    let bits = speculation::TSX_RTM_DISABLE | speculation::TSX_CPUID_CLEAR;
+    let valid = state.tsx_ctrl_exists(host, env) && value & !bits == 0;
+    if valid {
+        state.put(Slot::TsxControl, value);
+    }
+    valid
+}
+
+fn write_mcu_opt_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
+    let bits = state.mcu_opt_ctrl_bits(host, env);
+    let valid = bits != 0 && value & !bits == 0;
+    if valid {
+        state.put(Slot::McuOptControl, value);
     }
     valid
 }

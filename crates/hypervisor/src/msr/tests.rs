@@ -6,8 +6,8 @@ use super::*;
 use crate::cpuid::pv;
 
 /// A processor made of a table.
-struct Fake {
-    features: Features,
+pub(super) struct Fake {
+    pub(super) features: Features,
     pv: u32,
     state: HashMap<u32, u64>,
     apic_base: u64,
@@ -76,12 +76,12 @@ impl MsrEnv for Fake {
     }
 }
 
-fn state() -> MsrState {
+pub(super) fn state() -> MsrState {
     MsrState::new(&CpuModel::default(), &HostParams::default())
 }
 
-const GUEST: bool = false;
-const CLIENT: bool = true;
+pub(super) const GUEST: bool = false;
+pub(super) const CLIENT: bool = true;
 
 #[test]
 fn rows_are_sorted_and_do_not_overlap() {
@@ -124,7 +124,8 @@ fn write_rules() {
         (0x3a, 5, GUEST, false),
         (0x3a, 5, CLIENT, true),
         (0x48, 0b101, GUEST, true),
-        (0x48, 1 << 10, GUEST, false),
+        (0x48, 1 << 10, GUEST, true),
+        (0x48, 1 << 9, GUEST, false),
         (0x49, 1, GUEST, true),
         (0x49, 2, GUEST, false),
         (0x8b, 0, GUEST, true),

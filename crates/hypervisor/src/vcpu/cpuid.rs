@@ -55,7 +55,11 @@ impl Vcpu {
 
     /// EAX, EBX, ECX, EDX of a leaf as the guest sees them.
     pub(super) fn cpuid_values(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        self.cpuid.lookup(leaf, subleaf, &self.cpu.state, &self.cpuid_state())
+        let mut values = self.cpuid.lookup(leaf, subleaf, &self.cpu.state, &self.cpuid_state());
+        if (leaf, subleaf) == (7, 0) && self.msrs.hides_tsx() {
+            values[1] &= !(1 << Feature::Rtm.row().bit | 1 << Feature::Hle.row().bit);
+        }
+        values
     }
 
     fn cpuid_state(&self) -> CpuidState {
@@ -83,6 +87,46 @@ impl Vcpu {
 #[cfg(test)]
 mod tests {
     use super::super::testing::vcpu;
+
+    /// Spec M6.
+    #[test]
+    fn ac_m6_tsx_ctrl_hides_transactional_memory() {
+        let mut vcpu = vcpu();
+        let mut table = vcpu.vm.system().supported_cpuid();
+        let leaf = table.iter_mut().find(|e| (e.function, e.index) == (7, 0)).unwrap();
+        leaf.ebx |= 1 << 4 | 1 << 11;
+        vcpu.set_cpuid2(&table).unwrap();
+        let tsx = |vcpu: &super::Vcpu| vcpu.cpuid_values(7, 0)[1] & (1 << 4 | 1 << 11);
+        vcpu.write_msr(0x10a, 1 << 7, true).unwrap();
+        for (value, seen) in [(0, 1 << 4 | 1 << 11), (1, 1 << 4 | 1 << 11), (2, 0), (3, 0)] {
+            vcpu.write_msr(0x122, value, false).unwrap();
+            assert_eq!(tsx(&vcpu), seen, "{value}");
+        }
+        vcpu.reset();
+        assert_ne!(tsx(&vcpu), 0, "RESET clears the register");
+    }
+
+    /// Spec V2.
+    #[test]
+    fn ac_v2_a_feature_register_is_fixed_by_the_first_run() {
+        let mut vcpu = vcpu();
+        vcpu.write_msr(0x10a, 0b1011, true).unwrap();
+        vcpu.has_run = true;
+        vcpu.write_msr(0x10a, 0b1011, true).unwrap();
+        assert!(vcpu.write_msr(0x10a, 0b1001, true).is_err());
+        assert_eq!(vcpu.read_msr(0x10a, true), Ok(0b1011));
+    }
+
+    /// Spec V5.
+    #[test]
+    fn ac_v5_without_the_quirk_feature_registers_are_the_clients_to_set() {
+        let vm = super::super::testing::vm();
+        vm.disable_quirks2(kvm_bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS.into()).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        assert_eq!((vcpu.read_msr(0x10a, true), vcpu.read_msr(0xce, true)), (Ok(0), Ok(0)));
+        let mut stuffed = super::super::testing::vcpu();
+        assert_ne!(stuffed.read_msr(0x10a, true), Ok(0));
+    }
 
     #[test]
     fn after_the_first_run_only_the_same_table() {

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use kvm_bindings::{
     KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_X86_DISABLE_EXITS_HLT,
-    KVM_X86_DISABLE_EXITS_MWAIT, kvm_mp_state,
+    KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_QUIRK_STUFF_FEATURE_MSRS, kvm_mp_state,
 };
 use silicon::Cpu;
 use silicon::model::xstate::size_standard;
@@ -205,6 +205,9 @@ impl Vcpu {
         let apic_base = APIC_BASE_DEFAULT | if bsp { APIC_BASE_BSP } else { 0 };
         let reset_state = Box::new(cpu.state.clone());
         let mut msrs = MsrState::new(model, vm.system().host());
+        if !vm.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS) {
+            msrs.clear_feature_msrs();
+        }
         msrs.offer_core_capabilities(vm.core_capabilities());
         let locks = Locks::new(&vm, id);
         cpu.test_ctrl = vm.system().processors().test_ctrl(locks.thread());

@@ -10,7 +10,7 @@ use silicon::state::reg;
 use super::tsc::IA32_TSC;
 use super::{Vcpu, VcpuExit};
 use crate::msr::filter::MsrAccess;
-use crate::msr::{CpuEnv, MsrError, MsrState};
+use crate::msr::{CpuEnv, MCU_OPT_CTRL, MsrError, MsrState, is_immutable};
 
 /// The client may hide it (KVM_CAP_MSR_PLATFORM_INFO).
 const MSR_PLATFORM_INFO: u32 = 0xce;
@@ -130,14 +130,27 @@ impl Vcpu {
         msrs.read(index, host, &mut env)
     }
 
+    /// What VERW clears follows from what the guest has been told and from what it has written.
+    pub(super) fn update_verw(&mut self) {
+        let (msrs, env) = self.msrs();
+        let clears = msrs.verw_clears(&env);
+        self.cpu.verw_clears = clears;
+    }
+
     /// Writes an MSR as WRMSR (or KVM_SET_MSRS, `host`) does.
     pub(super) fn write_msr(&mut self, index: u32, value: u64, host: bool) -> Result<(), MsrError> {
         if host && index == IA32_TSC {
             self.write_tsc(value);
             return Ok(());
         }
+        if host && self.has_run && is_immutable(index) && self.read_msr(index, true) != Ok(value) {
+            return Err(MsrError::Refused(index));
+        }
         let (msrs, mut env) = self.msrs();
         msrs.write(index, value, host, &mut env)?;
+        if index == MCU_OPT_CTRL {
+            self.update_verw();
+        }
         if index == MSR_TEST_CTRL {
             self.test_ctrl_written();
         }

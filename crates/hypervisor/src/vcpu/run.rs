@@ -121,6 +121,7 @@ impl Vcpu {
         // The client may have set both.
         self.make_room(self.cpu.state.xcr0, self.cpu.state.xfd)?;
         self.has_run = true;
+        self.update_verw();
         self.record_steal_time();
         let result = self.run_guest();
         self.note_preemption();

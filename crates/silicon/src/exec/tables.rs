@@ -213,6 +213,10 @@ fn verw(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let selector = cpu.word_operand(op, op.r0)?;
     let writable = visible(cpu, selector)?.is_some_and(|d| d.is_writable_data());
     set_zf(cpu, writable);
+    // Only this form overwrites buffers, whatever the selector is.
+    if op.is_memory() {
+        cpu.clear_buffers();
+    }
     Ok(Flow::Next)
 }
 
@@ -282,4 +286,52 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
         op.r1 = gpr(ins.op1_register());
     }
     Some(op)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::buffers::{Buffer, Cleared};
+    use crate::exec::testing::{DATA, GP0, Guest, UNMAPPED};
+    use crate::state::{CodeSize, reg};
+
+    /// verw [rax]; verw cx
+    const MEMORY: &[u8] = &[0x0f, 0x00, 0x28];
+    const REGISTER: &[u8] = &[0x0f, 0x00, 0xe9];
+
+    /// Spec M4: only the memory form clears, whatever the selector is; ZF is as ever.
+    #[test]
+    fn ac_m4_only_verw_with_a_memory_operand_clears() {
+        let mut guest = Guest::new(CodeSize::Bits64);
+        guest.cpu.verw_clears = Cleared::of(&[Buffer::Fill, Buffer::RegisterFile]);
+        guest.set(reg::RAX, DATA);
+        guest.finish(REGISTER);
+        assert_eq!((guest.cpu.counters.fb_clears, guest.cpu.counters.register_file_clears), (0, 0));
+        // A null selector, and one beyond the table.
+        for (done, selector) in [(1, 0u16), (2, 0xfff8)] {
+            guest.put(DATA, &selector.to_le_bytes());
+            guest.finish(MEMORY);
+            assert!(!guest.cpu.state.status.zf());
+            let counters = guest.cpu.counters;
+            assert_eq!((counters.fb_clears, counters.register_file_clears), (done, done));
+        }
+        guest.cpu.verw_clears = Cleared::NOTHING;
+        guest.finish(MEMORY);
+        assert_eq!(guest.cpu.counters.fb_clears, 2, "the processor says that it clears nothing");
+    }
+
+    #[test]
+    fn ac_m4_verw_that_faults_clears_nothing() {
+        let mut guest = Guest::new(CodeSize::Bits64);
+        guest.cpu.verw_clears = Cleared::of(&[Buffer::Fill]);
+        guest.set(reg::RAX, 1 << 63);
+        assert_eq!(guest.fault(MEMORY), GP0);
+        guest.set(reg::RAX, UNMAPPED);
+        assert_eq!(guest.fault(MEMORY).0, crate::exception::vector::PF);
+        assert_eq!(guest.cpu.counters.fb_clears, 0);
+        let mut real = Guest::new(CodeSize::Bits16);
+        real.cpu.verw_clears = Cleared::of(&[Buffer::Fill]);
+        // verw [bx+si]
+        assert_eq!(real.fault(&[0x0f, 0x00, 0x28]).0, crate::exception::vector::UD);
+        assert_eq!(real.cpu.counters.fb_clears, 0);
+    }
 }

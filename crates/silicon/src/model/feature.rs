@@ -215,6 +215,7 @@ features! {
     Fsrm "fsrm" (7 0 Edx 4) Own;
     Uintr "uintr" (7 0 Edx 5) Nobody {UINTR};
     Avx512vp2intersect "avx512_vp2intersect" (7 0 Edx 8) HostAvx512 {AVX512_VP2INTERSECT} needs Avx512f;
+    SrbdsCtrl "srbds_ctrl" (7 0 Edx 9) Own;
     MdClear "md_clear" (7 0 Edx 10) Own;
     Serialize "serialize" (7 0 Edx 14) Own {SERIALIZE};
     Tsxldtrk "tsxldtrk" (7 0 Edx 16) Nobody {TSXLDTRK};
@@ -252,6 +253,11 @@ features! {
     AmxComplex "amx_complex" (7 1 Edx 8) Own {AMX_COMPLEX} needs AmxTile;
     AvxVnniInt16 "avx_vnni_int16" (7 1 Edx 10) HostAvx {AVX_VNNI_INT16} needs Avx2;
     Prefetchiti "prefetchiti" (7 1 Edx 14) Own {PREFETCHITI};
+    Psfd "intel_psfd" ["psfd"] (7 2 Edx 0) Own needs SpecCtrl;
+    IpredCtrl "ipred_ctrl" (7 2 Edx 1) Own needs SpecCtrl;
+    RrsbaCtrl "rrsba_ctrl" (7 2 Edx 2) Own needs SpecCtrl;
+    DdpdU "ddpd_u" (7 2 Edx 3) Own needs SpecCtrl;
+    BhiCtrl "bhi_ctrl" (7 2 Edx 4) Own needs SpecCtrl;
     McdtNo "mcdt_no" (7 2 Edx 5) Own;
     UcLockDisable "uc_lock_disable" ["uc_lock_dis"] (7 2 Edx 6) Own needs CoreCapability;
 

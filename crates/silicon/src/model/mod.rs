@@ -6,6 +6,7 @@ pub mod host;
 pub mod models;
 pub mod msrs;
 mod parse;
+pub mod speculation;
 pub mod xstate;
 
 use iced_x86::{CpuidFeature as Iced, DecoderOptions, Instruction, Mnemonic};

@@ -114,6 +114,10 @@ const TEST_CTRL_WRITABLE: u64 =
 /// IA32_CORE_CAPABILITIES of every part that has it.
 const CORE_CAPABILITIES: u64 = core_capabilities::UC_LOCK_DISABLE | core_capabilities::SPLIT_LOCK_DETECT;
 
+/// Bits of IA32_SPEC_CTRL that exist: IBRS, STIBP, SSBD, IPRED_DIS_U, IPRED_DIS_S, RRSBA_DIS_U, RRSBA_DIS_S, PSFD, DDPD_U,
+/// BHI_DIS_S.
+const SPEC_CTRL_WRITABLE: u64 = 0x5ff;
+
 use Feature as F;
 use Scope::{Core, Package, Thread};
 
@@ -124,7 +128,7 @@ pub static MSRS: &[MsrRow] = &[
     physical(MSR_TEST_CTRL, "MSR_TEST_CTRL", Core, 0, TEST_CTRL_WRITABLE, Some(F::CoreCapability)),
     physical(0x3a, "IA32_FEATURE_CONTROL", Thread, 1, 0, None),
     physical(0x3b, "IA32_TSC_ADJUST", Thread, 0, u64::MAX, Some(F::TscAdjust)),
-    physical(0x48, "IA32_SPEC_CTRL", Thread, 0, 0b111, Some(F::SpecCtrl)),
+    physical(0x48, "IA32_SPEC_CTRL", Thread, 0, SPEC_CTRL_WRITABLE, Some(F::SpecCtrl)),
     physical(0x8b, "IA32_BIOS_SIGN_ID", Core, 0x1_0000_0000, u64::MAX, None),
     physical(0xce, "MSR_PLATFORM_INFO", Package, 1 << 31, 0, None),
     physical(0xcf, "IA32_CORE_CAPABILITIES", Core, CORE_CAPABILITIES, 0, Some(F::CoreCapability)),

@@ -1,0 +1,361 @@
+//! Which speculation bugs real parts have, and what their IA32_ARCH_CAPABILITIES and CPUID say of them.
+//!
+//! These are facts of a *host* that somebody chooses to look at. What ring3's own guests are told is another matter: the processor
+//! underneath does not speculate ([`CpuModel::arch_capabilities`](crate::model::CpuModel::arch_capabilities)).
+//!
+//! Bug lists are Intel's list of affected processors, as the kernel keeps it (`cpu_vuln_whitelist`, `cpu_vuln_blacklist` and
+//! `cpu_set_bug_bits` in arch/x86/kernel/cpu/common.c). Values of the register are put together bit by bit, for microcode of 2024
+//! or later, from what the kernel's documents and Intel's guidance say of each part; they are no dumps of the parts' registers.
+
+use crate::model::{Feature, FeatureSet};
+
+/// Bits of IA32_ARCH_CAPABILITIES, MSR 10AH (SDM vol. 4, table 2-2).
+pub mod arch_cap {
+    /// No rogue data cache load (Meltdown), no L1 terminal fault.
+    pub const RDCL_NO: u64 = 1 << 0;
+    /// Enhanced IBRS.
+    pub const IBRS_ALL: u64 = 1 << 1;
+    /// RET may take its target from another predictor than the return-stack buffer.
+    pub const RSBA: u64 = 1 << 2;
+    /// A hypervisor need not flush the L1 data cache at VM entry.
+    pub const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
+    /// No speculative store bypass.
+    pub const SSB_NO: u64 = 1 << 4;
+    /// No microarchitectural data sampling.
+    pub const MDS_NO: u64 = 1 << 5;
+    /// No machine check when a page changes its size.
+    pub const IF_PSCHANGE_MC_NO: u64 = 1 << 6;
+    /// IA32_TSX_CTRL exists.
+    pub const TSX_CTRL: u64 = 1 << 7;
+    /// No TSX asynchronous abort.
+    pub const TAA_NO: u64 = 1 << 8;
+    /// IA32_MCU_CONTROL exists.
+    pub const MCU_CONTROL: u64 = 1 << 9;
+    /// IA32_MISC_PACKAGE_CTLS exists.
+    pub const MISC_PACKAGE_CTLS: u64 = 1 << 10;
+    /// IA32_MISC_PACKAGE_CTLS.ENERGY_FILTERING_ENABLE can be written.
+    pub const ENERGY_FILTERING_CTL: u64 = 1 << 11;
+    /// Data-operand-independent timing can be switched on.
+    pub const DOITM: u64 = 1 << 12;
+    /// No shared-buffers data read, no sideband stale-data propagator.
+    pub const SBDR_SSDP_NO: u64 = 1 << 13;
+    /// No fill-buffer stale-data propagator.
+    pub const FBSDP_NO: u64 = 1 << 14;
+    /// No primary stale-data propagator.
+    pub const PSDP_NO: u64 = 1 << 15;
+    /// VERW overwrites fill buffers whatever MDS_NO says.
+    pub const FB_CLEAR: u64 = 1 << 17;
+    /// IA32_MCU_OPT_CTRL.FB_CLEAR_DIS exists.
+    pub const FB_CLEAR_CTRL: u64 = 1 << 18;
+    /// RSBA's behaviour can be restricted.
+    pub const RRSBA: u64 = 1 << 19;
+    /// No branch-history injection.
+    pub const BHI_NO: u64 = 1 << 20;
+    /// IA32_XAPIC_DISABLE_STATUS exists.
+    pub const XAPIC_DISABLE_STATUS: u64 = 1 << 21;
+    /// IA32_OVERCLOCKING_STATUS exists.
+    pub const OVERCLOCKING_STATUS: u64 = 1 << 23;
+    /// No post-barrier return-stack-buffer predictions.
+    pub const PBRSB_NO: u64 = 1 << 24;
+    /// IA32_MCU_OPT_CTRL.GDS_MITG_DIS and GDS_MITG_LOCKED exist.
+    pub const GDS_CTRL: u64 = 1 << 25;
+    /// No gather data sampling.
+    pub const GDS_NO: u64 = 1 << 26;
+    /// No register-file data sampling.
+    pub const RFDS_NO: u64 = 1 << 27;
+    /// VERW clears the register file.
+    pub const RFDS_CLEAR: u64 = 1 << 28;
+    /// No indirect target selection. No part sets it: hypervisors do, to say so to guests.
+    pub const ITS_NO: u64 = 1 << 62;
+    /// The three that together say that there is no MMIO stale data.
+    pub const MMIO_IMMUNE: u64 = SBDR_SSDP_NO | FBSDP_NO | PSDP_NO;
+}
+
+/// A speculation bug, or what limits one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Bug {
+    /// Bounds-check bypass.
+    SpectreV1,
+    /// Branch-target injection.
+    SpectreV2,
+    /// Speculative store bypass.
+    SpecStoreBypass,
+    /// SWAPGS as a Spectre v1 gadget.
+    Swapgs,
+    /// Rogue data cache load.
+    Meltdown,
+    /// L1 terminal fault.
+    L1tf,
+    /// Microarchitectural data sampling.
+    Mds,
+    /// TSX asynchronous abort.
+    Taa,
+    /// Special-register buffer data sampling, or shared-buffers data sampling, which is treated the same.
+    Srbds,
+    /// Machine check when the size of an executable page changes.
+    ItlbMultihit,
+    /// Processor MMIO stale data.
+    MmioStaleData,
+    /// Processor MMIO stale data by shared buffers.
+    MmioSbds,
+    /// RET predicted from the branch-target buffer.
+    Retbleed,
+    /// Enhanced IBRS leaves a prediction behind a VM exit.
+    EibrsPbrsb,
+    /// Gather data sampling.
+    Gds,
+    /// Register-file data sampling.
+    Rfds,
+    /// Branch-history injection.
+    Bhi,
+    /// Indirect target selection.
+    Its,
+    /// Indirect target selection does not cross from guest to host.
+    ItsNativeOnly,
+    /// Branch predictions of a guest that its user-space VMM is subject to.
+    Vmscape,
+}
+
+/// A set of bugs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Bugs(u32);
+
+impl Bugs {
+    /// None.
+    pub const NONE: Bugs = Bugs(0);
+
+    /// Those of `bugs`.
+    pub const fn of(bugs: &[Bug]) -> Bugs {
+        let (mut set, mut i) = (0, 0);
+        while i < bugs.len() {
+            set |= 1 << bugs[i] as u32;
+            i += 1;
+        }
+        Bugs(set)
+    }
+
+    /// Whether `bug` is one of them.
+    pub const fn has(self, bug: Bug) -> bool {
+        self.0 & 1 << bug as u32 != 0
+    }
+
+    /// Those of both.
+    pub const fn union(self, other: Bugs) -> Bugs {
+        Bugs(self.0 | other.0)
+    }
+}
+
+/// What one part is subject to and how it says so.
+#[derive(Debug)]
+pub struct SpeculationRow {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// Model number of family 6.
+    pub model: u8,
+    /// The steppings that the row is of.
+    pub steppings: std::ops::RangeInclusive<u8>,
+    /// What it has.
+    pub bugs: Bugs,
+    /// IA32_ARCH_CAPABILITIES.
+    pub arch_capabilities: u64,
+    /// CPUID bits that concern speculation and its control, with the transactional memory of the part.
+    pub cpuid: FeatureSet,
+}
+
+use Feature as F;
+use arch_cap::*;
+
+/// CPUID of every part here.
+const CONTROLS: FeatureSet =
+    FeatureSet::of(&[F::SpecCtrl, F::Stibp, F::Ssbd, F::FlushL1d, F::MdClear, F::ArchCapabilities]);
+
+/// Bugs of every part here.
+const COMMON: Bugs = Bugs::of(&[Bug::SpectreV1, Bug::SpectreV2, Bug::SpecStoreBypass, Bug::Swapgs]);
+
+/// What every part since Cascade Lake says.
+const FIXED_2019: u64 = RDCL_NO | IBRS_ALL | SKIP_L1DFL_VMENTRY | MDS_NO;
+
+const SKYLAKE_BUGS: Bugs = COMMON.union(Bugs::of(&[
+    Bug::Meltdown,
+    Bug::L1tf,
+    Bug::Mds,
+    Bug::Taa,
+    Bug::ItlbMultihit,
+    Bug::MmioStaleData,
+    Bug::Retbleed,
+    Bug::Gds,
+    Bug::Vmscape,
+]));
+
+const CASCADE_LAKE_BUGS: Bugs = COMMON.union(Bugs::of(&[
+    Bug::Taa,
+    Bug::ItlbMultihit,
+    Bug::MmioStaleData,
+    Bug::Retbleed,
+    Bug::EibrsPbrsb,
+    Bug::Gds,
+    Bug::Bhi,
+    Bug::Its,
+    Bug::Vmscape,
+]));
+
+const ICE_LAKE_BUGS: Bugs = COMMON.union(Bugs::of(&[
+    Bug::MmioStaleData,
+    Bug::EibrsPbrsb,
+    Bug::Gds,
+    Bug::Bhi,
+    Bug::Its,
+    Bug::ItsNativeOnly,
+]));
+
+const TREMONT_BUGS: Bugs = COMMON.union(Bugs::of(&[Bug::MmioStaleData, Bug::Rfds, Bug::Bhi]));
+const TREMONT_CAPABILITIES: u64 = FIXED_2019 | IF_PSCHANGE_MC_NO | TAA_NO | FB_CLEAR | RFDS_CLEAR;
+
+/// What the two newest share.
+const SPR_ADL_BUGS: Bugs = COMMON.union(Bugs::of(&[Bug::EibrsPbrsb, Bug::Bhi, Bug::Vmscape]));
+const SPR_ADL_CAPABILITIES: u64 =
+    FIXED_2019 | IF_PSCHANGE_MC_NO | TAA_NO | DOITM | MMIO_IMMUNE | FB_CLEAR | RRSBA | GDS_NO;
+
+/// The parts.
+pub static PARTS: &[SpeculationRow] = &[
+    SpeculationRow {
+        name: "skylake-sp",
+        model: 85,
+        steppings: 0..=5,
+        bugs: SKYLAKE_BUGS,
+        arch_capabilities: RSBA | MISC_PACKAGE_CTLS | ENERGY_FILTERING_CTL | GDS_CTRL | RFDS_NO,
+        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::Hle])),
+    },
+    SpeculationRow {
+        name: "cascade-lake",
+        model: 85,
+        steppings: 6..=7,
+        bugs: CASCADE_LAKE_BUGS,
+        arch_capabilities: FIXED_2019
+            | TSX_CTRL
+            | MISC_PACKAGE_CTLS
+            | ENERGY_FILTERING_CTL
+            | FB_CLEAR
+            | RRSBA
+            | GDS_CTRL
+            | RFDS_NO,
+        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::Hle])),
+    },
+    SpeculationRow {
+        name: "ice-lake-sp",
+        model: 106,
+        steppings: 0..=15,
+        bugs: ICE_LAKE_BUGS,
+        arch_capabilities: FIXED_2019
+            | IF_PSCHANGE_MC_NO
+            | TAA_NO
+            | MISC_PACKAGE_CTLS
+            | ENERGY_FILTERING_CTL
+            | DOITM
+            | FB_CLEAR
+            | FB_CLEAR_CTRL
+            | RRSBA
+            | GDS_CTRL
+            | RFDS_NO,
+        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::Hle])),
+    },
+    SpeculationRow {
+        name: "tremont-d",
+        model: 134,
+        steppings: 0..=15,
+        bugs: TREMONT_BUGS,
+        arch_capabilities: TREMONT_CAPABILITIES,
+        cpuid: CONTROLS,
+    },
+    SpeculationRow {
+        name: "tremont",
+        model: 150,
+        steppings: 0..=15,
+        bugs: TREMONT_BUGS.union(Bugs::of(&[Bug::Srbds, Bug::MmioSbds])),
+        arch_capabilities: TREMONT_CAPABILITIES,
+        cpuid: CONTROLS.union(FeatureSet::of(&[F::SrbdsCtrl])),
+    },
+    SpeculationRow {
+        name: "alder-lake",
+        model: 151,
+        steppings: 0..=15,
+        bugs: SPR_ADL_BUGS.union(Bugs::of(&[Bug::Rfds])),
+        arch_capabilities: SPR_ADL_CAPABILITIES | RFDS_CLEAR | OVERCLOCKING_STATUS,
+        cpuid: CONTROLS.union(FeatureSet::of(&[F::RrsbaCtrl, F::BhiCtrl])),
+    },
+    SpeculationRow {
+        name: "sapphire-rapids",
+        model: 143,
+        steppings: 0..=15,
+        bugs: SPR_ADL_BUGS,
+        arch_capabilities: SPR_ADL_CAPABILITIES
+            | TSX_CTRL
+            | MISC_PACKAGE_CTLS
+            | ENERGY_FILTERING_CTL
+            | XAPIC_DISABLE_STATUS
+            | RFDS_NO,
+        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::RrsbaCtrl, F::BhiCtrl])),
+    },
+];
+
+/// The part called `name`.
+pub fn part(name: &str) -> Option<&'static SpeculationRow> {
+    PARTS.iter().find(|row| row.name == name)
+}
+
+/// The part with this model number and stepping of family 6.
+pub fn part_of(model: u8, stepping: u8) -> Option<&'static SpeculationRow> {
+    PARTS.iter().find(|row| row.model == model && row.steppings.contains(&stepping))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A part does not claim to be free of a bug that it has, and says how it can be dealt with.
+    #[test]
+    fn ac_parts_do_not_contradict_themselves() {
+        for row in PARTS {
+            let says = |bits| row.arch_capabilities & bits == bits;
+            for (bug, no) in [
+                (Bug::Meltdown, RDCL_NO),
+                (Bug::L1tf, RDCL_NO),
+                (Bug::Mds, MDS_NO),
+                (Bug::Taa, TAA_NO),
+                (Bug::SpecStoreBypass, SSB_NO),
+                (Bug::ItlbMultihit, IF_PSCHANGE_MC_NO),
+                (Bug::MmioStaleData, MMIO_IMMUNE),
+                (Bug::EibrsPbrsb, PBRSB_NO),
+                (Bug::Gds, GDS_NO),
+                (Bug::Rfds, RFDS_NO),
+                (Bug::Bhi, BHI_NO),
+                (Bug::Its, ITS_NO),
+            ] {
+                assert!(!(row.bugs.has(bug) && says(no)), "{}: {bug:?}", row.name);
+            }
+            let clears = says(FB_CLEAR) || !says(MDS_NO) && row.cpuid.has(F::MdClear);
+            assert!(!row.bugs.has(Bug::MmioStaleData) || clears, "{}", row.name);
+            assert_eq!(row.bugs.has(Bug::Rfds), says(RFDS_CLEAR), "{}", row.name);
+            assert_eq!(row.bugs.has(Bug::Gds), says(GDS_CTRL), "{}", row.name);
+            assert_eq!(row.bugs.has(Bug::Srbds), row.cpuid.has(F::SrbdsCtrl), "{}", row.name);
+            assert!(!row.bugs.has(Bug::Taa) || row.cpuid.has(F::Rtm), "{}", row.name);
+            assert!(!row.bugs.has(Bug::EibrsPbrsb) || says(IBRS_ALL), "{}", row.name);
+            assert!(!row.bugs.has(Bug::Meltdown) || row.bugs.has(Bug::L1tf), "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn ac_parts_are_found_by_model_and_stepping() {
+        let name = |model, stepping| part_of(model, stepping).map(|row| row.name);
+        assert_eq!(name(85, 4), Some("skylake-sp"));
+        assert_eq!(name(85, 7), Some("cascade-lake"));
+        assert_eq!([106, 134, 150].map(|m| name(m, 1)), ["ice-lake-sp", "tremont-d", "tremont"].map(Some));
+        assert_eq!([151, 143].map(|m| name(m, 2)), ["alder-lake", "sapphire-rapids"].map(Some));
+        assert_eq!((name(85, 11), name(26, 5)), (None, None));
+        for row in PARTS {
+            assert!(std::ptr::eq(part(row.name).unwrap(), row));
+        }
+        assert!(part("zen").is_none());
+    }
+}
