@@ -5,7 +5,8 @@
 //!
 //! Bug lists are Intel's list of affected processors, as the kernel keeps it (`cpu_vuln_whitelist`, `cpu_vuln_blacklist` and
 //! `cpu_set_bug_bits` in arch/x86/kernel/cpu/common.c). Values of the register are put together bit by bit, for microcode of 2024
-//! or later, from what the kernel's documents and Intel's guidance say of each part; they are no dumps of the parts' registers.
+//! or later: they agree with the bug lists, but have been neither read on the parts nor checked against a dump of one. Bits that
+//! only enumerate registers (10 to 12, 21, 23) are the least certain.
 
 use crate::model::{Feature, FeatureSet};
 
