@@ -13,6 +13,7 @@ pub mod host;
 pub mod irqchip;
 pub mod kvmclock;
 pub mod memory;
+pub mod mitigations;
 pub mod modules;
 pub mod msr;
 pub mod nested;
