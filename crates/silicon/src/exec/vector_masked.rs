@@ -188,11 +188,15 @@ fn element_size(ins: &Instruction) -> usize {
         Vpmuldq | Vpmuludq => 8,
         Vpshufbitqmb => 1,
         Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps => 4,
+        // Complex numbers.
+        Vfmaddcph | Vfcmaddcph | Vfmulcph | Vfcmulcph | Vfmaddcsh | Vfcmaddcsh | Vfmulcsh | Vfcmulcsh => 4,
         Vcvtps2pd | Vcvtps2qq | Vcvtps2uqq | Vcvttps2qq | Vcvttps2uqq | Vcvtdq2pd | Vcvtudq2pd
+        | Vcvtph2pd | Vcvtph2qq | Vcvtph2uqq | Vcvttph2qq | Vcvttph2uqq
             if ins.is_broadcast() =>
         {
             8
         }
+        Vcvtph2psx | Vcvtph2dq | Vcvtph2udq | Vcvttph2dq | Vcvttph2udq if ins.is_broadcast() => 4,
         _ => ins.memory_size().element_size().clamp(1, 8),
     }
 }
@@ -227,7 +231,7 @@ fn suppresses_faults(ins: &Instruction) -> bool {
         || matches!(name, Vpunpckhbw | Vpunpckhwd | Vpunpckhdq | Vpunpckhqdq);
     let packs = matches!(name, Vpacksswb | Vpackssdw | Vpackuswb | Vpackusdw)
         || matches!(name, Vpmaddubsw | Vpmaddwd | Vdbpsadbw | Vpmultishiftqb)
-        || matches!(name, Vgf2p8affineqb | Vgf2p8affineinvqb | Vpconflictd | Vpconflictq);
+        || matches!(name, Vgf2p8affineqb | Vgf2p8affineinvqb | Vpconflictd | Vpconflictq | Vcvtne2ps2bf16);
     // Shifts by a count in memory; those of a memory operand by an immediate count do.
     let shifts = ins.op2_kind() == OpKind::Memory
         && matches!(name, Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad | Vpsraq);
@@ -408,4 +412,28 @@ fn maskmovq(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.probe(cpu.op_seg(op), lin, 8, true)?;
     write_parts(cpu, op, &parts, &copy)?;
     Ok(Flow::Next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions};
+
+    /// What one mask bit stands for was taken from the memory operand's elements alone. Found on a processor with AVX512-FP16.
+    #[test]
+    fn mask_bits_of_half_precision_stand_for_results_and_complex_numbers() {
+        let decode = |code: &[u8]| Decoder::new(64, code, DecoderOptions::NONE).decode();
+        for (code, element) in [
+            // vcvtph2psx xmm15{k7}, [rbx]{1to4}
+            (&[0x62, 0x76, 0x7d, 0x1f, 0x13, 0x3b][..], 4),
+            // vcvtph2uqq ymm26{k4}{z}, [rax*8]{1to4}
+            (&[0x62, 0x65, 0x7d, 0xbc, 0x79, 0x14, 0xc5, 0, 0, 0, 0], 8),
+            // vfcmulcsh xmm3{k7}{z}, xmm30, [r8]
+            (&[0x62, 0xd6, 0x0f, 0xc7, 0xd7, 0x18], 4),
+        ] {
+            assert_eq!(element_size(&decode(code)), element, "{code:x?}");
+        }
+        // vcvtne2ps2bf16 ymm31{k5}{z}, ymm28, [20003fe9h]: its mask suppresses nothing.
+        assert!(!suppresses_faults(&decode(&[0x62, 0x62, 0x1f, 0xa5, 0x72, 0x3d, 0xe3, 0x25, 0, 0x10])));
+    }
 }

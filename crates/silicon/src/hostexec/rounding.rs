@@ -197,6 +197,13 @@ impl Exact {
         self.significand != 0 && self.leading() < 1 - format.greatest
     }
 
+    /// The precision flag, if this tiny number is no denormal one of `format`.
+    pub(super) fn precision_of_denormal(self, format: Format, control: Control) -> u32 {
+        let least = 1 - format.greatest;
+        let (_, inexact) = self.round(least + 1 - format.precision as i32, control);
+        if inexact { flag::PRECISION } else { 0 }
+    }
+
     /// Overflow, underflow and precision flags of this result in `format`.
     pub(super) fn flags(self, format: Format, control: Control) -> u32 {
         if self.significand == 0 {
@@ -217,8 +224,8 @@ impl Exact {
         if is_unmasked(flag::UNDERFLOW) {
             return flag::UNDERFLOW | precision(inexact);
         }
-        let (_, inexact) = self.round(least + 1 - format.precision as i32, control);
-        if inexact || control.flushes { flag::UNDERFLOW | flag::PRECISION } else { 0 }
+        let precision = self.precision_of_denormal(format, control);
+        if precision != 0 || control.flushes { flag::UNDERFLOW | flag::PRECISION } else { 0 }
     }
 }
 
