@@ -4,7 +4,7 @@
 pub mod gdb;
 pub mod qemu;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use xtask::guest::{Boot, Outcome};
 use xtask::images::Initramfs;
@@ -45,6 +45,20 @@ pub fn linux(
     };
     adjust(&mut boot);
     boot.run()
+}
+
+/// A file that `write` makes. Other runs of the tests, which may be going on, see it whole or not at all.
+pub fn in_one_piece(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
+    std::fs::create_dir_all(guest_dir()).unwrap();
+    let (path, own) = (guest_dir().join(name), guest_dir().join(format!("{name}.{}", std::process::id())));
+    write(&own);
+    std::fs::rename(own, &path).unwrap();
+    path
+}
+
+/// What the guest printed between BEGIN and END of `name`; fails if it did not come so far.
+pub fn section<'a>(outcome: &'a Outcome, name: &str) -> &'a str {
+    outcome.section(name).unwrap_or_else(|| panic!("no {name}: {}", outcome.console))
 }
 
 /// Fails with the end of the console unless the guest powered off by itself and printed nothing alarming.

@@ -6,24 +6,16 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use e2e::qemu::{APPEND, Qemu, scratch, text};
-use xtask::guest::{Boot, Outcome, ring3};
+use e2e::{in_one_piece, section};
+use xtask::guest::{self, Boot, Outcome, ring3};
 use xtask::images::Initramfs;
-use xtask::{guest_dir, packages, root, run};
+use xtask::{packages, root, run};
 
 const MODEL: &str = "sapphire-rapids";
 
 /// How long tiles have to stay: `RING3_SOAK_SECONDS`, or a few seconds.
 fn seconds() -> u64 {
     std::env::var("RING3_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(4)
-}
-
-/// A file that `write` makes. Other runs of these tests, which may be going on, see it whole or not at all.
-fn in_one_piece(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
-    std::fs::create_dir_all(guest_dir()).unwrap();
-    let (path, own) = (guest_dir().join(name), guest_dir().join(format!("{name}.{}", std::process::id())));
-    write(&own);
-    std::fs::rename(own, &path).unwrap();
-    path
 }
 
 /// Compiles `source` for the guest.
@@ -86,10 +78,6 @@ fn linux_with(initrd: &Path, model: &str, commands: &str, cpus: u32, extra: &[&s
     assert_eq!(outcome.status, Some(0), "{}\n{}", outcome.stderr, outcome.console);
     assert_eq!(outcome.alarms(), Vec::<&str>::new(), "{}", outcome.console);
     outcome
-}
-
-fn section<'a>(outcome: &'a Outcome, name: &str) -> &'a str {
-    outcome.section(name).unwrap_or_else(|| panic!("no {name}: {}", outcome.console))
 }
 
 /// Permission, first use, sigaltstack, fork, context switches, ptrace: the kernel's `tools/testing/selftests/x86/amx.c`.
@@ -261,7 +249,8 @@ fn amx_linux_keeps_tiles_over_snapshots() {
     qemu.healthy();
     assert!(!qemu.errors().contains("no table"), "{}", qemu.errors());
     let console = qemu.console();
-    let program: String = section_of(&console, "program")
+    let program: String = guest::section(&console, "program")
+        .unwrap()
         .lines()
         // A snapshot can cut a tick's line.
         .filter(|l| l.starts_with("process") || ["done", "failed"].contains(l))
@@ -269,11 +258,4 @@ fn amx_linux_keeps_tiles_over_snapshots() {
     assert!(console.contains("amx_bf16\namx_int8\namx_tile\n"), "{console}");
     assert_eq!(sorted(program.trim_start()), all_right(4), "{console}");
     let _ = std::fs::remove_file(disk);
-}
-
-/// What a console has between the last BEGIN and END of `name`.
-fn section_of<'a>(console: &'a str, name: &str) -> &'a str {
-    let (begin, end) = (format!("BEGIN {name}\n"), format!("END {name}\n"));
-    let from = console.find(&begin).unwrap_or_else(|| panic!("no {name}: {console}")) + begin.len();
-    &console[from..from + console[from..].find(&end).unwrap()]
 }

@@ -1,27 +1,19 @@
 //! Split locks and bus locks of a Linux guest: what Debian's kernel says and does under each of its modes, on hosts in each
 //! of theirs. The programs that make them are `programs/split.c` and, in the kernel, `programs/kernel_split.c`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+use e2e::{in_one_piece, section};
 use xtask::guest::{Boot, Outcome};
 use xtask::images::Initramfs;
-use xtask::{guest_dir, packages, root, run};
+use xtask::{packages, root, run};
 
 /// A model that does not say that there is a hypervisor: Linux has split-lock detection only then.
 const BARE: &str = "sapphire-rapids,-hypervisor";
 /// It has bus-lock detection and nothing else.
 const BUS_LOCKS: &str = "sapphire-rapids,-hypervisor,-core_capability";
-
-/// A file that `write` makes. Other runs of these tests, which may be going on, see it whole or not at all.
-fn in_one_piece(name: &str, write: impl FnOnce(&Path)) -> PathBuf {
-    std::fs::create_dir_all(guest_dir()).unwrap();
-    let (path, own) = (guest_dir().join(name), guest_dir().join(format!("{name}.{}", std::process::id())));
-    write(&own);
-    std::fs::rename(own, &path).unwrap();
-    path
-}
 
 /// Compiles the program `name`.
 fn program(name: &str) -> Vec<u8> {
@@ -70,10 +62,6 @@ fn linux(model: &str, host: &str, parameters: &str, commands: &str, cpus: u32) -
     let outcome = boot.run().unwrap();
     assert_eq!(outcome.status, Some(0), "{}\n{}", outcome.stderr, outcome.console);
     outcome
-}
-
-fn section<'a>(outcome: &'a Outcome, name: &str) -> &'a str {
-    outcome.section(name).unwrap_or_else(|| panic!("no {name}: {}", outcome.console))
 }
 
 /// Lines of the kernel's log that have `text`.

@@ -152,6 +152,14 @@ pub fn alarms(console: &str) -> Vec<&str> {
     console.lines().filter(|line| ALARMS.iter().any(|alarm| line.contains(alarm))).collect()
 }
 
+/// What a console has between the lines `BEGIN name` and `END name`.
+pub fn section<'a>(console: &'a str, name: &str) -> Option<&'a str> {
+    let (begin, end) = (format!("BEGIN {name}\n"), format!("END {name}\n"));
+    let from = console.find(&begin)? + begin.len();
+    let len = console[from..].find(&end)?;
+    Some(&console[from..from + len])
+}
+
 impl Outcome {
     /// Console lines that a healthy guest does not print.
     pub fn alarms(&self) -> Vec<&str> {
@@ -160,9 +168,6 @@ impl Outcome {
 
     /// What the guest printed between the lines `BEGIN name` and `END name`.
     pub fn section(&self, name: &str) -> Option<&str> {
-        let (begin, end) = (format!("BEGIN {name}\n"), format!("END {name}\n"));
-        let from = self.console.find(&begin)? + begin.len();
-        let len = self.console[from..].find(&end)?;
-        Some(&self.console[from..from + len])
+        section(&self.console, name)
     }
 }

@@ -168,13 +168,10 @@ fn unpacked_kernel(dir: &Path) -> Option<Kernel> {
 
 /// Debian's statically linked busybox, fetched on first use.
 pub fn busybox() -> Result<PathBuf, Error> {
-    let dir = guest_dir().join("busybox");
-    let found = || ["bin/busybox", "usr/bin/busybox"].iter().map(|p| dir.join(p)).find(|p| p.is_file());
-    let fetch = || match unpack("busybox-static", &dir) {
-        Err(_) if is_root() => update().and_then(|()| unpack("busybox-static", &dir)),
-        result => result,
-    };
-    fetched(found, fetch, "busybox-static")
+    const PACKAGE: &str = "busybox-static";
+    let dir = unpacked(PACKAGE)?;
+    let found = ["bin/busybox", "usr/bin/busybox"].iter().map(|p| dir.join(p)).find(|p| p.is_file());
+    found.ok_or_else(|| Error::Package(PACKAGE.into()))
 }
 
 /// Where `package` is unpacked, fetched on first use. It is not installed, nor is what it depends on.

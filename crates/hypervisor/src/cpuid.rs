@@ -151,8 +151,8 @@ fn paravirtual() -> [CpuidEntry; 2] {
     ]
 }
 
-/// Of leaf 0DH, what describes the components of `xcr0` (kernel: `__do_cpuid_func`). Whatever else tells of a feature with a component
-/// that a process must have a permission for, is told without it.
+/// Leaves of leaf 0DH only what describes the components of `xcr0`. Other leaves tell of a feature whether its components
+/// may be used or not (kernel: `__do_cpuid_func`).
 fn limit_components(table: &mut Vec<CpuidEntry>, xcr0: u64) {
     let kept = |e: &CpuidEntry| e.values.ecx & 1 != 0 || xcr0 >> e.subleaf.min(63) & 1 != 0;
     table.retain(|e| e.leaf != 0xd || e.subleaf < 2 || kept(e));

@@ -21,7 +21,7 @@ use crate::stats::VcpuStats;
 #[derive(Debug)]
 pub(super) struct HostFpu {
     option: XfdOption,
-    /// Every so manieth exit the thread is preempted, or a softirq uses the FPU; 0: never.
+    /// After so many exits the thread is preempted, or a softirq uses the FPU, each time; 0: never.
     preempt_every: u32,
     softirq_every: u32,
     exits: u32,
@@ -34,7 +34,7 @@ pub(super) struct HostFpu {
 impl HostFpu {
     /// `None` where the state stays in the vCPU.
     pub(super) fn new(host: &HostParams, area: usize) -> Option<Box<HostFpu>> {
-        let kernel = HostFpu {
+        let kernel = || HostFpu {
             option: host.xfd,
             preempt_every: host.preempt_exits,
             softirq_every: host.softirq_exits,
@@ -42,7 +42,7 @@ impl HostFpu {
             thread_xfd: 0,
             image: vec![0; area],
         };
-        (host.xfd != XfdOption::Native).then(|| Box::new(kernel))
+        (host.xfd != XfdOption::Native).then(|| Box::new(kernel()))
     }
 
     fn write_xfd(&mut self, value: u64, stats: &VcpuStats) {
