@@ -53,21 +53,24 @@ fn a_snapshot_is_saved_and_loaded() {
     let guest = guest("qemu-snapshot", "6.12", CHAIN).unwrap();
     let drive = format!("if=none,id=d,format=qcow2,file={}", text(&disk));
     let mut qemu = start("qemu-snapshot", "q35", &guest, &["-drive", &drive, "-no-reboot"]);
-    let expected = expected_chain();
-    // Whole lines: what is cut by a snapshot is no line of the program's.
-    let line = |tick: usize| format!("{}\n", expected[tick - 1]);
-    qemu.wait_for(&line(20), 1).unwrap();
+    let lines = expected_chain();
+    qemu.wait_for(&lines[19], 1).unwrap();
     qemu.human("savevm one").unwrap();
-    qemu.wait_for(&line(60), 1).unwrap();
+    let later = &lines[ticks(&qemu.console()).len() + 20];
+    qemu.wait_for(later, 1).unwrap();
     qemu.human("loadvm one").unwrap();
     qemu.wait_for("chain done", 1).unwrap();
     qemu.wait().unwrap();
     qemu.healthy();
-    // Everything from the snapshot on was said twice, the same each time.
-    let said = ticks(&qemu.console());
-    assert!(said.iter().filter(|line| **line == expected[59]).count() == 2, "{said:?}");
-    assert!(said.iter().all(|line| expected.contains(line)), "{said:?}");
-    assert_eq!(said.last(), expected.last());
+    // What was said until the machine was loaded, and what was to be said from the snapshot on: both can begin and end in the
+    // middle of a line.
+    let console = qemu.console();
+    let said = &console[console.find(&lines[0]).unwrap()..console.rfind("chain done").unwrap()];
+    let expected = lines.join("\n") + "\n";
+    let before = said.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
+    let after = said.bytes().rev().zip(expected.bytes().rev()).take_while(|(a, b)| a == b).count();
+    assert!(before + after >= said.len(), "{before} + {after} of {}:\n{said}", said.len());
+    assert_eq!(said.matches(later.as_str()).count(), 2, "{said}");
     let _ = std::fs::remove_file(disk);
 }
 
