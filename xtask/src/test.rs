@@ -47,7 +47,11 @@ fn steps(quick: bool) -> Vec<Step> {
         step("formatting", &["fmt", "--all", "--check"], false),
         step("lints", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"], false),
         step("build", &["build", "--quiet", "--release", "--workspace"], false),
-        step("unit tests", &["test", "--quiet", "--release", "--workspace", "--exclude", "e2e"], false),
+        step(
+            "unit tests",
+            &["test", "--quiet", "--release", "--workspace", "--exclude", "e2e", "--no-fail-fast"],
+            false,
+        ),
         generator("instruction conformance", "conformance", cases),
         generator("robustness", "robustness", images),
         step(
@@ -76,7 +80,7 @@ fn steps(quick: bool) -> Vec<Step> {
             &["run", "--release", "--quiet", "--package", "xtask", "--", "selftests", "--passing"],
             true,
         ),
-        step("Linux guests", &["test", "--quiet", "--release", "--package", "e2e"], true),
+        step("Linux guests", &["test", "--quiet", "--release", "--package", "e2e", "--no-fail-fast"], true),
     ]
 }
 
