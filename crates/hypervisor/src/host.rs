@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use silicon::topology::Shape;
 
+use crate::mitigations::command_line::{self, CommandLine};
 use crate::notify::{DEFAULT_THROTTLE_MS, DEFAULT_WINDOW_US, LONGEST_WINDOW_US};
 use crate::split_lock::Policy;
 
@@ -94,6 +95,8 @@ pub struct HostParams {
     pub preempt_exits: u32,
     /// `ring3.softirq_exits=N`: a softirq uses the FPU after every Nth exit.
     pub softirq_exits: u32,
+    /// Speculation bugs and what is done about them.
+    pub mitigations: CommandLine,
 }
 
 impl Default for HostParams {
@@ -110,6 +113,7 @@ impl Default for HostParams {
             xfd: XfdOption::default(),
             preempt_exits: 0,
             softirq_exits: 0,
+            mitigations: CommandLine::default(),
         }
     }
 }
@@ -138,12 +142,12 @@ pub enum HostParamError {
 }
 
 /// One known parameter.
-struct Row {
-    name: &'static str,
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
     /// The values that it takes, as messages show them.
-    values: &'static str,
+    pub(crate) values: &'static str,
     /// Sets it; false: not a value.
-    set: fn(&mut HostParams, &str) -> bool,
+    pub(crate) set: fn(&mut HostParams, &str) -> bool,
 }
 
 static PARAMS: &[Row] = &[
@@ -201,7 +205,12 @@ static PARAMS: &[Row] = &[
     },
 ];
 
-fn put<T>(place: &mut T, value: Option<T>) -> bool {
+/// Every parameter.
+fn rows() -> impl Iterator<Item = &'static Row> {
+    PARAMS.iter().chain(command_line::PARAMS)
+}
+
+pub(crate) fn put<T>(place: &mut T, value: Option<T>) -> bool {
     value.map(|value| *place = value).is_some()
 }
 
@@ -214,7 +223,7 @@ fn switch(value: &str) -> Option<bool> {
 }
 
 /// As module parameters of type bool read (kernel: `kstrtobool`).
-fn module_bool(value: &str) -> Option<bool> {
+pub(crate) fn module_bool(value: &str) -> Option<bool> {
     match value {
         "0" | "n" | "N" | "off" => Some(false),
         "1" | "y" | "Y" | "on" => Some(true),
@@ -243,9 +252,9 @@ impl HostParams {
     pub fn set(&mut self, item: &str) -> Result<(), HostParamError> {
         let (name, value) = item.split_once('=').unwrap_or((item, ""));
         let plain = name.replace('-', "_");
-        let row = PARAMS.iter().find(|row| row.name == plain).ok_or_else(|| HostParamError::Unknown {
+        let row = rows().find(|row| row.name == plain).ok_or_else(|| HostParamError::Unknown {
             name: name.into(),
-            known: PARAMS.iter().map(|r| format!("{}={}", r.name, r.values)).collect::<Vec<_>>().join(" "),
+            known: rows().map(|r| format!("{}={}", r.name, r.values)).collect::<Vec<_>>().join(" "),
         })?;
         if (row.set)(self, value) {
             Ok(())
@@ -318,16 +327,14 @@ mod tests {
 
     #[test]
     fn errors_list_what_there_is() {
-        let unknown = HostParams::parse("mitigations=off").unwrap_err().to_string();
-        assert_eq!(
-            unknown,
-            "unknown host parameter 'mitigations'; known parameters: smt=on|off \
+        let unknown = HostParams::parse("mitigation=off").unwrap_err().to_string();
+        let known = "unknown host parameter 'mitigation'; known parameters: smt=on|off \
              split_lock_detect=off|warn|fatal|ratelimit:1..1000 kernel.split_lock_mitigate=0|1 \
              ring3.split_lock_policy=efault|kill|forward|emulate kvm.ignore_msrs=0|1 kvm.report_ignored_msrs=0|1 \
              kvm_intel.notify_window_us=off|0..171798691 kvm_intel.notify_throttle_ms=0..10000 \
              ring3.xfd=native|upstream|option1|option2 ring3.preempt_exits=0..4294967295 \
-             ring3.softirq_exits=0..4294967295"
-        );
+             ring3.softirq_exits=0..4294967295 ring3.part=none|";
+        assert!(unknown.starts_with(known), "{unknown}");
         let value = HostParams::parse("smt=maybe").unwrap_err().to_string();
         assert_eq!(value, "host parameter smt: 'maybe' is not one of on|off");
         assert!(HostParams::parse("kvm.ignore_msrs").is_err());

@@ -25,10 +25,12 @@ enum Value {
     Of(fn(&HostParams) -> bool),
     /// A number that can be set.
     NumberOf(fn(&HostParams) -> i64),
+    /// A string that can be set.
+    TextOf(fn(&HostParams) -> &'static str),
 }
 
 use Module::{Kvm, KvmIntel};
-use Value::{Number, NumberOf, Of, Switch, Text};
+use Value::{Number, NumberOf, Of, Switch, Text, TextOf};
 
 static PARAMETERS: &[(Module, &str, Value)] = &[
     (Kvm, "eager_page_split", Switch(false)),
@@ -71,7 +73,7 @@ static PARAMETERS: &[(Module, &str, Value)] = &[
     (KvmIntel, "pt_mode", Number(0)),
     (KvmIntel, "sgx", Switch(false)),
     (KvmIntel, "unrestricted_guest", Switch(true)),
-    (KvmIntel, "vmentry_l1d_flush", Text("not required")),
+    (KvmIntel, "vmentry_l1d_flush", TextOf(|host| host.mitigations.flush().name())),
     (KvmIntel, "vnmi", Switch(true)),
     (KvmIntel, "vpid", Switch(true)),
 ];
@@ -86,6 +88,7 @@ pub fn parameter(host: &HostParams, module: Module, name: &str) -> Option<String
         Text(text) => format!("{text}\n"),
         Of(get) => switch(get(host)),
         NumberOf(get) => format!("{}\n", get(host)),
+        TextOf(get) => format!("{}\n", get(host)),
     })
 }
 
@@ -108,6 +111,8 @@ mod tests {
         ] {
             assert_eq!(parameter(&host, module, name).as_deref(), text, "{name}");
         }
+        let affected = HostParams::parse("ring3.part=skylake-sp kvm_intel.vmentry_l1d_flush=always").unwrap();
+        assert_eq!(parameter(&affected, KvmIntel, "vmentry_l1d_flush").as_deref(), Some("always\n"));
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! The host's processors: the threads that vCPUs are loaded on while they run, and what the host kernel keeps in
-//! MSR_TEST_CTRL.
+//! MSR_TEST_CTRL and for the buffers of their cores.
 //!
 //! A vCPU has one thread for life: number `16 v + id` of [`THREADS`], counted round, for the vCPU `id` of the `v`th VM. So
 //! the vCPUs of a VM are on different threads (up to [`THREADS`] of them), neighbours share a core where there is SMT, and VMs of
 //! up to 16 vCPUs have cores of their own until there are more of them than the machine has room for.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use silicon::bus_lock::{TestCtrl, test_ctrl};
 use silicon::model::CpuModel;
@@ -14,6 +14,7 @@ use silicon::model::msrs::{MSR_TEST_CTRL, Scope};
 use silicon::topology::{Loaded, Thread, Topology};
 
 use crate::host::HostParams;
+use crate::mitigations::entry::Control;
 use crate::split_lock::host_test_ctrl;
 
 /// Logical processors of the host.
@@ -47,13 +48,15 @@ pub struct Processors {
     sharers: u32,
     /// One for each MSR_TEST_CTRL.
     wanted: Box<[Mutex<Wanted>]>,
+    /// One for each thread.
+    controls: Box<[Mutex<Control>]>,
     vms: AtomicU32,
 }
 
 impl Processors {
-    /// A machine of processors of `model`, booted with `host`.
-    pub fn new(model: &CpuModel, host: &HostParams) -> Processors {
-        let topology = Topology::of(host.shape(THREADS), model);
+    /// A machine of processors of `model` with `arch_capabilities`, booted with `host`.
+    pub fn new(model: &CpuModel, arch_capabilities: u64, host: &HostParams) -> Processors {
+        let topology = Topology::of(host.shape(THREADS), model, arch_capabilities);
         let sharers = match model.test_ctrl_scope() {
             Scope::Thread => 1,
             Scope::Core | Scope::Package => topology.shape().threads,
@@ -62,6 +65,7 @@ impl Processors {
             test_ctrl: host_test_ctrl(host.split_lock_detect),
             sharers,
             wanted: (0..THREADS / sharers).map(|_| Mutex::default()).collect(),
+            controls: topology.threads().iter().map(|thread| Mutex::new(Control::new(thread))).collect(),
             topology,
             vms: AtomicU32::new(0),
         };
@@ -71,9 +75,14 @@ impl Processors {
         processors
     }
 
-    /// A place for a new VM: the thread of its vCPU 0.
-    pub(crate) fn place_vm(&self) -> u32 {
-        self.vms.fetch_add(1, Ordering::Relaxed).wrapping_mul(STRIDE) % THREADS
+    /// A number for a new VM.
+    pub(crate) fn number_vm(&self) -> u32 {
+        self.vms.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The thread of vCPU 0 of a VM.
+    pub(crate) fn place_of(vm: u32) -> u32 {
+        vm.wrapping_mul(STRIDE) % THREADS
     }
 
     /// The thread of vCPU `id` of the VM at `place`.
@@ -84,6 +93,12 @@ impl Processors {
     /// Logical processor `thread`, counted round.
     pub fn thread(&self, thread: u32) -> Option<&Thread> {
         self.topology.thread(thread % THREADS)
+    }
+
+    /// What the host kernel keeps for the buffers of a thread's core.
+    pub(crate) fn control(&self, thread: u32) -> Option<MutexGuard<'_, Control>> {
+        let control = self.controls.get((thread % THREADS) as usize)?;
+        Some(control.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Loads a vCPU on `thread`; dropping the result puts it.
@@ -154,7 +169,7 @@ mod tests {
     use super::*;
 
     fn processors(host: &str) -> Arc<Processors> {
-        Arc::new(Processors::new(&CpuModel::default(), &HostParams::parse(host).unwrap()))
+        Arc::new(Processors::new(&CpuModel::default(), 0, &HostParams::parse(host).unwrap()))
     }
 
     #[test]
@@ -184,7 +199,7 @@ mod tests {
     #[test]
     fn vms_have_places_of_their_own() {
         let processors = processors("");
-        let places: Vec<u32> = (0..17).map(|_| processors.place_vm()).collect();
+        let places: Vec<u32> = (0..17).map(|_| Processors::place_of(processors.number_vm())).collect();
         assert_eq!((places[0], places[1], places[16]), (0, 16, 0));
         assert_eq!(Processors::thread_of(240, 17), 1);
     }

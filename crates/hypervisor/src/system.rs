@@ -9,6 +9,8 @@ use silicon::model::{CpuModel, Feature};
 use crate::cpuid;
 use crate::error::Error;
 use crate::host::{HostParams, SplitLockDetect};
+use crate::mitigations::Mitigations;
+use crate::mitigations::command_line::{CommandLine, L1dFlush};
 use crate::msr;
 use crate::notify;
 use crate::permissions::Permissions;
@@ -29,6 +31,7 @@ pub struct System {
     permissions: Permissions,
     host: HostParams,
     processors: Arc<Processors>,
+    mitigations: Mitigations,
     time: Box<dyn HostTime>,
     /// `kernel.split_lock_mitigate`.
     split_lock_mitigate: AtomicBool,
@@ -52,14 +55,22 @@ impl System {
     }
 
     /// The same with a clock of the caller's for what makes vCPUs wait.
-    pub fn with_time(model: CpuModel, host: HostParams, time: Box<dyn HostTime>) -> Arc<System> {
+    pub fn with_time(model: CpuModel, mut host: HostParams, time: Box<dyn HostTime>) -> Arc<System> {
         silicon::make_tables();
+        let model = match host.mitigations.part {
+            Some(part) => model.on_part(part.0),
+            None => model,
+        };
+        let mitigations = Mitigations::new(&model, &host.mitigations);
+        host.smt &= !mitigations.selected().nosmt;
+        let capabilities = mitigations.hardware().arch_capabilities;
         let bus_locks = match host.split_lock_detect {
             SplitLockDetect::RateLimit(rate) => Some(RateLimit::new(rate, SECOND)),
             _ => None,
         };
         Arc::new(System {
-            processors: Arc::new(Processors::new(&model, &host)),
+            processors: Arc::new(Processors::new(&model, capabilities, &host)),
+            mitigations,
             time,
             split_lock_mitigate: AtomicBool::new(host.split_lock_mitigate),
             bus_locks,
@@ -75,6 +86,11 @@ impl System {
     /// The processors that vCPUs run on.
     pub fn processors(&self) -> &Arc<Processors> {
         &self.processors
+    }
+
+    /// What is done about speculation bugs.
+    pub fn mitigations(&self) -> &Mitigations {
+        &self.mitigations
     }
 
     /// The clock by which vCPUs are made to wait.
@@ -140,6 +156,11 @@ impl System {
         Ok(())
     }
 
+    /// Writes `kvm_intel.vmentry_l1d_flush` ([`Mitigations::set_parameter`]).
+    pub fn set_vmentry_l1d_flush(&self, parameter: L1dFlush) -> Result<(), Error> {
+        self.mitigations.set_parameter(parameter)
+    }
+
     /// Whether the processor has the notify VM exit.
     pub fn has_notify_exit(&self) -> bool {
         self.model.notify_threshold().is_some()
@@ -148,7 +169,9 @@ impl System {
     /// The host kernel's parameters as they are now.
     pub fn parameters(&self) -> HostParams {
         let window = u32::try_from(self.notify_window.load(Ordering::Relaxed)).ok();
-        HostParams { notify_window_us: window, ..self.host.clone() }
+        let mitigations =
+            CommandLine { l1d_flush: self.mitigations.parameter(), ..self.host.mitigations.clone() };
+        HostParams { notify_window_us: window, mitigations, ..self.host.clone() }
     }
 
     /// vCPUs that run well at the same time (KVM_CAP_NR_VCPUS): one for each processor of the host, but four on any; VMMs
@@ -197,7 +220,8 @@ impl System {
     /// KVM_GET_MSRS on the system: fills in feature registers; how many were read before the first that is none.
     pub fn get_msrs(&self, entries: &mut [kvm_msr_entry]) -> usize {
         for (done, entry) in entries.iter_mut().enumerate() {
-            match msr::feature_msr(entry.index, &self.model, self.core_capabilities()) {
+            let capabilities = self.mitigations.supported();
+            match msr::feature_msr(entry.index, capabilities, self.core_capabilities()) {
                 Some(value) => entry.data = value,
                 None => return done,
             }

@@ -109,6 +109,10 @@ pub struct Counters {
     pub fb_clears: u64,
     /// VERWs with a memory operand that cleared the register file.
     pub register_file_clears: u64,
+    /// Commands to flush the first-level data cache (IA32_FLUSH_CMD).
+    pub l1d_flushes: u64,
+    /// Indirect branch prediction barriers (IA32_PRED_CMD).
+    pub branch_barriers: u64,
 }
 
 /// A logical processor executing guest code.
@@ -162,6 +166,8 @@ pub struct Cpu {
     pub exit_bus_lock: bool,
     /// What VERW with a memory operand clears, by what the guest has been told of its processor. The hypervisor sets it.
     pub verw_clears: Cleared,
+    /// What the guest has cleared since the hypervisor last looked.
+    pub cleared: Cleared,
     /// How long there has been no event window.
     pub event_window: EventWindow,
     /// A fault met in a new task before its first instruction.
@@ -213,6 +219,7 @@ impl Cpu {
             refused_lock: None,
             exit_bus_lock: false,
             verw_clears: Cleared::NOTHING,
+            cleared: Cleared::NOTHING,
             event_window: EventWindow::default(),
             deferred: None,
             trap_after: false,
@@ -313,10 +320,14 @@ impl Cpu {
         }
     }
 
-    /// VERW with a memory operand has been executed.
-    pub(crate) fn clear_buffers(&mut self) {
-        self.counters.fb_clears += u64::from(self.verw_clears.has(Buffer::Fill));
-        self.counters.register_file_clears += u64::from(self.verw_clears.has(Buffer::RegisterFile));
+    /// The guest has had buffers cleared: by VERW with a memory operand, or by a command of the hypervisor's on its behalf.
+    pub fn clear_buffers(&mut self, what: Cleared) {
+        let counters = &mut self.counters;
+        counters.register_file_clears += u64::from(what.has(Buffer::RegisterFile));
+        counters.l1d_flushes += u64::from(what.has(Buffer::L1d));
+        counters.branch_barriers += u64::from(what.has(Buffer::BranchPredictor));
+        counters.fb_clears += u64::from(what.has(Buffer::Fill) && !what.has(Buffer::L1d));
+        self.cleared = self.cleared.union(what);
     }
 
     /// Whether an access that an exit carried has been answered and its instruction waits to be executed again.

@@ -4,7 +4,9 @@
 //! [`SMM_SPACE`] in its addresses.
 #![expect(unsafe_code, reason = "slots are host memory of the VMM, reached by address")]
 
-use std::collections::BTreeMap;
+mod host_mmio;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -76,6 +78,9 @@ pub struct Memory {
     /// With dirty rings: pages that were newly written by others than a processor, and belong into a vCPU's ring.
     modified: Mutex<Vec<u64>>,
     lists_pages: AtomicBool,
+    /// Whether it matters that slots map MMIO of the host's, and whether one does.
+    minds_mmio: bool,
+    maps_mmio: AtomicBool,
     /// Where guest-physical addresses end.
     gpa_end: u64,
 }
@@ -92,6 +97,8 @@ struct Slots {
     by_number: BTreeMap<u32, kvm_userspace_memory_region>,
     /// For each address space: slot by its first address.
     by_address: [BTreeMap<u64, u32>; ADDRESS_SPACES as usize],
+    /// Slots that map MMIO of the host's.
+    mmio: BTreeSet<u32>,
 }
 
 impl Slots {
@@ -142,8 +149,20 @@ impl Memory {
             slots: Mutex::default(),
             modified: Mutex::default(),
             lists_pages: AtomicBool::new(false),
+            minds_mmio: false,
+            maps_mmio: AtomicBool::new(false),
             gpa_end: 1 << physical_bits.min(52),
         }
+    }
+
+    /// The same, which finds out whether new slots map MMIO of the host's.
+    pub(crate) fn minding_mmio(self) -> Memory {
+        Memory { minds_mmio: true, ..self }
+    }
+
+    /// Whether a slot maps MMIO of the host's: what was mapped at the slot's addresses when it was made counts.
+    pub fn maps_host_mmio(&self) -> bool {
+        self.maps_mmio.load(Ordering::Relaxed)
     }
 
     /// What the CPUs translate through.
@@ -188,9 +207,19 @@ impl Memory {
         }
         match change {
             Change::None => {}
-            Change::Delete { .. } => slots.remove(space, region.slot),
-            Change::Replace { .. } | Change::Create => slots.insert(space, region),
+            Change::Delete { .. } => {
+                slots.remove(space, region.slot);
+                slots.mmio.remove(&region.slot);
+            }
+            Change::Replace { .. } => slots.insert(space, region),
+            Change::Create => {
+                slots.insert(space, region);
+                if self.minds_mmio && host_mmio::maps_host_mmio(region.userspace_addr, region.memory_size) {
+                    slots.mmio.insert(region.slot);
+                }
+            }
         }
+        self.maps_mmio.store(!slots.mmio.is_empty(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -443,6 +472,12 @@ fn refused(slot: u32, why: &'static str, errno: i32) -> Error {
 
 fn not_logged(slot: u32) -> Error {
     refused(slot, "does not log writes", libc::ENOENT)
+}
+
+/// A page of the client's that is not memory.
+#[cfg(test)]
+pub(crate) fn kernel_page() -> u64 {
+    host_mmio::tests::kernel_page().0
 }
 
 #[cfg(test)]

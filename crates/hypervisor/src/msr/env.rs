@@ -1,6 +1,7 @@
 //! The processor and local APIC of a vCPU as MSRs act on them.
 
 use silicon::Cpu;
+use silicon::buffers::Cleared;
 use silicon::model::msrs::StateMsr;
 use silicon::model::{Feature, Features};
 
@@ -43,6 +44,10 @@ impl MsrEnv for CpuEnv<'_> {
 
     fn debugctl(&mut self) -> &mut u64 {
         &mut self.cpu.state.debugctl
+    }
+
+    fn clear_buffers(&mut self, what: Cleared) {
+        self.cpu.clear_buffers(what);
     }
 
     fn state_msr(&self, msr: StateMsr) -> u64 {

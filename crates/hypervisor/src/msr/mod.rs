@@ -10,6 +10,7 @@ mod mtrr;
 mod speculation;
 mod table;
 
+use silicon::buffers::Cleared;
 use silicon::model::msrs::{Kept, StateMsr, find as find_state};
 use silicon::model::{CpuModel, Feature, Features};
 
@@ -22,7 +23,6 @@ pub use mce::Injected;
 use mce::MachineCheck;
 pub use mce::SUPPORTED as MCE_CAPABILITIES;
 use mtrr::Mtrrs;
-pub(crate) use table::MCU_OPT_CTRL;
 use table::{Read, Row, Slot, Write, rows};
 
 /// Why an access is refused: #GP(0) for the guest; the client's call stops there.
@@ -44,6 +44,8 @@ pub trait MsrEnv {
     fn pv_features(&self) -> u32;
     /// IA32_DEBUGCTL.
     fn debugctl(&mut self) -> &mut u64;
+    /// The guest has commanded that buffers be cleared.
+    fn clear_buffers(&mut self, what: Cleared);
     /// A register of the processor's state.
     fn state_msr(&self, msr: StateMsr) -> u64;
     /// Writes one as the guest (`host`: as the client) may; false: not with this value.
@@ -64,8 +66,6 @@ pub trait MsrEnv {
     fn set_tsc_deadline(&mut self, value: u64);
 }
 
-/// IA32_ARCH_CAPABILITIES.TAA_NO.
-const ARCH_CAP_TAA_NO: u64 = 1 << 8;
 /// IA32_BIOS_SIGN_ID of a vCPU that nobody gave a microcode revision.
 const UCODE_REV: u64 = 1 << 32;
 /// IA32_MISC_ENABLE after reset: no BTS, no PEBS.
@@ -102,8 +102,8 @@ pub struct MsrState {
 }
 
 impl MsrState {
-    /// A new vCPU's registers.
-    pub fn new(model: &CpuModel, host: &HostParams) -> MsrState {
+    /// A new vCPU's registers, with its VM's IA32_ARCH_CAPABILITIES.
+    pub fn new(arch_capabilities: u64, host: &HostParams) -> MsrState {
         let mut state = MsrState {
             slots: [0; Slot::COUNT],
             mtrrs: Mtrrs::default(),
@@ -114,7 +114,7 @@ impl MsrState {
             report_ignored: host.report_ignored_msrs,
             core_capabilities_offered: 0,
         };
-        state.put(Slot::ArchCapabilities, arch_capabilities(model));
+        state.put(Slot::ArchCapabilities, arch_capabilities);
         state.put(Slot::UcodeRevision, UCODE_REV);
         state.put(Slot::PlatformInfo, PLATFORM_INFO_CPUID_FAULT);
         state.put(Slot::PollControl, 1);
@@ -357,7 +357,7 @@ impl MsrState {
 fn state_msr(index: u32) -> Option<StateMsr> {
     match find_state(index)?.kept {
         Kept::State(msr) => Some(msr),
-        Kept::Physical => None,
+        Kept::Physical | Kept::Command(_) => None,
     }
 }
 
@@ -372,19 +372,13 @@ fn guest_has(msr: StateMsr, env: &dyn MsrEnv) -> bool {
     }
 }
 
-/// What KVM makes of the processor's IA32_ARCH_CAPABILITIES (kernel: `kvm_get_arch_capabilities`).
-fn arch_capabilities(model: &CpuModel) -> u64 {
-    let taa = if model.has(Feature::Rtm) { 0 } else { ARCH_CAP_TAA_NO };
-    model.arch_capabilities() & !taa
-}
-
 /// KVM_GET_MSR_INDEX_LIST: the registers that a client saves and restores, for processors of `model` whose guests may have
 /// these bits of IA32_CORE_CAPABILITIES.
 pub fn index_list(model: &CpuModel, core_capabilities: u64) -> Vec<u32> {
     let features = model.features();
     let state = silicon::model::msrs::MSRS.iter().filter(|row| {
         let saved = !matches!(row.kept, Kept::State(StateMsr::Efer | StateMsr::FsBase | StateMsr::GsBase));
-        saved && matches!(row.kept, Kept::State(_)) && row.feature.is_none_or(|f| features.has(f))
+        saved && matches!(row.kept, Kept::State(_)) && row.enumerated.there(&features, 0)
     });
     let kept = rows().iter().filter(|row| {
         let offered = !row.split_lock || core_capabilities != 0;
@@ -408,11 +402,11 @@ pub fn feature_index_list(core_capabilities: u64) -> Vec<u32> {
 }
 
 /// KVM_GET_MSRS on the system: the value that a feature register would have at best.
-pub fn feature_msr(index: u32, model: &CpuModel, core_capabilities: u64) -> Option<u64> {
+pub fn feature_msr(index: u32, arch_capabilities: u64, core_capabilities: u64) -> Option<u64> {
     match index {
         table::CORE_CAPABILITIES if core_capabilities != 0 => Some(core_capabilities),
         table::UCODE_REV => Some(UCODE_REV),
-        table::ARCH_CAPABILITIES => Some(arch_capabilities(model)),
+        table::ARCH_CAPABILITIES => Some(arch_capabilities),
         table::PERF_CAPABILITIES => Some(0),
         _ => None,
     }

@@ -1,18 +1,12 @@
 //! Registers by which a guest controls what its processor clears and speculates on: which of them it has, by what
 //! IA32_ARCH_CAPABILITIES and CPUID tell it. Each vCPU has its own, so what one guest writes is seen by no other.
 
-use silicon::buffers::mcu_opt_ctrl::{FB_CLEAR_DIS, GDS_MITG_DIS, RNGDS_MITG_DIS};
 use silicon::buffers::{Cleared, Enumeration};
-use silicon::model::Feature;
 use silicon::model::speculation::arch_cap::{self, *};
+use silicon::model::{Feature, msrs};
 
 use super::table::Slot;
 use super::{MsrEnv, MsrState};
-
-/// IA32_TSX_CTRL: transactions abort at once.
-pub(super) const TSX_RTM_DISABLE: u64 = 1 << 0;
-/// IA32_TSX_CTRL: CPUID enumerates neither RTM nor HLE.
-pub(super) const TSX_CPUID_CLEAR: u64 = 1 << 1;
 
 /// Bits of IA32_ARCH_CAPABILITIES that a client may set. Those that enumerate a register which there is not are missing: their
 /// guest would get #GP for what it has been told it can do.
@@ -39,7 +33,7 @@ pub(super) const SETTABLE: u64 = RDCL_NO
 
 impl MsrState {
     /// IA32_ARCH_CAPABILITIES as the guest sees it: nothing without the CPUID bit.
-    fn told(&self, env: &dyn MsrEnv) -> u64 {
+    pub(crate) fn told(&self, env: &dyn MsrEnv) -> u64 {
         if env.features().has(Feature::ArchCapabilities) { self.get(Slot::ArchCapabilities) } else { 0 }
     }
 
@@ -55,7 +49,7 @@ impl MsrState {
 
     /// Whether IA32_TSX_CTRL takes RTM and HLE out of CPUID (kernel: `kvm_cpuid`).
     pub fn hides_tsx(&self) -> bool {
-        self.tsx_ctrl() & TSX_CPUID_CLEAR != 0
+        self.tsx_ctrl() & msrs::tsx_ctrl::CPUID_CLEAR != 0
     }
 
     /// IA32_MCU_OPT_CTRL.
@@ -65,11 +59,11 @@ impl MsrState {
 
     /// Bits of IA32_MCU_OPT_CTRL that can be written; without any there is no such register.
     pub(super) fn mcu_opt_ctrl_bits(&self, host: bool, env: &dyn MsrEnv) -> u64 {
-        let told = self.told(env);
-        let bit = |there, bit| if host || there { bit } else { 0 };
-        bit(env.features().has(Feature::SrbdsCtrl), RNGDS_MITG_DIS)
-            | bit(told & FB_CLEAR_CTRL != 0, FB_CLEAR_DIS)
-            | bit(told & GDS_CTRL != 0, GDS_MITG_DIS)
+        if host {
+            msrs::defined_bits(msrs::MCU_OPT_CTRL)
+        } else {
+            msrs::enumerated_bits(msrs::MCU_OPT_CTRL, env.features(), self.told(env))
+        }
     }
 
     /// What VERW with a memory operand clears for the guest.

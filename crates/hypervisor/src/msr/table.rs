@@ -2,7 +2,7 @@
 
 use silicon::bus_lock::debugctl;
 use silicon::model::Feature;
-use silicon::model::msrs::MSR_TEST_CTRL;
+use silicon::model::msrs::{self, Kept, MSR_TEST_CTRL};
 
 use super::speculation;
 use super::{
@@ -189,8 +189,7 @@ static ROWS: &[Row] = &[
     row(0x48, "IA32_SPEC_CTRL", Read::Slot(Slot::SpecCtrl), Write::Call(write_spec_ctrl))
         .needs(Feature::SpecCtrl)
         .listed(),
-    row(0x49, "IA32_PRED_CMD", Read::No, Write::Call(|_, _, value, _, _| value & !1 == 0))
-        .needs(Feature::SpecCtrl),
+    row(msrs::PRED_CMD, "IA32_PRED_CMD", Read::No, Write::Call(write_command)).needs(Feature::SpecCtrl),
     row(0x79, "IA32_BIOS_UPDT_TRIG", Read::No, Write::Ignore),
     row(
         UCODE_REV,
@@ -229,8 +228,7 @@ static ROWS: &[Row] = &[
     )
     .needs(Feature::ArchCapabilities)
     .listed(),
-    row(0x10b, "IA32_FLUSH_CMD", Read::No, Write::Call(|_, _, value, _, _| value & !1 == 0))
-        .needs(Feature::FlushL1d),
+    row(msrs::FLUSH_CMD, "IA32_FLUSH_CMD", Read::No, Write::Call(write_command)).needs(Feature::FlushL1d),
     row(0x11e, "MSR_BBL_CR_CTL3", Read::Value(0xbe70_2111), Write::Ignore),
     row(
         TSX_CTRL,
@@ -392,22 +390,23 @@ fn write_tsc_adjust(state: &mut MsrState, _: u32, value: u64, host: bool, env: &
     true
 }
 
-/// Bits of IA32_SPEC_CTRL and what enumerates them (SDM vol. 4, table 2-2).
-static SPEC_CTRL_BITS: &[(u64, Feature)] = &[
-    (1 << 0, Feature::SpecCtrl),
-    (1 << 1, Feature::Stibp),
-    (1 << 2, Feature::Ssbd),
-    (1 << 3 | 1 << 4, Feature::IpredCtrl),
-    (1 << 5 | 1 << 6, Feature::RrsbaCtrl),
-    (1 << 7, Feature::Psfd),
-    (1 << 8, Feature::DdpdU),
-    (1 << 10, Feature::BhiCtrl),
-];
+/// IA32_PRED_CMD, IA32_FLUSH_CMD: a guest's command clears what the processor says that it does; a client's is nothing to do.
+fn write_command(_: &mut MsrState, index: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
+    let clears = msrs::find(index).map(|row| row.kept);
+    if let (Some(Kept::Command(clears)), 1, false) = (clears, value, host) {
+        env.clear_buffers(clears);
+    }
+    value & !1 == 0
+}
 
 /// Each bit as far as the guest has it; the kernel asks what the host has.
 fn write_spec_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
-    let offered = SPEC_CTRL_BITS.iter().filter(|(_, feature)| host || env.features().has(*feature));
-    let valid = value & !offered.fold(0, |all, (bits, _)| all | bits) == 0;
+    let offered = if host {
+        msrs::defined_bits(msrs::SPEC_CTRL)
+    } else {
+        msrs::enumerated_bits(msrs::SPEC_CTRL, env.features(), 0)
+    };
+    let valid = value & !offered == 0;
     if valid {
         state.put(Slot::SpecCtrl, value);
     }
@@ -424,7 +423,7 @@ fn write_arch_capabilities(state: &mut MsrState, _: u32, value: u64, host: bool,
 }
 
 fn write_tsx_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
-    let bits = speculation::TSX_RTM_DISABLE | speculation::TSX_CPUID_CLEAR;
+    let bits = msrs::tsx_ctrl::RTM_DISABLE | msrs::tsx_ctrl::CPUID_CLEAR;
     let valid = state.tsx_ctrl_exists(host, env) && value & !bits == 0;
     if valid {
         state.put(Slot::TsxControl, value);

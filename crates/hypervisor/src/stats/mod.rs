@@ -162,6 +162,20 @@ statistics! {
     host_xfd_reads "host_xfd_reads" Count;
     /// Its writes of IA32_XFD.
     host_xfd_writes "host_xfd_writes" Count;
+    /// L1 data cache flushes before entries.
+    l1d_flushes "l1d_flush" Count;
+    /// VERWs before entries.
+    buffer_clears "buffer_clears" Count;
+    /// IBPBs when the vCPU was loaded.
+    branch_barriers "branch_barriers" Count;
+    /// The host kernel's reads of IA32_MCU_OPT_CTRL for it.
+    mcu_opt_ctrl_reads "mcu_opt_ctrl_reads" Count;
+    /// And its writes.
+    mcu_opt_ctrl_writes "mcu_opt_ctrl_writes" Count;
+    /// Entries with somebody else's data in a buffer that the guest could sample.
+    stale_entries "stale_entries" Count;
+    /// VERWs of the guest that it had been told would clear fill buffers, and that did not.
+    vain_clears "vain_clears" Count;
 }
 
 statistics! {

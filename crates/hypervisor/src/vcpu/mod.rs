@@ -1,6 +1,7 @@
 //! A vCPU: KVM_RUN and the state that belongs to it.
 
 mod apic;
+mod buffers;
 mod cpuid;
 mod debug;
 mod dirty_ring;
@@ -44,6 +45,7 @@ use crate::irqchip::lapic::Lapic;
 use crate::kvmclock::ClockPage;
 use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
+use buffers::HostBuffers;
 use debug::GuestDebug;
 use events::Events;
 use host_fpu::HostFpu;
@@ -166,6 +168,7 @@ pub struct Vcpu {
     /// Dynamically enabled XSAVE components that KVM_SET_CPUID2 has given the vCPU, for good.
     dynamic_xcr0: u64,
     host_fpu: Option<Box<HostFpu>>,
+    buffers: Option<Box<HostBuffers>>,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -204,7 +207,7 @@ impl Vcpu {
             if !bsp && lapic.is_some() { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE };
         let apic_base = APIC_BASE_DEFAULT | if bsp { APIC_BASE_BSP } else { 0 };
         let reset_state = Box::new(cpu.state.clone());
-        let mut msrs = MsrState::new(model, vm.system().host());
+        let mut msrs = MsrState::new(vm.arch_capabilities(), vm.system().host());
         if !vm.has_quirk(KVM_X86_QUIRK_STUFF_FEATURE_MSRS) {
             msrs.clear_feature_msrs();
         }
@@ -213,6 +216,7 @@ impl Vcpu {
         cpu.test_ctrl = vm.system().processors().test_ctrl(locks.thread());
         cpu.controls.exception_bitmap = locks.intercepted();
         let host_fpu = HostFpu::new(vm.system().host(), size_standard(model.features().xcr0_mask()) as usize);
+        let buffers = HostBuffers::new(&vm, id);
         Ok(Vcpu {
             cpu,
             vm,
@@ -244,6 +248,7 @@ impl Vcpu {
             notify: NotifyState::default(),
             dynamic_xcr0: 0,
             host_fpu,
+            buffers,
             has_run: false,
             tsc_khz,
             reset_state,

@@ -4,13 +4,13 @@
 use kvm_bindings::{
     KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_msr_entry,
 };
-use silicon::model::msrs::MSR_TEST_CTRL;
+use silicon::model::msrs::{ARCH_CAPABILITIES, MCU_OPT_CTRL, MSR_TEST_CTRL};
 use silicon::state::reg;
 
 use super::tsc::IA32_TSC;
 use super::{Vcpu, VcpuExit};
 use crate::msr::filter::MsrAccess;
-use crate::msr::{CpuEnv, MCU_OPT_CTRL, MsrError, MsrState, is_immutable};
+use crate::msr::{CpuEnv, MsrError, MsrState, is_immutable};
 
 /// The client may hide it (KVM_CAP_MSR_PLATFORM_INFO).
 const MSR_PLATFORM_INFO: u32 = 0xce;
@@ -145,6 +145,9 @@ impl Vcpu {
         }
         if host && self.has_run && is_immutable(index) && self.read_msr(index, true) != Ok(value) {
             return Err(MsrError::Refused(index));
+        }
+        if host && index == ARCH_CAPABILITIES {
+            self.vm.told(value).map_err(|_| MsrError::Refused(index))?;
         }
         let (msrs, mut env) = self.msrs();
         msrs.write(index, value, host, &mut env)?;

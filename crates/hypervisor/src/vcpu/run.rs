@@ -86,8 +86,10 @@ impl Vcpu {
         let system = self.vm.system().clone();
         let loaded = system.processors().load(self.locks.thread());
         self.load_locks();
+        self.buffers_load();
         let result = self.run_inner(request);
         self.host_fpu_put();
+        self.buffers_put(true);
         self.locks.put();
         drop(loaded);
         result
@@ -211,7 +213,9 @@ impl Vcpu {
         self.debug.stepped = false;
         self.debug.exchange(&mut self.cpu.state);
         self.host_fpu_enter();
+        self.buffers_enter();
         let exit = enter(&mut self.cpu);
+        self.buffers_exit(&exit);
         self.host_fpu_exit();
         self.debug.exchange(&mut self.cpu.state);
         self.list_modified_pages();
@@ -302,9 +306,11 @@ impl Vcpu {
     fn sleep(&mut self) {
         // Whatever else ran on the thread would have the host's settings.
         self.host_fpu_put();
+        self.buffers_put(false);
         self.locks.put();
         self.sleep_on_thread();
         self.load_locks();
+        self.buffers_load();
     }
 
     fn sleep_on_thread(&mut self) {

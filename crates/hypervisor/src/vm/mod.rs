@@ -11,6 +11,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use silicon::model::speculation::arch_cap::SKIP_L1DFL_VMENTRY;
+
 use crate::coalesced::CoalescedIo;
 use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
@@ -20,8 +22,10 @@ use crate::irqchip::bus::ApicSettings;
 use crate::irqchip::lapic::Waker;
 use crate::kvmclock::ClockBase;
 use crate::memory::Memory;
+use crate::mitigations::selected::Flush;
 use crate::msr::filter::MsrFilters;
 use crate::notify::LogLimit;
+use crate::processors::Processors;
 use crate::split_lock;
 use crate::stats::VmStats;
 use crate::system::{System, VCPU_IDS_MAX, VCPUS_MAX};
@@ -33,8 +37,12 @@ use policy::Policy;
 #[derive(Debug)]
 pub struct Vm {
     system: Arc<System>,
-    /// The host's thread that vCPU 0 runs on.
-    place: u32,
+    /// No two VMs of a system have the same.
+    number: u32,
+    /// IA32_ARCH_CAPABILITIES that its vCPUs begin with.
+    arch_capabilities: u64,
+    /// What entries of its vCPUs do at least, since the guest has been told that it need not do so itself.
+    granted: Mutex<Option<Flush>>,
     memory: Memory,
     apic_settings: Arc<ApicSettings>,
     irqchip: OnceLock<Arc<IrqChip>>,
@@ -73,10 +81,15 @@ pub(crate) struct Setup {
 
 impl Vm {
     pub(crate) fn new(system: Arc<System>) -> Result<Arc<Vm>, Error> {
-        let memory = Memory::new(system.model().features().physical_bits());
+        let mut memory = Memory::new(system.model().features().physical_bits());
+        if system.mitigations().selected().clear_for_mmio {
+            memory = memory.minding_mmio();
+        }
         let policy = Policy::new(system.host(), system.notify_setting());
-        Ok(Arc::new(Vm {
-            place: system.processors().place_vm(),
+        let vm = Arc::new(Vm {
+            number: system.processors().number_vm(),
+            arch_capabilities: system.mitigations().supported(),
+            granted: Mutex::default(),
             system,
             memory,
             apic_settings: Arc::default(),
@@ -96,7 +109,39 @@ impl Vm {
             setup: Mutex::default(),
             tsc_sync: Mutex::default(),
             tsc_khz: AtomicU32::new(tsc::host_khz()),
-        }))
+        });
+        vm.told(vm.arch_capabilities)?;
+        Ok(vm)
+    }
+
+    /// No two VMs of a system have the same.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// IA32_ARCH_CAPABILITIES that its vCPUs begin with, all of them (B3): what was supported when the VM was made.
+    pub fn arch_capabilities(&self) -> u64 {
+        self.arch_capabilities
+    }
+
+    /// A vCPU is to have this in IA32_ARCH_CAPABILITIES. Once that has SKIP_L1DFL_VMENTRY the VM's entries flush for as long as it
+    /// exists, whatever becomes of the parameter (B4).
+    ///
+    /// # Errors
+    ///
+    /// EINVAL as [`Mitigations::promise`](crate::mitigations::Mitigations).
+    pub(crate) fn told(&self, arch_capabilities: u64) -> Result<(), Error> {
+        let mut granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        if arch_capabilities & SKIP_L1DFL_VMENTRY != 0 && granted.is_none() {
+            *granted = Some(self.system.mitigations().promise()?);
+        }
+        Ok(())
+    }
+
+    /// What entries of its vCPUs do about L1 terminal fault.
+    pub fn flush(&self) -> Flush {
+        let granted = *self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        granted.unwrap_or(Flush::NotRequired).max(self.system.mitigations().flush())
     }
 
     /// The system that the VM belongs to.
@@ -116,7 +161,7 @@ impl Vm {
 
     /// The host's thread that vCPU 0 runs on; those of the others follow ([`Processors`](crate::processors::Processors)).
     pub fn place(&self) -> u32 {
-        self.place
+        Processors::place_of(self.number)
     }
 
     /// IA32_CORE_CAPABILITIES as the VM's guest may have it at best.
@@ -268,6 +313,15 @@ impl Vm {
         setup.vcpus.push(vcpu.handle());
         self.stats.vcpus.store(setup.vcpus.len() as u64, Ordering::Relaxed);
         Ok(vcpu)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let granted = self.granted.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if granted.is_some_and(|flush| flush != Flush::NotRequired) {
+            self.system.mitigations().release();
+        }
     }
 }
 

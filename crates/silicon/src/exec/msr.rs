@@ -70,7 +70,7 @@ impl Cpu {
             return None;
         }
         let row = msrs::find(index)?;
-        let present = row.feature.is_none_or(|feature| self.features.has(feature));
+        let present = row.enumerated.there(&self.features, 0);
         match row.kept {
             Kept::State(StateMsr::Tsc) if self.controls.rdtsc_exiting => None,
             Kept::State(StateMsr::Xfd) if self.controls.xfd_exiting => None,
@@ -79,7 +79,7 @@ impl Cpu {
                 used.then_some(StateMsr::TscAux)
             }
             Kept::State(msr) if present => Some(msr),
-            Kept::State(_) | Kept::Physical => None,
+            Kept::State(_) | Kept::Physical | Kept::Command(_) => None,
         }
     }
 

@@ -215,7 +215,7 @@ fn verw(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     set_zf(cpu, writable);
     // Only this form overwrites buffers, whatever the selector is.
     if op.is_memory() {
-        cpu.clear_buffers();
+        cpu.clear_buffers(cpu.verw_clears);
     }
     Ok(Flow::Next)
 }

@@ -2,6 +2,7 @@
 
 use crate::model::feature::Means;
 use crate::model::msrs::Scope;
+use crate::model::speculation::{CONTROLS, SpeculationRow};
 use crate::model::{Feature, FeatureSet, Features, Host};
 
 /// What a cache holds and who shares it.
@@ -437,6 +438,13 @@ impl CpuModel {
     pub fn without(&self, features: FeatureSet) -> CpuModel {
         let left = self.features.set().minus(features).consistent();
         let features = Features::new(left, self.features.physical_bits()).with_signature(self.signature());
+        CpuModel { features, ..self.clone() }
+    }
+
+    /// The same with what CPUID says of speculation and its control on `part`.
+    pub fn on_part(&self, part: &SpeculationRow) -> CpuModel {
+        let set = self.features.set().minus(CONTROLS).union(part.cpuid.intersection(CONTROLS));
+        let features = Features::new(set, self.features.physical_bits()).with_signature(self.signature());
         CpuModel { features, ..self.clone() }
     }
 

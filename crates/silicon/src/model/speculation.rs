@@ -167,8 +167,19 @@ pub struct SpeculationRow {
 use Feature as F;
 use arch_cap::*;
 
+/// CPUID bits that tell of controls for speculation.
+pub const CONTROLS: FeatureSet = EVERYWHERE.union(FeatureSet::of(&[
+    F::SrbdsCtrl,
+    F::Psfd,
+    F::IpredCtrl,
+    F::RrsbaCtrl,
+    F::DdpdU,
+    F::BhiCtrl,
+    F::McdtNo,
+]));
+
 /// CPUID of every part here.
-const CONTROLS: FeatureSet =
+const EVERYWHERE: FeatureSet =
     FeatureSet::of(&[F::SpecCtrl, F::Stibp, F::Ssbd, F::FlushL1d, F::MdClear, F::ArchCapabilities]);
 
 /// Bugs of every part here.
@@ -226,7 +237,7 @@ pub static PARTS: &[SpeculationRow] = &[
         steppings: 0..=5,
         bugs: SKYLAKE_BUGS,
         arch_capabilities: RSBA | MISC_PACKAGE_CTLS | ENERGY_FILTERING_CTL | GDS_CTRL | RFDS_NO,
-        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::Hle])),
+        cpuid: EVERYWHERE.union(FeatureSet::of(&[F::Rtm, F::Hle])),
     },
     SpeculationRow {
         name: "cascade-lake",
@@ -241,7 +252,7 @@ pub static PARTS: &[SpeculationRow] = &[
             | RRSBA
             | GDS_CTRL
             | RFDS_NO,
-        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::Hle])),
+        cpuid: EVERYWHERE.union(FeatureSet::of(&[F::Rtm, F::Hle])),
     },
     SpeculationRow {
         name: "ice-lake-sp",
@@ -259,7 +270,7 @@ pub static PARTS: &[SpeculationRow] = &[
             | RRSBA
             | GDS_CTRL
             | RFDS_NO,
-        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::Hle])),
+        cpuid: EVERYWHERE.union(FeatureSet::of(&[F::Rtm, F::Hle])),
     },
     SpeculationRow {
         name: "tremont-d",
@@ -267,7 +278,7 @@ pub static PARTS: &[SpeculationRow] = &[
         steppings: 0..=15,
         bugs: TREMONT_BUGS,
         arch_capabilities: TREMONT_CAPABILITIES,
-        cpuid: CONTROLS,
+        cpuid: EVERYWHERE,
     },
     SpeculationRow {
         name: "tremont",
@@ -275,7 +286,7 @@ pub static PARTS: &[SpeculationRow] = &[
         steppings: 0..=15,
         bugs: TREMONT_BUGS.union(Bugs::of(&[Bug::Srbds, Bug::MmioSbds])),
         arch_capabilities: TREMONT_CAPABILITIES,
-        cpuid: CONTROLS.union(FeatureSet::of(&[F::SrbdsCtrl])),
+        cpuid: EVERYWHERE.union(FeatureSet::of(&[F::SrbdsCtrl])),
     },
     SpeculationRow {
         name: "alder-lake",
@@ -283,7 +294,7 @@ pub static PARTS: &[SpeculationRow] = &[
         steppings: 0..=15,
         bugs: SPR_ADL_BUGS.union(Bugs::of(&[Bug::Rfds])),
         arch_capabilities: SPR_ADL_CAPABILITIES | RFDS_CLEAR | OVERCLOCKING_STATUS,
-        cpuid: CONTROLS.union(FeatureSet::of(&[F::RrsbaCtrl, F::BhiCtrl])),
+        cpuid: EVERYWHERE.union(FeatureSet::of(&[F::RrsbaCtrl, F::BhiCtrl])),
     },
     SpeculationRow {
         name: "sapphire-rapids",
@@ -296,7 +307,7 @@ pub static PARTS: &[SpeculationRow] = &[
             | ENERGY_FILTERING_CTL
             | XAPIC_DISABLE_STATUS
             | RFDS_NO,
-        cpuid: CONTROLS.union(FeatureSet::of(&[F::Rtm, F::RrsbaCtrl, F::BhiCtrl])),
+        cpuid: EVERYWHERE.union(FeatureSet::of(&[F::Rtm, F::RrsbaCtrl, F::BhiCtrl])),
     },
 ];
 

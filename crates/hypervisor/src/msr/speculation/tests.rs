@@ -2,6 +2,8 @@ use silicon::model::Host;
 
 use super::super::MsrError;
 use super::super::tests::{CLIENT, Fake, GUEST, state};
+use silicon::buffers::mcu_opt_ctrl::{FB_CLEAR_DIS, GDS_MITG_DIS, RNGDS_MITG_DIS};
+
 use super::*;
 use silicon::model::Features;
 
