@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand};
 use hypervisor::HostParams;
 use hypervisor::host::HostParamError;
+use hypervisor::mitigations::command_line::Part;
+use silicon::model::speculation::{PARTS, part};
 use silicon::model::{CpuModel, ModelError};
 use vmm::config::{Config, ConsoleTarget, DiskConfig, MAX_CPUS};
 use vmm::memory;
@@ -55,6 +57,21 @@ can be run. What will not work is marked '!!', with what to do about it.
 
 Exit status: 0 if all is well, 1 if something will not work.";
 
+const MITIGATIONS_LONG_ABOUT: &str = "\
+Says, for a host with the speculation bugs of some part and a command line of its kernel's, what guests are told in \
+IA32_ARCH_CAPABILITIES, what a Linux guest will therefore say of itself, and what each VM entry does and costs. The machine need \
+not be at hand. Without arguments: the parts that can be asked about.
+
+Values of registers are those of silicon's table of parts; cycles are modelled, with round numbers.";
+
+const MITIGATIONS_EXAMPLES: &str = "\
+Examples:
+  ring3 mitigations skylake-sp
+  ring3 mitigations ice-lake-sp --host 'mmio_stale_data=off'
+  ring3 mitigations skylake-sp --host 'l1tf=full kvm_intel.vmentry_l1d_flush=never' --cpu haswell
+
+The same host for a guest that runs: ring3 boot --host 'ring3.part=skylake-sp mds=off' --kernel vmlinuz";
+
 const RUN_LONG_ABOUT: &str = "\
 Runs a program that uses KVM. Its opens of /dev/kvm and its ioctls go to ring3; everything else that it does is its own \
 affair. It has to be dynamically linked with the GNU C library, which any distribution's QEMU is.
@@ -86,6 +103,9 @@ pub(crate) enum Command {
     /// Run a KVM client, such as QEMU, with ring3 in place of /dev/kvm
     #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_EXAMPLES)]
     Run(RunArguments),
+    /// Say what a guest will be told of speculation bugs, and what it will cost, on a machine that need not be at hand
+    #[command(long_about = MITIGATIONS_LONG_ABOUT, after_long_help = MITIGATIONS_EXAMPLES)]
+    Mitigations(Box<MitigationsArguments>),
     /// Say what will work on this machine, and what to do about what will not
     #[command(long_about = DOCTOR_LONG_ABOUT)]
     Doctor {
@@ -113,6 +133,32 @@ pub(crate) struct RunArguments {
     /// The program and its arguments
     #[arg(value_name = "CMD", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+/// `ring3 mitigations …`
+#[derive(Debug, Args)]
+pub(crate) struct MitigationsArguments {
+    /// The part whose bugs the host has
+    #[arg(value_name = "PART", value_parser = parse_part)]
+    pub(crate) part: Option<Part>,
+
+    /// The host kernel's command line: mds=, l1tf=, mmio_stale_data=, mitigations=, kvm_intel.vmentry_l1d_flush= and so on
+    #[arg(long, value_name = "PARAMS", default_value = "", hide_default_value = true,
+          value_parser = HostParams::parse)]
+    pub(crate) host: HostParams,
+
+    #[arg(long, value_name = "MODEL[,+feat,-feat…]", value_parser = CpuModel::parse, help = mitigations_cpu_help(),
+          allow_hyphen_values = true)]
+    pub(crate) cpu: Option<CpuModel>,
+}
+
+fn mitigations_cpu_help() -> String {
+    format!("The guest's {} [default: the host's own]", cpu_help())
+}
+
+fn parse_part(name: &str) -> Result<Part, String> {
+    let known = || PARTS.iter().map(|row| row.name).collect::<Vec<_>>().join(", ");
+    part(name).map(Part).ok_or_else(|| format!("unknown part; known parts: {}", known()))
 }
 
 /// A model that can be had, as it was written: the client's process reads it again.

@@ -3,6 +3,7 @@
 mod cli;
 mod client;
 mod doctor;
+mod mitigations;
 mod run;
 mod status;
 
@@ -31,6 +32,10 @@ fn main() -> ExitCode {
             // Comes back only if it cannot be done.
             say(&format!("ring3: {}", run::run(&arguments)));
             status::BAD_INPUT
+        }
+        Command::Mitigations(arguments) => {
+            let written = io::stdout().write_all(mitigations::show(&arguments).as_bytes());
+            if written.is_ok() { status::SUCCESS } else { status::INTERNAL_ERROR }
         }
         Command::Doctor { program } => {
             let (report, well) = doctor::examine(program.as_deref());

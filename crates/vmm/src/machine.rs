@@ -204,8 +204,8 @@ fn create_vm(system: &Arc<System>, memory: &GuestMemory) -> Result<Arc<Vm>, Star
 
 /// Creates the virtual CPUs as firmware would leave them.
 fn create_vcpus(config: &Config, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, StartError> {
-    let cpus = u32::from(config.cpus);
-    let shape = if config.host.smt && cpus.is_multiple_of(2) {
+    let (cpus, system) = (u32::from(config.cpus), vm.system());
+    let shape = if system.host().smt && cpus.is_multiple_of(2) {
         Shape { sockets: 1, cores: cpus / 2, threads: 2 }
     } else {
         Shape::cores(cpus)
@@ -214,7 +214,7 @@ fn create_vcpus(config: &Config, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, StartError> 
     for id in 0..cpus {
         let mut vcpu = vm.create_vcpu(id)?;
         let identity = Identity { shape, apic_id: id, ..Identity::default() };
-        vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(&config.cpu_model, &config.host, &identity))?;
+        vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(system.model(), system.host(), &identity))?;
         set_firmware_msrs(&mut vcpu);
         vcpus.push(vcpu);
     }

@@ -3,6 +3,7 @@
 //! arch/x86/kernel/cpu/common.c; the `…_select_mitigation` and `…_show_state` functions in bugs.c.)
 
 use silicon::model::speculation::arch_cap::*;
+use silicon::model::{CpuModel, Feature};
 
 /// What Linux looks at: family 6, and these.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,6 +127,28 @@ const NO_MICROCODE: &str = "Vulnerable: Clear CPU buffers attempted, no microcod
 const HYPERVISOR_KNOWS: &str = "Unknown: Dependent on hypervisor status";
 
 impl Processor {
+    /// A guest of `model` that has been told `arch_capabilities`.
+    pub fn of(model: &CpuModel, arch_capabilities: u64) -> Processor {
+        let has = |feature| model.has(feature);
+        let signature = model.signature();
+        Processor {
+            model: (signature >> 4 & 15 | signature >> 12 & 0xf0) as u8,
+            stepping: (signature & 15) as u8,
+            arch_capabilities: if has(Feature::ArchCapabilities) { arch_capabilities } else { 0 },
+            hypervisor: true,
+            spec_ctrl: has(Feature::SpecCtrl),
+            ssbd: has(Feature::Ssbd),
+            md_clear: has(Feature::MdClear),
+            flush_l1d: has(Feature::FlushL1d),
+            srbds_ctrl: has(Feature::SrbdsCtrl),
+            rtm: has(Feature::Rtm),
+            bhi_ctrl: has(Feature::BhiCtrl),
+            rrsba_ctrl: has(Feature::RrsbaCtrl),
+            avx: has(Feature::Avx),
+            random: has(Feature::Rdrand) || has(Feature::Rdseed),
+        }
+    }
+
     fn listed(&self, why: Listed) -> bool {
         let fits = |row: &&Row| row.0 == self.model && (row.1..=row.2).contains(&self.stepping);
         MODELS.iter().find(fits).is_some_and(|row| row.3.contains(&why))

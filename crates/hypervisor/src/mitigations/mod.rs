@@ -11,6 +11,7 @@
 pub mod command_line;
 pub mod entry;
 pub mod linux;
+pub mod report;
 
 pub mod selected;
 

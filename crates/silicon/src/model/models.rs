@@ -415,7 +415,7 @@ impl CpuModel {
 
     /// CPUID.1:EAX, also what RDX holds after reset.
     pub fn signature(&self) -> u32 {
-        self.row.signature()
+        self.features.signature()
     }
 
     /// What is offered.
@@ -439,6 +439,13 @@ impl CpuModel {
         let left = self.features.set().minus(features).consistent();
         let features = Features::new(left, self.features.physical_bits()).with_signature(self.signature());
         CpuModel { features, ..self.clone() }
+    }
+
+    /// The same with another model number and stepping of family 6 in CPUID.
+    pub fn numbered(&self, model: u8, stepping: u8) -> CpuModel {
+        let (model, stepping) = (u32::from(model), u32::from(stepping & 15));
+        let signature = 6 << 8 | (model & 0xf0) << 12 | (model & 15) << 4 | stepping;
+        CpuModel { features: self.features().with_signature(signature), ..self.clone() }
     }
 
     /// The same with what CPUID says of speculation and its control on `part`.

@@ -12,110 +12,143 @@ use crate::model::{Feature, FeatureSet};
 
 /// Bits of IA32_ARCH_CAPABILITIES, MSR 10AH (SDM vol. 4, table 2-2).
 pub mod arch_cap {
-    /// No rogue data cache load (Meltdown), no L1 terminal fault.
-    pub const RDCL_NO: u64 = 1 << 0;
-    /// Enhanced IBRS.
-    pub const IBRS_ALL: u64 = 1 << 1;
-    /// RET may take its target from another predictor than the return-stack buffer.
-    pub const RSBA: u64 = 1 << 2;
-    /// A hypervisor need not flush the L1 data cache at VM entry.
-    pub const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
-    /// No speculative store bypass.
-    pub const SSB_NO: u64 = 1 << 4;
-    /// No microarchitectural data sampling.
-    pub const MDS_NO: u64 = 1 << 5;
-    /// No machine check when a page changes its size.
-    pub const IF_PSCHANGE_MC_NO: u64 = 1 << 6;
-    /// IA32_TSX_CTRL exists.
-    pub const TSX_CTRL: u64 = 1 << 7;
-    /// No TSX asynchronous abort.
-    pub const TAA_NO: u64 = 1 << 8;
-    /// IA32_MCU_CONTROL exists.
-    pub const MCU_CONTROL: u64 = 1 << 9;
-    /// IA32_MISC_PACKAGE_CTLS exists.
-    pub const MISC_PACKAGE_CTLS: u64 = 1 << 10;
-    /// IA32_MISC_PACKAGE_CTLS.ENERGY_FILTERING_ENABLE can be written.
-    pub const ENERGY_FILTERING_CTL: u64 = 1 << 11;
-    /// Data-operand-independent timing can be switched on.
-    pub const DOITM: u64 = 1 << 12;
-    /// No shared-buffers data read, no sideband stale-data propagator.
-    pub const SBDR_SSDP_NO: u64 = 1 << 13;
-    /// No fill-buffer stale-data propagator.
-    pub const FBSDP_NO: u64 = 1 << 14;
-    /// No primary stale-data propagator.
-    pub const PSDP_NO: u64 = 1 << 15;
-    /// VERW overwrites fill buffers whatever MDS_NO says.
-    pub const FB_CLEAR: u64 = 1 << 17;
-    /// IA32_MCU_OPT_CTRL.FB_CLEAR_DIS exists.
-    pub const FB_CLEAR_CTRL: u64 = 1 << 18;
-    /// RSBA's behaviour can be restricted.
-    pub const RRSBA: u64 = 1 << 19;
-    /// No branch-history injection.
-    pub const BHI_NO: u64 = 1 << 20;
-    /// IA32_XAPIC_DISABLE_STATUS exists.
-    pub const XAPIC_DISABLE_STATUS: u64 = 1 << 21;
-    /// IA32_OVERCLOCKING_STATUS exists.
-    pub const OVERCLOCKING_STATUS: u64 = 1 << 23;
-    /// No post-barrier return-stack-buffer predictions.
-    pub const PBRSB_NO: u64 = 1 << 24;
-    /// IA32_MCU_OPT_CTRL.GDS_MITG_DIS and GDS_MITG_LOCKED exist.
-    pub const GDS_CTRL: u64 = 1 << 25;
-    /// No gather data sampling.
-    pub const GDS_NO: u64 = 1 << 26;
-    /// No register-file data sampling.
-    pub const RFDS_NO: u64 = 1 << 27;
-    /// VERW clears the register file.
-    pub const RFDS_CLEAR: u64 = 1 << 28;
-    /// No indirect target selection. No part sets it: hypervisors do, to say so to guests.
-    pub const ITS_NO: u64 = 1 << 62;
+    macro_rules! bits {
+        ($($(#[$doc:meta])* $name:ident $bit:literal;)*) => {
+            $($(#[$doc])* pub const $name: u64 = 1 << $bit;)*
+
+            /// All of them with their names, the lowest first.
+            pub static NAMES: &[(u64, &str)] = &[$(($name, stringify!($name))),*];
+        };
+    }
+
+    bits! {
+        /// No rogue data cache load (Meltdown), no L1 terminal fault.
+        RDCL_NO 0;
+        /// Enhanced IBRS.
+        IBRS_ALL 1;
+        /// RET may take its target from another predictor than the return-stack buffer.
+        RSBA 2;
+        /// A hypervisor need not flush the L1 data cache at VM entry.
+        SKIP_L1DFL_VMENTRY 3;
+        /// No speculative store bypass.
+        SSB_NO 4;
+        /// No microarchitectural data sampling.
+        MDS_NO 5;
+        /// No machine check when a page changes its size.
+        IF_PSCHANGE_MC_NO 6;
+        /// IA32_TSX_CTRL exists.
+        TSX_CTRL 7;
+        /// No TSX asynchronous abort.
+        TAA_NO 8;
+        /// IA32_MCU_CONTROL exists.
+        MCU_CONTROL 9;
+        /// IA32_MISC_PACKAGE_CTLS exists.
+        MISC_PACKAGE_CTLS 10;
+        /// IA32_MISC_PACKAGE_CTLS.ENERGY_FILTERING_ENABLE can be written.
+        ENERGY_FILTERING_CTL 11;
+        /// Data-operand-independent timing can be switched on.
+        DOITM 12;
+        /// No shared-buffers data read, no sideband stale-data propagator.
+        SBDR_SSDP_NO 13;
+        /// No fill-buffer stale-data propagator.
+        FBSDP_NO 14;
+        /// No primary stale-data propagator.
+        PSDP_NO 15;
+        /// VERW overwrites fill buffers whatever MDS_NO says.
+        FB_CLEAR 17;
+        /// IA32_MCU_OPT_CTRL.FB_CLEAR_DIS exists.
+        FB_CLEAR_CTRL 18;
+        /// RSBA's behaviour can be restricted.
+        RRSBA 19;
+        /// No branch-history injection.
+        BHI_NO 20;
+        /// IA32_XAPIC_DISABLE_STATUS exists.
+        XAPIC_DISABLE_STATUS 21;
+        /// IA32_OVERCLOCKING_STATUS exists.
+        OVERCLOCKING_STATUS 23;
+        /// No post-barrier return-stack-buffer predictions.
+        PBRSB_NO 24;
+        /// IA32_MCU_OPT_CTRL.GDS_MITG_DIS and GDS_MITG_LOCKED exist.
+        GDS_CTRL 25;
+        /// No gather data sampling.
+        GDS_NO 26;
+        /// No register-file data sampling.
+        RFDS_NO 27;
+        /// VERW clears the register file.
+        RFDS_CLEAR 28;
+        /// No indirect target selection. No part sets it: hypervisors do, to say so to guests.
+        ITS_NO 62;
+    }
+
     /// The three that together say that there is no MMIO stale data.
     pub const MMIO_IMMUNE: u64 = SBDR_SSDP_NO | FBSDP_NO | PSDP_NO;
+
+    /// The names of the bits of `value`; of those without a name the number.
+    pub fn names(value: u64) -> Vec<String> {
+        let name =
+            |bit: u64| NAMES.iter().find(|(known, _)| *known == bit).map(|(_, name)| (*name).to_string());
+        let bits = (0..64).filter(|n| value >> n & 1 != 0);
+        bits.map(|n| name(1 << n).unwrap_or_else(|| format!("bit {n}"))).collect()
+    }
 }
 
-/// A speculation bug, or what limits one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Bug {
+macro_rules! bugs {
+    ($($(#[$doc:meta])* $bug:ident $name:literal;)*) => {
+        /// A speculation bug, or what limits one.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Bug {
+            $($(#[$doc])* $bug,)*
+        }
+
+        impl Bug {
+            /// All of them, with the kernel's names.
+            pub const NAMES: &[(Bug, &str)] = &[$((Bug::$bug, $name)),*];
+        }
+    };
+}
+
+bugs! {
     /// Bounds-check bypass.
-    SpectreV1,
+    SpectreV1 "spectre_v1";
     /// Branch-target injection.
-    SpectreV2,
+    SpectreV2 "spectre_v2";
     /// Speculative store bypass.
-    SpecStoreBypass,
+    SpecStoreBypass "spec_store_bypass";
     /// SWAPGS as a Spectre v1 gadget.
-    Swapgs,
+    Swapgs "swapgs";
     /// Rogue data cache load.
-    Meltdown,
+    Meltdown "cpu_meltdown";
     /// L1 terminal fault.
-    L1tf,
+    L1tf "l1tf";
     /// Microarchitectural data sampling.
-    Mds,
+    Mds "mds";
     /// TSX asynchronous abort.
-    Taa,
+    Taa "taa";
     /// Special-register buffer data sampling, or shared-buffers data sampling, which is treated the same.
-    Srbds,
+    Srbds "srbds";
     /// Machine check when the size of an executable page changes.
-    ItlbMultihit,
+    ItlbMultihit "itlb_multihit";
     /// Processor MMIO stale data.
-    MmioStaleData,
+    MmioStaleData "mmio_stale_data";
     /// Processor MMIO stale data by shared buffers.
-    MmioSbds,
+    MmioSbds "mmio_sbds";
     /// RET predicted from the branch-target buffer.
-    Retbleed,
+    Retbleed "retbleed";
     /// Enhanced IBRS leaves a prediction behind a VM exit.
-    EibrsPbrsb,
+    EibrsPbrsb "eibrs_pbrsb";
     /// Gather data sampling.
-    Gds,
+    Gds "gds";
     /// Register-file data sampling.
-    Rfds,
+    Rfds "rfds";
     /// Branch-history injection.
-    Bhi,
+    Bhi "bhi";
     /// Indirect target selection.
-    Its,
+    Its "its";
     /// Indirect target selection does not cross from guest to host.
-    ItsNativeOnly,
+    ItsNativeOnly "its_native_only";
     /// Branch predictions of a guest that its user-space VMM is subject to.
-    Vmscape,
+    Vmscape "vmscape";
 }
 
 /// A set of bugs.
@@ -139,6 +172,11 @@ impl Bugs {
     /// Whether `bug` is one of them.
     pub const fn has(self, bug: Bug) -> bool {
         self.0 & 1 << bug as u32 != 0
+    }
+
+    /// The kernel's names of them.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        Bug::NAMES.iter().filter(move |(bug, _)| self.has(*bug)).map(|(_, name)| *name)
     }
 
     /// Those of both.
