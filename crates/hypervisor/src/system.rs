@@ -57,10 +57,7 @@ impl System {
     /// The same with a clock of the caller's for what makes vCPUs wait.
     pub fn with_time(model: CpuModel, mut host: HostParams, time: Box<dyn HostTime>) -> Arc<System> {
         silicon::make_tables();
-        let model = match host.mitigations.part {
-            Some(part) => model.on_part(part.0),
-            None => model,
-        };
+        let model = host.mitigations.model(model);
         let mitigations = Mitigations::new(&model, &host.mitigations);
         host.smt &= !mitigations.selected().nosmt;
         let capabilities = mitigations.hardware().arch_capabilities;

@@ -31,6 +31,8 @@ pub struct Mitigations {
     selected: Selected,
     fb_clear_dis: FbClearDis,
     promise: Promise,
+    /// What guests are told instead of what is supported, if somebody has chosen it.
+    chosen: Option<u64>,
     /// The host has a part's bugs, so that there is something to do.
     active: bool,
     state: Mutex<State>,
@@ -60,6 +62,7 @@ impl Mitigations {
             selected,
             fb_clear_dis: line.fb_clear_dis,
             promise: line.promise,
+            chosen: model.chosen_arch_capabilities(),
             active: line.part.is_some(),
             state: Mutex::new(State { parameter: line.l1d_flush, supported, promises: 0 }),
             flush: AtomicU8::new(flush as u8),
@@ -102,7 +105,7 @@ impl Mitigations {
 
     /// IA32_ARCH_CAPABILITIES as the guests of new VMs may have it. It was worked out when the parameter was set last (B1, B2).
     pub fn supported(&self) -> u64 {
-        self.state().supported
+        self.chosen.unwrap_or_else(|| self.state().supported)
     }
 
     /// Writes `kvm_intel.vmentry_l1d_flush`.

@@ -48,11 +48,11 @@ const POLICIES: [FbClearDis; 3] = [FbClearDis::Upstream, FbClearDis::Load, FbCle
 
 /// The report on guests of `cpu` on a host booted with `line`.
 pub fn report(cpu: &CpuModel, line: &CommandLine) -> Report {
-    let cpu = line.part.map_or_else(|| cpu.clone(), |part| cpu.on_part(part.0));
+    let cpu = line.model(cpu.clone());
     let hardware = Hardware::of(&cpu, line);
     let selected = Selected::of(&hardware, line);
     let flush = selected.flush(&hardware, line.l1d_flush);
-    let supported = selected.supported(&hardware, flush);
+    let supported = cpu.chosen_arch_capabilities().unwrap_or_else(|| selected.supported(&hardware, flush));
     Report {
         vulnerabilities: linux::report(&Processor::of(&cpu, supported)),
         at_entry: entry::at_entry(&hardware, &selected, flush),

@@ -23,6 +23,16 @@ pub struct Hardware {
     pub spec_ctrl: bool,
 }
 
+impl CommandLine {
+    /// The processors of a host of `model` that has the named part's bugs.
+    pub fn model(&self, model: CpuModel) -> CpuModel {
+        match self.part {
+            Some(part) => model.on_part(part.0, Hardware::of(&model, self).rtm),
+            None => model,
+        }
+    }
+}
+
 impl Hardware {
     /// That of a host whose processors are of `model`, which does not speculate, or have the bugs of the part that `line` names.
     pub fn of(model: &CpuModel, line: &CommandLine) -> Hardware {

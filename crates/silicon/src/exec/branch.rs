@@ -21,7 +21,7 @@ impl Cpu {
     /// Checks that execution may go on at `target` in the current code segment: canonical in 64-bit mode,
     /// within the limit of CS otherwise.
     #[inline(always)]
-    fn check_target<const LONG: bool>(&mut self, target: u64) -> Result<(), Abort> {
+    pub(super) fn check_target<const LONG: bool>(&mut self, target: u64) -> Result<(), Abort> {
         let fine = if LONG {
             (((target << 16) as i64) >> 16) as u64 == target
         } else {
@@ -78,7 +78,7 @@ impl Cpu {
     /// Target of a relative branch: outside 64-bit mode truncated to the operand size, whose mask is in
     /// `extra`.
     #[inline(always)]
-    fn relative<const LONG: bool>(&self, op: &Op) -> u64 {
+    pub(super) fn relative<const LONG: bool>(&self, op: &Op) -> u64 {
         let target = self.state.regs[usize::from(reg::IP_BASE)].wrapping_add(op.imm);
         if LONG { target } else { target & u64::from(op.extra) }
     }
@@ -195,7 +195,7 @@ const LOOPE: u8 = 1;
 const LOOPNE: u8 = 2;
 
 /// Fills in the target of a relative branch; the operand size in bytes.
-fn relative_target(ins: &Instruction, op: &mut Op) -> Option<usize> {
+pub(super) fn relative_target(ins: &Instruction, op: &mut Op) -> Option<usize> {
     op.imm = ins.near_branch_target();
     let (size, mask) = match ins.op0_kind() {
         OpKind::NearBranch16 => (2, 0xffff),

@@ -44,6 +44,7 @@ mod system_tests;
 mod tables;
 #[cfg(test)]
 mod testing;
+mod transaction;
 mod vector;
 mod vector_gather;
 mod vector_masked;
@@ -94,6 +95,7 @@ const PLAIN: &[Lower] = &[
     far::lower,
     tables::lower,
     debug_registers::lower,
+    transaction::lower,
 ];
 
 /// Asks the families in turn.

@@ -165,7 +165,7 @@ features! {
     Bmi2 "bmi2" (7 0 Ebx 8) Host {BMI2};
     Erms "erms" (7 0 Ebx 9) Own;
     Invpcid "invpcid" (7 0 Ebx 10) Own {INVPCID};
-    Rtm "rtm" (7 0 Ebx 11) Nobody {RTM};
+    Rtm "rtm" (7 0 Ebx 11) Own {RTM};
     Cqm "cqm" (7 0 Ebx 12) Nobody;
     ZeroFcsFds "zero_fcs_fds" (7 0 Ebx 13) Host needs Fpu;
     Mpx "mpx" (7 0 Ebx 14) Nobody {MPX};

@@ -345,7 +345,12 @@ pub enum Why {
     NotExecuted,
     /// It needs another feature that is not offered.
     Needs(Feature),
+    /// It is offered only if asked for by name.
+    OnRequest,
 }
+
+/// Features of parts that models do not have unless asked: transactions would all abort.
+const ON_REQUEST: FeatureSet = FeatureSet::of(&[Rtm]);
 
 /// A feature of the part that is not offered here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -364,22 +369,36 @@ pub struct CpuModel {
     lost: Vec<Lost>,
     removed: FeatureSet,
     test_ctrl_scope: Scope,
+    /// IA32_ARCH_CAPABILITIES, if somebody has chosen it.
+    arch_capabilities: Option<u64>,
 }
 
 impl CpuModel {
     /// `row` with `plus` and without `minus`, on `host`.
     pub(super) fn new(row: &'static ModelRow, plus: FeatureSet, minus: FeatureSet, host: &Host) -> CpuModel {
         let wanted = row.features().union(plus).minus(minus).consistent();
-        let offered = wanted.intersection(host.offered).consistent();
+        let withheld = ON_REQUEST.minus(plus);
+        let offered = wanted.intersection(host.offered).minus(withheld).consistent();
         let lost = wanted.minus(offered).iter().map(|feature| Lost { feature, why: why(feature, offered) });
         let features = Features::new(offered, row.physical_bits).with_signature(row.signature());
         let lost = lost.collect();
-        CpuModel { row, features, lost, removed: minus, test_ctrl_scope: Scope::Core }
+        let test_ctrl_scope = Scope::Core;
+        CpuModel { row, features, lost, removed: minus, test_ctrl_scope, arch_capabilities: None }
     }
 
     /// The same with MSR_TEST_CTRL once per `scope`.
     pub(super) fn with_test_ctrl_scope(self, scope: Scope) -> CpuModel {
         CpuModel { test_ctrl_scope: scope, ..self }
+    }
+
+    /// The same with a value of somebody's choice in IA32_ARCH_CAPABILITIES.
+    pub(super) fn with_arch_capabilities(self, value: Option<u64>) -> CpuModel {
+        CpuModel { arch_capabilities: value, ..self }
+    }
+
+    /// IA32_ARCH_CAPABILITIES if somebody has chosen it (`arch-cap=`): guests are told that, and nothing is made of it.
+    pub fn chosen_arch_capabilities(&self) -> Option<u64> {
+        self.arch_capabilities
     }
 
     /// What MSR_TEST_CTRL exists once per: the core, as on every part so far, or the thread if the model says
@@ -448,9 +467,13 @@ impl CpuModel {
         CpuModel { features: self.features().with_signature(signature), ..self.clone() }
     }
 
-    /// The same with what CPUID says of speculation and its control on `part`.
-    pub fn on_part(&self, part: &SpeculationRow) -> CpuModel {
-        let set = self.features.set().minus(CONTROLS).union(part.cpuid.intersection(CONTROLS));
+    /// The same with what CPUID says of speculation, its control and transactions on `part`, if those are left on.
+    pub fn on_part(&self, part: &SpeculationRow, rtm: bool) -> CpuModel {
+        let mut set = self.features.set().minus(CONTROLS).union(part.cpuid.intersection(CONTROLS));
+        set.remove(Rtm);
+        if rtm {
+            set.insert(Rtm);
+        }
         let features = Features::new(set, self.features.physical_bits()).with_signature(self.signature());
         CpuModel { features, ..self.clone() }
     }
@@ -481,7 +504,8 @@ pub(super) fn why(feature: Feature, offered: FeatureSet) -> Why {
     match (feature.row().means, missing) {
         (Means::Nobody, _) => Why::NotExecuted,
         (_, Some(&need)) => Why::Needs(need),
-        (Means::Own | Means::Host | Means::HostAvx | Means::HostAvx512, None) => Why::Host,
+        (Means::Own, None) => Why::OnRequest,
+        (Means::Host | Means::HostAvx | Means::HostAvx512, None) => Why::Host,
     }
 }
 
@@ -526,7 +550,7 @@ mod tests {
         let why = |feature| model.lost().iter().find(|l| l.feature == feature).map(|l| l.why);
         assert_eq!(why(Avx), Some(Why::Host));
         assert_eq!(why(Avx2), Some(Why::Needs(Avx)));
-        assert_eq!(why(Rtm), Some(Why::NotExecuted));
+        assert_eq!((why(Rtm), why(Hle)), (Some(Why::OnRequest), Some(Why::NotExecuted)));
         assert_eq!(why(Bmi2), None);
     }
 }

@@ -29,7 +29,7 @@ pub enum ModelError {
         known: String,
     },
     /// Neither `+feature` nor `-feature`, nor an option.
-    #[error("'{0}' in the CPU model: expected +feature, -feature, test-ctrl=core or test-ctrl=thread")]
+    #[error("'{0}' in the CPU model: expected +feature, -feature, {OPTIONS}")]
     NoSign(String),
     /// Asked for, but not to be had here.
     #[error("CPU feature '{feature}' cannot be offered: {}", reason(.why))]
@@ -41,6 +41,10 @@ pub enum ModelError {
     },
 }
 
+/// The options, for messages.
+const OPTIONS: &str =
+    "model=0..255, stepping=0..15, arch-cap=BITS (0x8000 and the like), test-ctrl=core or test-ctrl=thread";
+
 fn suggestion(nearest: &Option<&'static str>) -> String {
     nearest.map_or(String::new(), |name| format!(" (did you mean '{name}'?)"))
 }
@@ -49,13 +53,15 @@ fn reason(why: &Why) -> String {
     match why {
         Why::Host => "this machine's CPU does not have it".into(),
         Why::NotExecuted => "ring3 does not execute it".into(),
+        Why::OnRequest => "it is there if asked for with '+'".into(),
         Why::Needs(other) => format!("it needs '{other}', which this machine cannot offer"),
     }
 }
 
 impl CpuModel {
-    /// Reads `model[,+feature|,-feature|,test-ctrl=core|,test-ctrl=thread]…`. What a feature needs comes with it; what
-    /// needs it goes with it. `test-ctrl` is what MSR_TEST_CTRL, which holds split-lock detection, exists once per.
+    /// Reads `model[,+feature|,-feature|,option]…`. What a feature needs comes with it; what needs it goes with it. Options:
+    /// `model=N` and `stepping=N` are the numbers in CPUID.1:EAX, of family 6; `arch-cap=BITS` is the value of
+    /// IA32_ARCH_CAPABILITIES; `test-ctrl=core|thread` is what MSR_TEST_CTRL, which holds split-lock detection, exists once per.
     pub fn parse(text: &str) -> Result<CpuModel, ModelError> {
         let mut items = text.split(',').map(str::trim);
         let name = items.next().unwrap_or_default();
@@ -67,7 +73,7 @@ impl CpuModel {
         })?;
         let host = Host::get();
         let (mut plus, mut minus) = (FeatureSet::EMPTY, FeatureSet::EMPTY);
-        let mut test_ctrl = Scope::Core;
+        let mut options = Options::default();
         for item in items {
             if let Some(name) = item.strip_prefix('+') {
                 let feature = feature(name)?;
@@ -80,22 +86,55 @@ impl CpuModel {
                 let feature = feature(name)?;
                 minus.insert(feature);
                 plus.remove(feature);
-            } else if let Some(scope) = option(item) {
-                test_ctrl = scope;
             } else {
-                return Err(ModelError::NoSign(item.into()));
+                options.read(item).ok_or_else(|| ModelError::NoSign(item.into()))?;
             }
         }
-        Ok(CpuModel::new(row, plus, minus, host).with_test_ctrl_scope(test_ctrl))
+        Ok(options.apply(CpuModel::new(row, plus, minus, host)))
     }
 }
 
-/// The scope that the option `test-ctrl=…` gives MSR_TEST_CTRL.
-fn option(item: &str) -> Option<Scope> {
-    match item.strip_prefix("test-ctrl=")? {
-        "core" => Some(Scope::Core),
-        "thread" => Some(Scope::Thread),
-        _ => None,
+/// What options say.
+#[derive(Default)]
+struct Options {
+    model: Option<u8>,
+    stepping: Option<u8>,
+    arch_capabilities: Option<u64>,
+    test_ctrl: Option<Scope>,
+}
+
+impl Options {
+    /// Takes `name=value`; `None`: it is no option.
+    fn read(&mut self, item: &str) -> Option<()> {
+        match item.split_once('=')? {
+            ("model", value) => self.model = Some(u8::try_from(number(value)?).ok()?),
+            ("stepping", value) => {
+                self.stepping = Some(u8::try_from(number(value)?).ok().filter(|&stepping| stepping < 16)?);
+            }
+            ("arch-cap", value) => self.arch_capabilities = Some(number(value)?),
+            ("test-ctrl", "core") => self.test_ctrl = Some(Scope::Core),
+            ("test-ctrl", "thread") => self.test_ctrl = Some(Scope::Thread),
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn apply(self, model: CpuModel) -> CpuModel {
+        let signature = model.signature();
+        let number = self.model.unwrap_or((signature >> 4 & 15 | signature >> 12 & 0xf0) as u8);
+        let stepping = self.stepping.unwrap_or((signature & 15) as u8);
+        model
+            .numbered(number, stepping)
+            .with_arch_capabilities(self.arch_capabilities)
+            .with_test_ctrl_scope(self.test_ctrl.unwrap_or(Scope::Core))
+    }
+}
+
+/// A number, hexadecimal after `0x`.
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
     }
 }
 
@@ -154,6 +193,19 @@ mod tests {
     }
 
     #[test]
+    fn ac_numbers_and_capabilities_of_choice() {
+        let model = CpuModel::parse("skylake,model=0x9e,stepping=12,arch-cap=0x20,+rtm").unwrap();
+        assert_eq!((model.signature(), model.features().signature()), (0x906ec, 0x906ec));
+        assert_eq!((model.chosen_arch_capabilities(), model.has(Feature::Rtm)), (Some(0x20), true));
+        let plain = CpuModel::parse("skylake").unwrap();
+        assert_eq!((plain.signature(), plain.chosen_arch_capabilities()), (0x50654, None));
+        assert!(!plain.has(Feature::Rtm) && !CpuModel::parse("haswell").unwrap().has(Feature::Rtm));
+        for wrong in ["model=256", "model=", "stepping=16", "arch-cap=0xx", "arch-cap=-1", "family=15"] {
+            assert!(CpuModel::parse(&format!("max,{wrong}")).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn errors_say_what_would_do() {
         let message = |text| CpuModel::parse(text).unwrap_err().to_string();
         assert_eq!(
@@ -166,7 +218,8 @@ mod tests {
         assert!(message("max,+avx512vmbi").contains("did you mean 'avx512vbmi'?"));
         assert_eq!(
             message("max,avx"),
-            "'avx' in the CPU model: expected +feature, -feature, test-ctrl=core or test-ctrl=thread"
+            "'avx' in the CPU model: expected +feature, -feature, model=0..255, stepping=0..15, arch-cap=BITS (0x8000 \
+             and the like), test-ctrl=core or test-ctrl=thread"
         );
         assert_eq!(message("max,+vmx"), "CPU feature 'vmx' cannot be offered: ring3 does not execute it");
     }

@@ -17,7 +17,7 @@ impl Machine {
     fn new(line: &str) -> Machine {
         let line = HostParams::parse(line).unwrap().mitigations;
         let part = line.part.unwrap().0;
-        let model = CpuModel::default().on_part(part);
+        let model = line.model(CpuModel::default());
         let topology = Topology::of(Shape::default(), &model, part.arch_capabilities);
         let mitigations = Mitigations::new(&model, &line);
         let control = Control::new(topology.thread(0).unwrap());
