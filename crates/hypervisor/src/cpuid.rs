@@ -128,6 +128,12 @@ fn own_leaves(forced_on: bool) -> [CpuidEntry; 2] {
     ]
 }
 
+/// Adds what KVM emulates, unless the model is to be without.
+fn emulate(table: &mut [CpuidEntry], model: &CpuModel) {
+    let wanted = EMULATED.iter().filter(|&&feature| !model.removes(feature));
+    wanted.for_each(|&feature| set_bit(table, feature, true));
+}
+
 /// Leaves out what the host does not let guests of this kind have, and adds ring3's own leaves.
 fn apply_host(table: &mut Vec<CpuidEntry>, model: &CpuModel, host: &HostParams) {
     let capabilities = split_lock::capabilities(model, host, false);
@@ -178,7 +184,7 @@ pub fn supported(model: &CpuModel, host: &HostParams, xcr0: u64) -> Vec<kvm_cpui
     if model.has(Feature::Xsave) {
         limit_components(&mut table, xcr0);
     }
-    EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
+    emulate(&mut table, model);
     LEFT_TO_THE_CLIENT.iter().for_each(|&feature| set_bit(&mut table, feature, false));
     // No topology, and clocks are the client's to tell.
     table.retain(|e| !(matches!(e.leaf, 0xb | 0x1f) && e.subleaf != 0));
@@ -225,7 +231,7 @@ fn fill_gaps(table: &mut Vec<CpuidEntry>) {
 /// only then.
 pub fn for_machine(model: &CpuModel, host: &HostParams, identity: &Identity) -> Vec<kvm_cpuid_entry2> {
     let mut table = model.cpuid(identity);
-    EMULATED.iter().for_each(|&feature| set_bit(&mut table, feature, true));
+    emulate(&mut table, model);
     set_bit(&mut table, Feature::TscDeadline, true);
     let shown = !model.removes(Feature::Hypervisor);
     set_bit(&mut table, Feature::Hypervisor, shown);

@@ -8,7 +8,8 @@ use clap::{Args, Parser, Subcommand};
 use hypervisor::HostParams;
 use hypervisor::host::HostParamError;
 use hypervisor::mitigations::command_line::Part;
-use silicon::model::speculation::{PARTS, part};
+use hypervisor::msr::SETTABLE_ARCH_CAPABILITIES;
+use silicon::model::speculation::{PARTS, arch_cap, part};
 use silicon::model::{CpuModel, ModelError};
 use vmm::config::{Config, ConsoleTarget, DiskConfig, MAX_CPUS};
 use vmm::memory;
@@ -147,7 +148,7 @@ pub(crate) struct MitigationsArguments {
           value_parser = HostParams::parse)]
     pub(crate) host: HostParams,
 
-    #[arg(long, value_name = "MODEL[,+feat,-feat…]", value_parser = CpuModel::parse, help = mitigations_cpu_help(),
+    #[arg(long, value_name = "MODEL[,+feat,-feat…]", value_parser = parse_cpu, help = mitigations_cpu_help(),
           allow_hyphen_values = true)]
     pub(crate) cpu: Option<CpuModel>,
 }
@@ -162,8 +163,8 @@ fn parse_part(name: &str) -> Result<Part, String> {
 }
 
 /// A model that can be had, as it was written: the client's process reads it again.
-fn checked_cpu(text: &str) -> Result<String, ModelError> {
-    CpuModel::parse(text).map(|_| text.into())
+fn checked_cpu(text: &str) -> Result<String, CpuError> {
+    parse_cpu(text).map(|_| text.into())
 }
 
 /// Host parameters that exist, as they were written.
@@ -195,7 +196,7 @@ pub(crate) struct BootArguments {
     cpus: u8,
 
     #[arg(long, value_name = "MODEL[,+feat,-feat…]", default_value = "sapphire-rapids",
-          value_parser = CpuModel::parse, help = cpu_help(), allow_hyphen_values = true)]
+          value_parser = parse_cpu, help = cpu_help(), allow_hyphen_values = true)]
     pub(crate) cpu: CpuModel,
 
     /// Disk: a raw image or a block device; `,ro` makes it read-only. Repeat for more
@@ -230,7 +231,29 @@ pub(crate) struct BootArguments {
 
 fn cpu_help() -> String {
     let names: Vec<_> = silicon::model::models::names().collect();
-    format!("CPU model ({}), with features added and taken away", names.join(", "))
+    format!(
+        "CPU model ({}), with features added and taken away; also model=N, stepping=N (numbers of family 6 that CPUID \
+         tells), arch-cap=BITS (IA32_ARCH_CAPABILITIES), test-ctrl=core|thread",
+        names.join(", ")
+    )
+}
+
+/// What is wrong with a CPU model for guests.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CpuError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Their registers do not exist.
+    #[error("arch-cap: guests cannot have {0}; bits that can be set: {SETTABLE_ARCH_CAPABILITIES:#x}")]
+    Capabilities(String),
+}
+
+fn parse_cpu(text: &str) -> Result<CpuModel, CpuError> {
+    let model = CpuModel::parse(text)?;
+    match model.chosen_arch_capabilities().unwrap_or(0) & !SETTABLE_ARCH_CAPABILITIES {
+        0 => Ok(model),
+        unknown => Err(CpuError::Capabilities(arch_cap::names(unknown).join(" "))),
+    }
 }
 
 impl BootArguments {
@@ -324,6 +347,14 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn ac_capabilities_without_a_register_are_refused() {
+        let told = |text| parse_cpu(text).map(|_| ()).map_err(|error| error.to_string());
+        assert_eq!(told("skylake,arch-cap=0x8000000"), Ok(()));
+        let error = told("skylake,arch-cap=0x1400").unwrap_err();
+        assert!(error.contains("MISC_PACKAGE_CTLS DOITM"), "{error}");
     }
 
     #[test]

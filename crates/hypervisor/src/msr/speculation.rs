@@ -10,7 +10,7 @@ use super::{MsrEnv, MsrState};
 
 /// Bits of IA32_ARCH_CAPABILITIES that a client may set. Those that enumerate a register which there is not are missing: their
 /// guest would get #GP for what it has been told it can do.
-pub(super) const SETTABLE: u64 = RDCL_NO
+pub const SETTABLE: u64 = RDCL_NO
     | IBRS_ALL
     | RSBA
     | SKIP_L1DFL_VMENTRY

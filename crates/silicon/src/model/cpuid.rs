@@ -113,7 +113,7 @@ impl CpuModel {
         *table.at(0, 0) = CpuidValues { eax: 0, ebx: a, ecx: c, edx: b };
         let logical = identity.shape.per_package().next_power_of_two().min(255);
         *table.at(1, 0) = CpuidValues {
-            eax: self.row.signature(),
+            eax: self.signature(),
             // CLFLUSH line size in 8-byte units, logical processors per package, initial APIC ID.
             ebx: 8 << 8 | logical << 16 | identity.apic_id << 24,
             ecx: 0,

@@ -61,7 +61,7 @@ fn reason(why: &Why) -> String {
 impl CpuModel {
     /// Reads `model[,+feature|,-feature|,option]…`. What a feature needs comes with it; what needs it goes with it. Options:
     /// `model=N` and `stepping=N` are the numbers in CPUID.1:EAX, of family 6; `arch-cap=BITS` is the value of
-    /// IA32_ARCH_CAPABILITIES; `test-ctrl=core|thread` is what MSR_TEST_CTRL, which holds split-lock detection, exists once per.
+    /// IA32_ARCH_CAPABILITIES, which comes with it; `test-ctrl=core|thread` is what MSR_TEST_CTRL, which holds split-lock detection, exists once per.
     pub fn parse(text: &str) -> Result<CpuModel, ModelError> {
         let mut items = text.split(',').map(str::trim);
         let name = items.next().unwrap_or_default();
@@ -89,6 +89,9 @@ impl CpuModel {
             } else {
                 options.read(item).ok_or_else(|| ModelError::NoSign(item.into()))?;
             }
+        }
+        if options.arch_capabilities.is_some() {
+            plus.insert(Feature::ArchCapabilities);
         }
         Ok(options.apply(CpuModel::new(row, plus, minus, host)))
     }
