@@ -115,6 +115,20 @@ at_divide:
 after_divide:
     cmp si, LOW_OF(at_divide)
     jne bad16
+    BEHAVIOUR(ac_m4_verw_is_undefined_in_real_mode)
+    .irp form, 1, 2
+    mov word ptr [UD * 4], LOW_OF(undefined_handler)
+    mov word ptr [UD * 4 + 2], 0
+    xor si, si
+    .if \form == 1
+    verw word ptr [0x20]
+    .else
+    verw ax
+    .byte 0x90, 0x90 /* the handler goes on behind five bytes */
+    .endif
+    cmp si, 1
+    jne bad16
+    .endr
     BEHAVIOUR(real_mode_far_calls_return)
     /* A far call and return. */
     mov di, sp
@@ -170,6 +184,11 @@ divide_handler:
     mov bp, sp
     mov si, [bp]
     mov word ptr [bp], LOW_OF(after_divide)
+    iret
+undefined_handler:
+    mov bp, sp
+    mov si, 1
+    add word ptr [bp], 5
     iret
 far_function:
     mov dx, 0x4321

@@ -93,6 +93,11 @@ main32:
 #endif
     RUN(protected_only, 0)
     EQUAL(dword ptr [got_vector], UD)
+    BEHAVIOUR(ac_m4_verw_is_undefined_in_virtual_8086_mode)
+    RUN(verify_register, 0)
+    EQUAL(dword ptr [got_vector], UD)
+    RUN(verify_memory, 0)
+    EQUAL(dword ptr [got_vector], UD)
     mov esi, offset text_pass
     call print32
     xor eax, eax
@@ -138,6 +143,12 @@ beyond_stack:
     mov ax, [ebp]
 protected_only:
     lar ax, bx
+    hlt
+verify_register:
+    verw ax
+    hlt
+verify_memory:
+    verw word ptr cs:[word_16 - low_begin]
     hlt
 word_16: .word 0
 low_end:

@@ -203,6 +203,7 @@ behaviours! {
         real_mode_interrupts_use_the_vector_table
         real_mode_addresses_wrap
         a_real_mode_divide_error_reports_the_division
+        ac_m4_verw_is_undefined_in_real_mode
         real_mode_far_calls_return
         a_limit_loaded_in_protected_mode_stays_in_real_mode
         protected_and_long_mode_again
@@ -213,6 +214,7 @@ behaviours! {
         the_monitor_gets_null_data_segments
         sensitive_instructions_need_iopl_3
         limits_and_instructions_of_protected_mode_alone
+        ac_m4_verw_is_undefined_in_virtual_8086_mode
     }
     apic_timer APIC_TIMER {
         one_shot_fires_once
@@ -355,6 +357,15 @@ behaviours! {
         sl_b9_locks_on_uncacheable_memory_are_bus_locks
         sl_b9_locks_on_uncacheable_memory_can_be_refused
         sl_b10_page_walks_and_cmpxchg16b_never_split
+    }
+    speculation SPECULATION {
+        ac_m1_capabilities_are_read_where_they_are_enumerated_and_never_written
+        ac_m2_each_capability_has_its_register
+        ac_m3_commands_and_prediction_controls_by_their_enumeration
+        ac_m4_verw_says_at_cpl_0_what_can_be_written
+        ac_m4_verw_says_at_cpl_3_what_can_be_written
+        ac_m4_verw_clears_by_its_memory_form_alone
+        ac_m6_tsx_ctrl_takes_transactions_out_of_cpuid
     }
     x2apic X2APIC {
         fixed_interrupts_reach_one_self_all_and_others

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_msr_entry, kvm_userspace_memory_region};
 use silicon::buffers::Buffer;
+use silicon::buffers::mcu_opt_ctrl::FB_CLEAR_DIS;
 use silicon::model::CpuModel;
 use silicon::model::msrs::{ARCH_CAPABILITIES, MCU_OPT_CTRL};
 use silicon::model::speculation::arch_cap::*;
@@ -195,4 +196,47 @@ fn ac_h4_verw_does_what_the_guest_was_told() {
         assert_eq!(guest.vcpu.cpu.counters.fb_clears, 1, "{policy}");
         assert_eq!(guest.vcpu.buffer_costs().vain_clears, vain, "{policy}");
     }
+}
+
+/// M5, F7: the register is each vCPU's own, and INIT, saving and restoring leave it as it is.
+#[test]
+fn ac_m5_fb_clear_dis_is_each_vcpus_own() {
+    let vm = host("").create_vm().unwrap();
+    vm.create_irqchip().unwrap();
+    // mov ecx, 0x123; mov eax, esi; xor edx, edx; wrmsr; verw [0x600]; out 0x10, al
+    let code = [
+        0x66, 0xb9, 0x23, 1, 0, 0, 0x66, 0x89, 0xf0, 0x66, 0x31, 0xd2, 0x0f, 0x30, 0x0f, 0x00, 0x2e, 0x00,
+        0x06, 0xe6, 0x10,
+    ];
+    let mut program = Program::on(vm.clone(), &code);
+    let mut other = vm.create_vcpu(1).unwrap();
+    other.set_mp_state(kvm_bindings::kvm_mp_state { mp_state: 0 }).unwrap();
+    let (mut sregs, regs) = (program.vcpu.sregs(), program.vcpu.regs());
+    sregs.cr0 |= 1;
+    let entry = |index, data| [kvm_msr_entry { index, data, ..Default::default() }];
+    let written = |vcpu: &mut crate::Vcpu| {
+        let mut entries = entry(MCU_OPT_CTRL, 0);
+        assert_eq!(vcpu.get_msrs(&mut entries), 1);
+        entries[0].data
+    };
+    let table = vm.system().supported_cpuid();
+    for (vcpu, disable) in [(&mut program.vcpu, FB_CLEAR_DIS), (&mut other, 0)] {
+        vcpu.set_cpuid2(&table).unwrap();
+        let told = MDS_NO | FB_CLEAR | FB_CLEAR_CTRL;
+        assert_eq!(vcpu.set_msrs(&entry(ARCH_CAPABILITIES, told)), 1);
+        sregs.apic_base = vcpu.sregs().apic_base;
+        vcpu.set_sregs(&sregs).unwrap();
+        vcpu.set_regs(&kvm_bindings::kvm_regs { rsi: disable, ..regs });
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Io { port: 0x10, .. }));
+        assert_eq!(vcpu.cpu.counters.fb_clears, u64::from(disable == 0));
+        assert_eq!(written(vcpu), disable);
+    }
+    assert_eq!((written(&mut program.vcpu), written(&mut other)), (FB_CLEAR_DIS, 0));
+    // Restored on the other, and taken through INIT.
+    assert_eq!(other.set_msrs(&entry(MCU_OPT_CTRL, FB_CLEAR_DIS)), 1);
+    other.lapic.as_ref().unwrap().post_init();
+    other.mp_state();
+    assert_eq!(other.mp_state().mp_state, kvm_bindings::KVM_MP_STATE_INIT_RECEIVED);
+    assert_eq!((written(&mut program.vcpu), written(&mut other)), (FB_CLEAR_DIS, FB_CLEAR_DIS));
+    assert!(!other.cpu.verw_clears.has(Buffer::Fill));
 }
