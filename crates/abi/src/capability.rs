@@ -21,7 +21,8 @@ use crate::coalesced::RING_PAGE;
 use crate::error::Errno;
 use crate::ring3::{
     RING3_CAP_LIVE_XSTATE, RING3_CAP_NOTIFY, RING3_CAP_NOTIFY_WINDOW, RING3_CAP_PINNED_VCPUS,
-    RING3_CAP_SPLIT_LOCK_POLICY, RING3_NOTIFY_THERE,
+    RING3_CAP_SPLIT_LOCK_MITIGATE, RING3_CAP_SPLIT_LOCK_POLICY, RING3_CAP_VMENTRY_L1D_FLUSH,
+    RING3_NOTIFY_THERE, RING3_THERE,
 };
 use crate::run::SYNC_REGS;
 
@@ -191,6 +192,8 @@ capabilities! {
     RING3_NOTIFY              RING3_CAP_NOTIFY                    OfVm(notify), enable Vm::set_notify;
     RING3_NOTIFY_WINDOW       RING3_CAP_NOTIFY_WINDOW             OfVm(notify_window);
     RING3_LIVE_XSTATE         RING3_CAP_LIVE_XSTATE               Value(1), enable Vm::set_live_xstate;
+    RING3_SPLIT_LOCK_MITIGATE RING3_CAP_SPLIT_LOCK_MITIGATE       OfVm(mitigate), enable Vm::set_split_lock_mitigate;
+    RING3_VMENTRY_L1D_FLUSH   RING3_CAP_VMENTRY_L1D_FLUSH         OfVm(l1d_flush), enable Vm::set_vmentry_l1d_flush;
 }
 
 /// The modes of bus-lock detection, where there is any.
@@ -209,6 +212,14 @@ fn notify(system: &System, vm: Option<&Vm>) -> u32 {
 
 fn notify_window(system: &System, vm: Option<&Vm>) -> u32 {
     notify_setting(system, vm).window
+}
+
+fn mitigate(system: &System, _: Option<&Vm>) -> u32 {
+    RING3_THERE | u32::from(system.split_lock_mitigate())
+}
+
+fn l1d_flush(system: &System, _: Option<&Vm>) -> u32 {
+    RING3_THERE | system.mitigations().parameter() as u32
 }
 
 fn find(number: u64) -> Option<&'static Capability> {
@@ -293,6 +304,25 @@ mod tests {
         let vm = System::new(CpuModel::default(), off).create_vm().unwrap();
         let forced = enable(&vm, &request(RING3_CAP_SPLIT_LOCK_POLICY, 0, 0x101));
         assert_eq!(forced, Err(Errno::INVALID), "nothing detects them");
+    }
+
+    /// Parameters of the host that can be written while VMs run.
+    #[test]
+    fn parameters_of_the_host_are_set_for_all_vms() {
+        let host = HostParams::parse("ring3.part=skylake-sp ring3.l1d_flush_promise=refuse").unwrap();
+        let system = System::new(CpuModel::default(), host);
+        let read = |cap: u32| check_extension(&system, None, cap.into()) as u32;
+        let vm = system.create_vm().unwrap();
+        let set = |cap, value| enable(&vm, &request(cap, 0, value));
+        assert_eq!(read(RING3_CAP_SPLIT_LOCK_MITIGATE), RING3_THERE | 1);
+        set(RING3_CAP_SPLIT_LOCK_MITIGATE, 0).unwrap();
+        assert!(!system.split_lock_mitigate() && read(RING3_CAP_SPLIT_LOCK_MITIGATE) == RING3_THERE);
+        assert_eq!(set(RING3_CAP_SPLIT_LOCK_MITIGATE, 2), Err(Errno::INVALID));
+        set(RING3_CAP_VMENTRY_L1D_FLUSH, 3).unwrap();
+        assert_eq!(read(RING3_CAP_VMENTRY_L1D_FLUSH), RING3_THERE | 3);
+        assert_eq!(set(RING3_CAP_VMENTRY_L1D_FLUSH, 1), Err(Errno(libc::EBUSY)), "this VM relies on it");
+        assert_eq!(set(RING3_CAP_VMENTRY_L1D_FLUSH, 4), Err(Errno::INVALID));
+        assert_eq!(read(RING3_CAP_VMENTRY_L1D_FLUSH), RING3_THERE | 3);
     }
 
     #[test]

@@ -11,6 +11,15 @@ pub const RING3_CAP_SPLIT_LOCK_POLICY: u32 = 0x5233_0001;
 /// KVM_CAP of a VM, before its first vCPU: argument 1 declares that vCPUs are pinned and share no core with another VM.
 pub const RING3_CAP_PINNED_VCPUS: u32 = 0x5233_0002;
 
+/// KVM_CAP of a VM, at any time, for all VMs of the host: the sysctl `kernel.split_lock_mitigate`, 0 or 1. KVM_CHECK_EXTENSION answers
+/// it, with [`RING3_THERE`].
+pub const RING3_CAP_SPLIT_LOCK_MITIGATE: u32 = 0x5233_0003;
+/// KVM_CAP of a VM, at any time, for all VMs of the host: the module parameter `kvm_intel.vmentry_l1d_flush`, 0 auto, 1 never, 2 cond,
+/// 3 always. KVM_CHECK_EXTENSION answers it, with [`RING3_THERE`].
+pub const RING3_CAP_VMENTRY_L1D_FLUSH: u32 = 0x5233_0030;
+/// In the answer to a capability whose value may be 0.
+pub const RING3_THERE: u32 = 1 << 16;
+
 /// `kvm_run.exit_reason`: a split lock that is not executed; [`SplitLockRecord`] is at the beginning of the union.
 pub const RING3_EXIT_SPLIT_LOCK: u32 = 0x5233_0001;
 

@@ -231,3 +231,35 @@ impl System {
         msr::MCE_CAPABILITIES
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::VcpuHandle;
+    use std::sync::atomic::AtomicU64;
+
+    /// Time as the test says.
+    #[derive(Debug, Default)]
+    struct Manual(Arc<AtomicU64>);
+
+    impl HostTime for Manual {
+        fn now(&self) -> u64 {
+            self.0.load(Ordering::SeqCst)
+        }
+        fn wait(&self, _: u64, _: &VcpuHandle) {}
+    }
+
+    /// Ten in five seconds, of all VMs together.
+    #[test]
+    fn sl_messages_are_limited() {
+        let now = Arc::new(AtomicU64::new(7 * SECOND));
+        let time = Box::new(Manual(now.clone()));
+        let system = System::with_time(CpuModel::default(), HostParams::default(), time);
+        let said = || (0..100).filter(|_| system.may_report_split_lock()).count();
+        assert_eq!((said(), said()), (10, 0));
+        now.store(12 * SECOND - 1, Ordering::SeqCst);
+        assert_eq!(said(), 0);
+        now.store(12 * SECOND, Ordering::SeqCst);
+        assert_eq!(said(), 10);
+    }
+}

@@ -132,6 +132,20 @@ fn sl_k_the_exit_of_its_own_says_what_was_refused() {
     assert_eq!((client.exit().0, client.split_word()), (KVM_EXIT_IO, 1));
 }
 
+/// B12: a bus lock beside another exit of the same KVM_RUN shows in `kvm_run.flags`.
+#[test]
+fn sl_b12_a_bus_lock_beside_another_exit() {
+    let client = Client::new("split_lock_detect=off");
+    client.enable(KVM_CAP_X86_BUS_LOCK_EXIT, 2);
+    let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+    client.call("KVM_SET_GUEST_DEBUG", &mut kvm_guest_debug { control, ..Default::default() });
+    client.run().unwrap();
+    assert_eq!(client.exit(), (KVM_EXIT_DEBUG, KVM_RUN_X86_BUS_LOCK as u16));
+    assert_eq!(client.split_word(), 1);
+    client.run().unwrap();
+    assert_eq!(client.exit(), (KVM_EXIT_IO, 0), "the next KVM_RUN has none");
+}
+
 #[test]
 fn bus_locks_exit_when_they_are_enabled() {
     let client = Client::new("split_lock_detect=off");

@@ -71,6 +71,8 @@ pub(super) struct Locks {
     pause: Option<u64>,
     /// The next instruction is one that may be executed.
     step: Option<Step>,
+    /// The next instruction, once it is complete, has made a split lock that was emulated.
+    emulates: bool,
     /// The rate limit has not yet allowed for the last bus lock.
     owes: bool,
     /// There was a bus lock in this KVM_RUN.
@@ -102,6 +104,7 @@ impl Locks {
             uc_lock_faults: None,
             pause: None,
             step: None,
+            emulates: false,
             owes: false,
             bus_lock: false,
             reported: false,
@@ -131,6 +134,7 @@ impl Locks {
     /// RIP has been moved away from the instruction that might be executed.
     pub(super) fn forget_step(&mut self) {
         self.step = None;
+        self.emulates = false;
     }
 }
 
@@ -233,6 +237,7 @@ impl Vcpu {
         if kind == LockKind::Split {
             self.handle.stats.split_locks_forwarded.count();
         }
+        self.locks.emulates = false;
         self.events.raise(exception);
     }
 
@@ -273,7 +278,7 @@ impl Vcpu {
                 return None;
             }
             Policy::Emulate => {
-                stats.split_locks_emulated.count();
+                self.locks.emulates = true;
                 self.locks.step = Some(Step::Permitted(access.kind));
                 return None;
             }
@@ -317,9 +322,13 @@ impl Vcpu {
         self.cpu.controls.instruction_limit = limit;
         drop(claim);
         let undone = matches!(exit, Exit::ExternalInterrupt | Exit::MemoryAbsent { .. });
-        if undone && before == (self.cpu.instructions(), self.cpu.state.rip) {
+        let complete = before != (self.cpu.instructions(), self.cpu.state.rip);
+        if undone && !complete {
             // Somebody wanted the vCPU's attention before it could begin, or the client has no memory there.
             self.locks.step = Some(step);
+        }
+        if complete && std::mem::take(&mut self.locks.emulates) {
+            self.handle.stats.split_locks_emulated.count();
         }
         match exit {
             // Ours, unless a tool's limit has been reached as well.

@@ -19,6 +19,7 @@ use super::Vm;
 use crate::error::Error;
 use crate::host::HostParams;
 use crate::irqchip::lapic::Waker;
+use crate::mitigations::command_line::L1dFlush;
 use crate::notify::Setting;
 use crate::split_lock::VmPolicy;
 
@@ -290,6 +291,19 @@ impl Vm {
         }
         self.policy().split_locks.store(policy.bits(), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// RING3_CAP_SPLIT_LOCK_MITIGATE: the sysctl, for all VMs of the host.
+    pub fn set_split_lock_mitigate(&self, on: u64) -> Result<(), Error> {
+        self.system().set_split_lock_mitigate(bits(on, 1)? != 0);
+        Ok(())
+    }
+
+    /// RING3_CAP_VMENTRY_L1D_FLUSH: the module parameter ([`System::set_vmentry_l1d_flush`](crate::System)).
+    pub fn set_vmentry_l1d_flush(&self, value: u64) -> Result<(), Error> {
+        const VALUES: [L1dFlush; 4] = [L1dFlush::Auto, L1dFlush::Never, L1dFlush::Cond, L1dFlush::Always];
+        let parameter = usize::try_from(value).ok().and_then(|value| VALUES.get(value));
+        self.system().set_vmentry_l1d_flush(*parameter.ok_or(Error::Invalid("kvm_intel.vmentry_l1d_flush"))?)
     }
 
     /// RING3_CAP_PINNED_VCPUS: the client declares that each vCPU stays on one thread of the host, and that the other threads
