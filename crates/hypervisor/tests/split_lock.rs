@@ -727,6 +727,7 @@ fn sl_g11_an_emulated_split_lock_is_still_refused_as_a_uc_lock() {
     assert_eq!(machine.run(), HALTED);
     assert_eq!((machine.word(WORD), machine.word(HANDLED)), (0, 1));
     assert_eq!(machine.vcpu.handle().stats.uc_locks.load(Ordering::Relaxed), 1);
+    assert_eq!(machine.stats(), [0; 6], "and so it is not counted as emulated");
 }
 
 /// G11, B14: a vCPU that wants UC locks to fault does not do it to the other thread of its core, whichever exception it is.
