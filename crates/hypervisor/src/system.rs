@@ -249,6 +249,19 @@ mod tests {
         fn wait(&self, _: u64, _: &VcpuHandle) {}
     }
 
+    /// V1: the feature registers of the system, and what a client may give its guest.
+    #[test]
+    fn ac_v1_capabilities_are_a_feature_register() {
+        for line in ["", "ring3.part=skylake-sp", "ring3.part=ice-lake-sp"] {
+            let system = System::new(CpuModel::default(), HostParams::parse(line).unwrap());
+            assert!(system.msr_feature_index_list().contains(&0x10a) && system.msr_index_list().contains(&0x10a));
+            let mut entries = [0x10a, 0x123].map(|index| kvm_msr_entry { index, ..Default::default() });
+            assert_eq!(system.get_msrs(&mut entries), 1, "IA32_MCU_OPT_CTRL is none");
+            assert_eq!(entries[0].data, system.mitigations().supported(), "{line}");
+            assert_eq!(system.create_vm().unwrap().arch_capabilities(), entries[0].data);
+        }
+    }
+
     /// Ten in five seconds, of all VMs together.
     #[test]
     fn sl_messages_are_limited() {
