@@ -254,7 +254,9 @@ mod tests {
     fn ac_v1_capabilities_are_a_feature_register() {
         for line in ["", "ring3.part=skylake-sp", "ring3.part=ice-lake-sp"] {
             let system = System::new(CpuModel::default(), HostParams::parse(line).unwrap());
-            assert!(system.msr_feature_index_list().contains(&0x10a) && system.msr_index_list().contains(&0x10a));
+            assert!(
+                system.msr_feature_index_list().contains(&0x10a) && system.msr_index_list().contains(&0x10a)
+            );
             let mut entries = [0x10a, 0x123].map(|index| kvm_msr_entry { index, ..Default::default() });
             assert_eq!(system.get_msrs(&mut entries), 1, "IA32_MCU_OPT_CTRL is none");
             assert_eq!(entries[0].data, system.mitigations().supported(), "{line}");
