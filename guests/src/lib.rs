@@ -91,6 +91,8 @@ programs! {
     PAGES_32 "pages32" 1 "pages32";
     /// Interrupts within repeated string instructions, and code that writes over what follows it.
     REPEAT "repeat" 1 "repeat";
+    /// Asynchronous page faults. Its monitor has memory whose pages come when they are asked for.
+    ASYNC_PF "async_pf" 1 "async_pf";
     /// IA32_ARCH_CAPABILITIES and what it enumerates, VERW. Tells at port 0xeb when counters are to be looked at.
     SPECULATION "speculation" 1 "speculation";
     /// Split-lock detection, UC-lock disable, bus-lock traps.

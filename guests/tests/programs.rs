@@ -378,8 +378,8 @@ behaviours! {
     }
 }
 
-/// Those of tests/notify.rs.
-const LOOPS: &[&str] = &["notify32", "notify64"];
+/// Those of tests/notify.rs and tests/async_pf.rs.
+const LOOPS: &[&str] = &["notify32", "notify64", "async_pf"];
 
 #[test]
 fn every_behaviour_of_every_program_has_a_test() {

@@ -183,6 +183,8 @@ capabilities! {
     TSC_CONTROL               KVM_CAP_TSC_CONTROL                 Value(1);
     VM_TSC_CONTROL            KVM_CAP_VM_TSC_CONTROL              Value(1);
     KVMCLOCK_CTRL             KVM_CAP_KVMCLOCK_CTRL               Value(1);
+    ASYNC_PF                  KVM_CAP_ASYNC_PF                    Value(1);
+    ASYNC_PF_INT              KVM_CAP_ASYNC_PF_INT                Value(1);
     STEAL_TIME                KVM_CAP_STEAL_TIME                  Value(1);
     ENFORCE_PV_FEATURE_CPUID  KVM_CAP_ENFORCE_PV_FEATURE_CPUID    Value(1);
 

@@ -29,22 +29,31 @@ pub mod pv {
     pub const NOP_IO_DELAY: u8 = 1;
     /// kvmclock.
     pub const CLOCKSOURCE2: u8 = 3;
+    /// MSR_KVM_ASYNC_PF_EN.
+    pub const ASYNC_PF: u8 = 4;
     /// MSR_KVM_STEAL_TIME.
     pub const STEAL_TIME: u8 = 5;
     /// A paravirtual halt that KVM_HC_KICK_CPU ends.
     pub const UNHALT: u8 = 7;
+    /// Asynchronous page faults as exits, for a hypervisor in the guest.
+    pub const ASYNC_PF_VMEXIT: u8 = 10;
     /// KVM_HC_SEND_IPI.
     pub const SEND_IPI: u8 = 11;
     /// MSR_KVM_POLL_CONTROL.
     pub const POLL_CONTROL: u8 = 12;
     /// KVM_HC_SCHED_YIELD.
     pub const SCHED_YIELD: u8 = 13;
+    /// MSR_KVM_ASYNC_PF_INT and _ACK.
+    pub const ASYNC_PF_INT: u8 = 14;
     /// Readings of kvmclock on different vCPUs can be compared.
     pub const CLOCKSOURCE_STABLE: u8 = 24;
     /// What we have.
     pub const SUPPORTED: u32 = 1 << CLOCKSOURCE
         | 1 << NOP_IO_DELAY
         | 1 << CLOCKSOURCE2
+        | 1 << ASYNC_PF
+        | 1 << ASYNC_PF_VMEXIT
+        | 1 << ASYNC_PF_INT
         | 1 << STEAL_TIME
         | 1 << UNHALT
         | 1 << SEND_IPI

@@ -284,7 +284,8 @@ impl Cpu {
             || self.step_next
             || self.permitted_lock.is_some()
             || close_to_limit
-            || (shadow && window)
+            // Whoever has to decide whether the instruction can wait for memory sees that it runs in a shadow.
+            || (shadow && (window || self.ept.is_lazy()))
         {
             return Ok(Next::Step);
         }

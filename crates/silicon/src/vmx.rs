@@ -283,6 +283,14 @@ pub enum Exit {
         /// The host says that the memory has failed (hardware poison).
         failed: bool,
     },
+    /// Guest-physical memory that the host has to bring from somewhere first, of a region that is to be told of
+    /// ([`Ept::set_lazy`](crate::mmu::ept::Ept::set_lazy)). Nothing has happened, and nobody has waited. (Reason 48, too.)
+    MemoryElsewhere {
+        /// Guest-physical address of the page in the map, with [`SMM_SPACE`](crate::mmu::ept::SMM_SPACE).
+        address: u64,
+        /// Host address of the page.
+        host: u64,
+    },
     /// The page-modification log is full (reason 62).
     PageLogFull,
     /// A bus lock was taken ([`Controls::bus_lock_detection`], reason 74): the instruction or event delivery that took it
@@ -322,7 +330,7 @@ impl Exit {
             Exit::MonitorTrap => 37,
             Exit::Monitor => 39,
             Exit::Pause => 40,
-            Exit::EptViolation(_) | Exit::MemoryAbsent { .. } => 48,
+            Exit::EptViolation(_) | Exit::MemoryAbsent { .. } | Exit::MemoryElsewhere { .. } => 48,
             Exit::FetchFailed { .. } => 49,
             Exit::Budget => 52,
             Exit::Wbinvd => 54,
@@ -360,7 +368,9 @@ impl Exit {
             Exit::MonitorTrap => "monitor_trap",
             Exit::Monitor => "monitor",
             Exit::Pause => "pause",
-            Exit::EptViolation(_) | Exit::MemoryAbsent { .. } => "ept_violation",
+            Exit::EptViolation(_) | Exit::MemoryAbsent { .. } | Exit::MemoryElsewhere { .. } => {
+                "ept_violation"
+            }
             Exit::FetchFailed { .. } => "fetch_failed",
             Exit::Budget => "budget",
             Exit::Wbinvd => "wbinvd",

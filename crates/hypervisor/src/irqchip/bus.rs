@@ -266,7 +266,7 @@ impl Address {
         self.has(Self::X2APIC)
     }
 
-    fn is_software_enabled(self) -> bool {
+    pub(crate) fn is_software_enabled(self) -> bool {
         self.has(Self::SOFTWARE_ENABLED)
     }
 

@@ -4,7 +4,7 @@
 //! [`SMM_SPACE`] in its addresses.
 #![expect(unsafe_code, reason = "slots are host memory of the VMM, reached by address")]
 
-mod host_mmio;
+mod mappings;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,8 @@ pub const ADDRESS_SPACES: u32 = 2;
 /// Slots that an address space can have: 32767 less the three that the kernel keeps for itself (`KVM_USER_MEM_SLOTS`).
 pub const SLOTS_MAX: u32 = 32_764;
 const PAGE: u64 = 4096;
+/// Slots smaller than this are firmware and the like, whose pages nobody asks about.
+const LAZY_SIZE: u64 = 2 << 20;
 /// Pages that a slot can have (kernel: `KVM_MEM_MAX_NR_PAGES`).
 const SLOT_PAGES_MAX: u64 = (1 << 31) - 1;
 /// Where the addresses of processes end (kernel: `TASK_SIZE_MAX`).
@@ -214,7 +216,12 @@ impl Memory {
             Change::Replace { .. } => slots.insert(space, region),
             Change::Create => {
                 slots.insert(space, region);
-                if self.minds_mmio && host_mmio::maps_host_mmio(region.userspace_addr, region.memory_size) {
+                if region.memory_size >= LAZY_SIZE
+                    && mappings::may_be_elsewhere(region.userspace_addr, region.memory_size)
+                {
+                    self.ept.set_lazy(address(region.guest_phys_addr), true);
+                }
+                if self.minds_mmio && mappings::maps_host_mmio(region.userspace_addr, region.memory_size) {
                     slots.mmio.insert(region.slot);
                 }
             }
@@ -477,7 +484,7 @@ fn not_logged(slot: u32) -> Error {
 /// A page of the client's that is not memory.
 #[cfg(test)]
 pub(crate) fn kernel_page() -> u64 {
-    host_mmio::tests::kernel_page().0
+    mappings::tests::kernel_page().0
 }
 
 #[cfg(test)]

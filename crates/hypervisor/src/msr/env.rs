@@ -42,6 +42,10 @@ impl MsrEnv for CpuEnv<'_> {
         self.pv_features
     }
 
+    fn has_lapic(&self) -> bool {
+        self.lapic.is_some()
+    }
+
     fn debugctl(&mut self) -> &mut u64 {
         &mut self.cpu.state.debugctl
     }

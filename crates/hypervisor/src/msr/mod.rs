@@ -3,6 +3,7 @@
 //! `kvm_get_msr_common` and `kvm_set_msr_common` in arch/x86/kvm/x86.c, `vmx_get_msr` and `vmx_set_msr` in
 //! arch/x86/kvm/vmx/vmx.c.)
 
+pub(crate) mod async_pf;
 mod env;
 pub mod filter;
 mod mce;
@@ -43,6 +44,8 @@ pub trait MsrEnv {
     fn features(&self) -> &Features;
     /// The paravirtual features that the guest's CPUID enumerates.
     fn pv_features(&self) -> u32;
+    /// Whether the local APIC is ours.
+    fn has_lapic(&self) -> bool;
     /// IA32_DEBUGCTL.
     fn debugctl(&mut self) -> &mut u64;
     /// The guest has commanded that buffers be cleared.
@@ -168,6 +171,8 @@ impl MsrState {
         self.put(Slot::SystemTime, 0);
         self.put(Slot::StealTime, 0);
         self.put(Slot::SmiCount, 0);
+        self.put(Slot::AsyncPfEnable, 0);
+        self.put(Slot::AsyncPfInterrupt, 0);
         self.clock_changed = true;
     }
 

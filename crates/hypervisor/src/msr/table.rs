@@ -4,11 +4,11 @@ use silicon::bus_lock::debugctl;
 use silicon::model::Feature;
 use silicon::model::msrs::{self, Kept, MSR_TEST_CTRL};
 
-use super::speculation;
 use super::{
     CPUID_FAULT, FEATURE_CONTROL_LMCE, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_SUPPORTED, MISC_ENABLE_EMON,
     MISC_ENABLE_PMU, MsrEnv, MsrState, PLATFORM_INFO_CPUID_FAULT,
 };
+use super::{async_pf, speculation};
 use crate::cpuid::pv;
 
 pub(super) const UCODE_REV: u32 = 0x8b;
@@ -45,10 +45,12 @@ pub(super) enum Slot {
     WallClock,
     StealTime,
     PollControl,
+    AsyncPfEnable,
+    AsyncPfInterrupt,
 }
 
 impl Slot {
-    pub(super) const COUNT: usize = Slot::PollControl as usize + 1;
+    pub(super) const COUNT: usize = Slot::AsyncPfInterrupt as usize + 1;
 }
 
 type ReadCall = fn(&MsrState, u32, bool, &mut dyn MsrEnv) -> Option<u64>;
@@ -307,6 +309,14 @@ static ROWS: &[Row] = &[
         .pv(pv::CLOCKSOURCE2)
         .listed(),
     row(
+        async_pf::ENABLE,
+        "MSR_KVM_ASYNC_PF_EN",
+        Read::Slot(Slot::AsyncPfEnable),
+        Write::Call(async_pf::write_enable),
+    )
+    .pv(pv::ASYNC_PF)
+    .listed(),
+    row(
         0x4b56_4d03,
         "MSR_KVM_STEAL_TIME",
         Read::Slot(Slot::StealTime),
@@ -323,6 +333,18 @@ static ROWS: &[Row] = &[
     )
     .pv(pv::POLL_CONTROL)
     .listed(),
+    row(
+        async_pf::INTERRUPT,
+        "MSR_KVM_ASYNC_PF_INT",
+        Read::Slot(Slot::AsyncPfInterrupt),
+        Write::Call(async_pf::write_interrupt),
+    )
+    .pv(pv::ASYNC_PF_INT)
+    .listed(),
+    // Bit 0; what comes of it is the vCPU's.
+    row(async_pf::ACKNOWLEDGE, "MSR_KVM_ASYNC_PF_ACK", Read::Value(0), Write::Call(|_, _, _, _, _| true))
+        .pv(pv::ASYNC_PF_INT)
+        .listed(),
     // AMD's, which KVM answers on Intel too.
     quiet(0xc001_0000, 0xc001_0007, "K7_EVNTSEL0 to 3, K7_PERFCTR0 to 3"),
     zero(0xc001_0010, 0xc001_0010, "SYSCFG"),

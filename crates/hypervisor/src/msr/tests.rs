@@ -41,6 +41,9 @@ impl MsrEnv for Fake {
     fn pv_features(&self) -> u32 {
         self.pv
     }
+    fn has_lapic(&self) -> bool {
+        true
+    }
     fn debugctl(&mut self) -> &mut u64 {
         &mut self.debugctl
     }
@@ -299,16 +302,38 @@ fn unknown_registers_can_be_ignored() {
     assert_eq!(msrs.write(0x1a0, 0, GUEST, &mut env), Err(MsrError::Refused(0x1a0)), "known, and wrong");
 }
 
+/// T2 of asynchronous page faults.
+#[test]
+fn apf_t2_registers_by_their_enumeration() {
+    let (mut msrs, mut env) = (state(), Fake::default());
+    let mut write = |env: &mut Fake, index, value| msrs.write(index, value, GUEST, env);
+    let (enable, interrupt) = (0x4b56_4d02, 0x4b56_4d06);
+    for (value, valid) in
+        [(0x1009, true), (0x100f, true), (1, true), (0x1010, false), (0x1020, false), (0, true)]
+    {
+        assert_eq!(write(&mut env, enable, value).is_ok(), valid, "{value:#x}");
+    }
+    assert_eq!([0, 0xff, 0x100].map(|value| write(&mut env, interrupt, value).is_ok()), [true, true, false]);
+    env.pv &= !(1 << pv::ASYNC_PF_VMEXIT);
+    assert!(write(&mut env, enable, 0x100d).is_err() && write(&mut env, enable, 0x1009).is_ok());
+    env.pv &= !(1 << pv::ASYNC_PF_INT);
+    assert!(write(&mut env, enable, 0x1009).is_err() && write(&mut env, enable, 0x1001).is_ok());
+    assert_eq!(write(&mut env, interrupt, 0), Err(MsrError::Unsupported(interrupt)));
+    env.pv &= !(1 << pv::ASYNC_PF);
+    assert_eq!(write(&mut env, enable, 0), Err(MsrError::Unsupported(enable)));
+}
+
 #[test]
 fn lists() {
     let model = CpuModel::default();
     let list = index_list(&model, 0);
     assert!(!list.contains(&0x33) && !list.contains(&0xcf), "split-lock detection is not offered");
     assert!([0x33, 0xcf].iter().all(|index| index_list(&model, 1 << 5).contains(index)));
-    for index in [0x10, 0x11, 0x12, 0x3b, 0x6e0, 0x174, 0x277, 0x1a0, 0xc000_0081, 0x4b56_4d01] {
+    let saved = [0x10, 0x11, 0x12, 0x3b, 0x6e0, 0x174, 0x277, 0x1a0, 0xc000_0081, 0x4b56_4d01];
+    for index in saved.into_iter().chain([0x4b56_4d02, 0x4b56_4d06, 0x4b56_4d07]) {
         assert!(list.contains(&index), "{index:#x}");
     }
-    assert!(!list.contains(&0xc000_0080) && !list.contains(&0x4b56_4d06));
+    assert!(!list.contains(&0xc000_0080) && !list.contains(&0x4b56_4d04));
     let mut env = Fake::default();
     for index in &list {
         assert!(state().read(*index, CLIENT, &mut env).is_ok(), "{index:#x} can be saved");

@@ -162,6 +162,14 @@ statistics! {
     host_xfd_reads "host_xfd_reads" Count;
     /// Its writes of IA32_XFD.
     host_xfd_writes "host_xfd_writes" Count;
+    /// Pages that are elsewhere that the guest was told of by #PF.
+    async_pf_not_present "async_pf_not_present" Count;
+    /// Interrupts for pages that have come, and for everybody.
+    async_pf_ready "async_pf_ready" Count;
+    /// Times that the vCPU was held for one.
+    async_pf_holds "async_pf_holds" Count;
+    /// Pages that an access itself has waited for.
+    async_pf_waits "async_pf_waits" Count;
     /// L1 data cache flushes before entries.
     l1d_flushes "l1d_flush" Count;
     /// VERWs before entries.

@@ -24,6 +24,10 @@ impl Vcpu {
             Exit::MemoryAbsent { gpa, host, failed } => {
                 return Err(self.memory_absent(gpa, failed.then_some(host)));
             }
+            Exit::MemoryElsewhere { address, host } => {
+                self.memory_elsewhere(address, host);
+                None
+            }
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Smi => None,
             Exit::ExternalInterrupt | Exit::PageLogFull => {
                 self.requeue_vectored();

@@ -3,8 +3,8 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use silicon::cpu::Requests;
@@ -22,6 +22,8 @@ pub struct VcpuHandle {
     /// Counts the kicks; the futex that a sleeping vCPU waits on.
     kicks: AtomicU32,
     sleeping: AtomicBool,
+    /// Pages that have come ([`async_pf`](crate::async_pf)).
+    pub(crate) pages: Mutex<Vec<u64>>,
     /// Counters.
     pub stats: VcpuStats,
 }
@@ -34,6 +36,7 @@ impl VcpuHandle {
             interrupted: AtomicBool::new(false),
             kicks: AtomicU32::new(0),
             sleeping: AtomicBool::new(false),
+            pages: Mutex::default(),
             stats: VcpuStats::new()?,
         })
     }

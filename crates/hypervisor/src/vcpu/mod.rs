@@ -1,6 +1,7 @@
 //! A vCPU: KVM_RUN and the state that belongs to it.
 
 mod apic;
+mod async_pf;
 mod buffers;
 mod cpuid;
 mod debug;
@@ -45,6 +46,7 @@ use crate::irqchip::lapic::Lapic;
 use crate::kvmclock::ClockPage;
 use crate::msr::{MsrEnv, MsrState};
 use crate::vm::Vm;
+use async_pf::AsyncPf;
 use buffers::HostBuffers;
 use debug::GuestDebug;
 use events::Events;
@@ -169,6 +171,7 @@ pub struct Vcpu {
     dynamic_xcr0: u64,
     host_fpu: Option<Box<HostFpu>>,
     buffers: Option<Box<HostBuffers>>,
+    async_pf: AsyncPf,
     /// The guest has been entered.
     has_run: bool,
     tsc_khz: u32,
@@ -249,6 +252,7 @@ impl Vcpu {
             dynamic_xcr0: 0,
             host_fpu,
             buffers,
+            async_pf: AsyncPf::default(),
             has_run: false,
             tsc_khz,
             reset_state,
@@ -368,6 +372,7 @@ impl Vcpu {
         self.events = Events::default();
         self.forget_accesses();
         self.notify = NotifyState::default();
+        self.async_pf.clear();
         self.msrs.reset();
         self.cpu.refresh_mode();
         self.cpu.paging_changed();

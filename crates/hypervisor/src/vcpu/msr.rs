@@ -10,7 +10,7 @@ use silicon::state::reg;
 use super::tsc::IA32_TSC;
 use super::{Vcpu, VcpuExit};
 use crate::msr::filter::MsrAccess;
-use crate::msr::{CpuEnv, MsrError, MsrState, is_immutable};
+use crate::msr::{CpuEnv, MsrError, MsrState, async_pf, is_immutable};
 
 /// The client may hide it (KVM_CAP_MSR_PLATFORM_INFO).
 const MSR_PLATFORM_INFO: u32 = 0xce;
@@ -149,8 +149,14 @@ impl Vcpu {
         if host && index == ARCH_CAPABILITIES {
             self.vm.told(value).map_err(|_| MsrError::Refused(index))?;
         }
+        let before = self.msrs.async_pf_enable();
         let (msrs, mut env) = self.msrs();
         msrs.write(index, value, host, &mut env)?;
+        match index {
+            async_pf::ENABLE => self.async_pf_enabled(before)?,
+            async_pf::ACKNOWLEDGE if value & 1 != 0 => self.async_pf_acknowledged(),
+            _ => {}
+        }
         if index == MCU_OPT_CTRL {
             self.update_verw();
         }

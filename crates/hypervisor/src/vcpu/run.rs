@@ -159,7 +159,8 @@ impl Vcpu {
             if let Some(vector) = self.ioapic_eoi.take() {
                 return Ok(VcpuExit::IoapicEoi { vector });
             }
-            if self.mp_state != KVM_MP_STATE_RUNNABLE {
+            self.take_pages();
+            if self.mp_state != KVM_MP_STATE_RUNNABLE || self.awaits_page() {
                 self.sleep();
                 continue;
             }
@@ -286,6 +287,7 @@ impl Vcpu {
             self.unhalted = false;
             self.notify.context_given();
             self.msrs.init();
+            self.async_pf.clear();
             lapic.reset(true);
             self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
             if lapic.apic_base() & APIC_BASE_BSP != 0 {
@@ -315,29 +317,38 @@ impl Vcpu {
 
     fn sleep_on_thread(&mut self) {
         let halted = matches!(self.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
+        // For a page: what would end a HLT lets the vCPU go on, too.
+        let held = self.mp_state == KVM_MP_STATE_RUNNABLE;
+        let waits = halted || held;
         if halted {
             self.handle.stats.halts.fetch_add(1, Ordering::Relaxed);
         }
-        let interrupts = halted && self.cpu.interrupt_allowed();
+        let interrupts = waits && self.cpu.interrupt_allowed();
         let events = &self.events;
         let waiting =
             events.has_exception() || events.triple_fault || self.unhalted || self.cpu.pending_debug != 0;
         let smi = events.smi_requested || events.smi_pending && self.cpu.smi_allowed();
-        let now = halted && (events.nmis != 0 && self.cpu.nmi_allowed() || smi || waiting);
+        let now = waits && (events.nmis != 0 && self.cpu.nmi_allowed() || smi || waiting);
         let external = events.external.is_some();
         let (lapic, chip) = (self.lapic.as_deref(), self.vm.irqchip());
-        let runnable = || match (lapic, chip) {
+        let handle = &self.handle;
+        let event = || match (lapic, chip) {
             (Some(lapic), Some(chip)) => {
                 now || interrupts && (chip.has_interrupt(lapic) || external && lapic.accepts_pic())
             }
             _ => true,
         };
+        let runnable = || event() || handle.has_pages();
         let (vm, blocked) = (&self.vm, self.cpu.state.smm);
         let has_events = |lapic: &Lapic| lapic.has_events(blocked);
         let poll = if halted { self.vm.policy().halt_poll_ns() } else { 0 };
         self.handle.sleep_until(poll, || runnable() || vm.is_dead() || lapic.is_some_and(has_events));
+        if held {
+            self.async_pf.held = false;
+        }
         // An NMI that has just come is taken from the events first; the next round finds it here.
-        if halted && runnable() {
+        // A page that has come ends no HLT.
+        if halted && event() {
             self.mp_state = KVM_MP_STATE_RUNNABLE;
             self.unhalted = false;
         }

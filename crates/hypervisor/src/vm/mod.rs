@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use silicon::model::speculation::arch_cap::SKIP_L1DFL_VMENTRY;
 
+use crate::async_pf::PageIns;
 use crate::coalesced::CoalescedIo;
 use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
@@ -46,7 +47,9 @@ pub struct Vm {
     memory: Memory,
     apic_settings: Arc<ApicSettings>,
     irqchip: OnceLock<Arc<IrqChip>>,
-    /// Made when first used, since it brings a thread with it.
+    /// Made when first used, since it brings threads with it.
+    page_ins: OnceLock<PageIns>,
+    /// Likewise.
     irqfds: OnceLock<IrqFds>,
     ioeventfds: IoEventFds,
     coalesced: CoalescedIo,
@@ -94,6 +97,7 @@ impl Vm {
             memory,
             apic_settings: Arc::default(),
             irqchip: OnceLock::new(),
+            page_ins: OnceLock::new(),
             irqfds: OnceLock::new(),
             ioeventfds: IoEventFds::default(),
             coalesced: CoalescedIo::default(),
@@ -177,6 +181,11 @@ impl Vm {
     /// KVM_GET_STATS_FD on the VM.
     pub fn stats_descriptor(&self) -> Result<OwnedFd, Error> {
         Ok(self.stats.descriptor(&format!("kvm-{}", std::process::id()))?)
+    }
+
+    /// Who brings pages that are elsewhere.
+    pub(crate) fn page_ins(&self) -> &PageIns {
+        self.page_ins.get_or_init(|| PageIns::new(self.memory.ept().clone()))
     }
 
     pub(crate) fn notify_log(&self) -> &LogLimit {

@@ -8,9 +8,10 @@
 
 use std::alloc::Layout;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
+use crate::mmu::host;
 use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT};
 use crate::mmu::world::{Mail, World};
 
@@ -52,6 +53,8 @@ pub enum Logging {
 pub struct Ept {
     map: RwLock<Arc<Map>>,
     generation: AtomicU64,
+    /// Some region is lazy, or was.
+    lazy: AtomicBool,
     pub(crate) world: World,
 }
 
@@ -67,6 +70,8 @@ pub(crate) struct Backing {
     pub(crate) region: Region,
     pub(crate) pages: Arc<Pages>,
     pub(crate) dirty: Option<Arc<PageSet>>,
+    /// Pages that are known to be there, of a region whose pages may be elsewhere; `None`: whoever accesses one that is waits.
+    present: Option<Arc<PageSet>>,
     /// Pages that CPUs have accessed, for a region whose writes have been recorded since it was put there; `None`: any
     /// may have been.
     accessed: Option<Arc<PageSet>>,
@@ -112,6 +117,22 @@ impl Backing {
     #[inline]
     pub(crate) fn page(&self, gpa: u64) -> usize {
         ((gpa - self.region.gpa) >> PAGE_SHIFT) as usize
+    }
+
+    /// Whether an access to `gpa`'s page would wait for the host to bring it: looked at once for each page.
+    #[inline]
+    pub(crate) fn is_elsewhere(&self, gpa: u64) -> bool {
+        self.present.as_ref().is_some_and(|present| {
+            let page = self.page(gpa);
+            if present.holds(page) {
+                return false;
+            }
+            let there = host::is_resident(self.host(gpa) & !PAGE_MASK);
+            if there {
+                present.set(page);
+            }
+            !there
+        })
     }
 
     /// Records a write to `gpa`'s page if writes are logged. True if the page was not marked before.
@@ -291,6 +312,42 @@ impl Ept {
         found && changed
     }
 
+    /// From now on CPUs exit ([`Exit::MemoryElsewhere`](crate::vmx::Exit::MemoryElsewhere)) rather than wait for pages of the region that
+    /// begins at `gpa` which the host has to bring from somewhere (`lazy`), or do not. False if there is no such region, or no memory
+    /// to keep track of its pages.
+    pub fn set_lazy(&self, gpa: u64, lazy: bool) -> bool {
+        let mut found = false;
+        self.lazy.fetch_or(lazy, Ordering::Relaxed);
+        let changed = self.change(|old| {
+            let backings = old.backings.iter().map(|b| {
+                if b.region.gpa != gpa {
+                    return Some(b.clone());
+                }
+                found = true;
+                let pages = (b.region.size >> PAGE_SHIFT) as usize;
+                let present = if lazy { Some(Arc::new(PageSet::new(pages)?)) } else { None };
+                Some(Arc::new(Backing { present, ..Backing::clone(b) }))
+            });
+            Some(Map { backings: backings.collect::<Option<_>>()? })
+        });
+        found && changed
+    }
+
+    /// Whether an access may exit because a page is elsewhere.
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.lazy.load(Ordering::Relaxed)
+    }
+
+    /// The next access to `gpa`'s page is made, whether the page is there or not.
+    pub fn mark_present(&self, gpa: u64) {
+        let map = self.map();
+        if let Some(backing) = map.position(gpa).and_then(|i| map.get(i))
+            && let Some(present) = &backing.present
+        {
+            present.set(backing.page(gpa));
+        }
+    }
+
     /// Whether writes to the region that begins at `gpa` are recorded.
     pub fn logs_dirty(&self, gpa: u64) -> bool {
         self.dirty_log(gpa).is_some()
@@ -425,7 +482,8 @@ fn replacement(before: Option<&Backing>, region: Region, logging: Logging) -> Op
         (_, Some(before)) if same_pages.is_some() => before.accessed.clone(),
         _ => Some(Arc::new(PageSet::new(count)?)),
     };
-    Some(Backing { region, pages, dirty, accessed })
+    let present = same_pages.filter(|b| b.region.host == region.host).and_then(|b| b.present.clone());
+    Some(Backing { region, pages, dirty, present, accessed })
 }
 
 /// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
@@ -435,7 +493,7 @@ fn renew(old: &Map, region: Region) -> Option<Arc<Backing>> {
         Some(b) if b.region.size == region.size => Arc::new(Backing { region, ..Backing::clone(b) }),
         _ => {
             let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize)?);
-            Arc::new(Backing { region, pages, dirty: None, accessed: None })
+            Arc::new(Backing { region, pages, dirty: None, present: None, accessed: None })
         }
     })
 }

@@ -125,6 +125,8 @@ enum Cause {
     Unavailable,
     /// It has failed.
     Failed,
+    /// There was no signal: nobody has made the access, which would wait for the host to bring the page.
+    Elsewhere,
 }
 
 impl Fault {
@@ -133,6 +135,20 @@ impl Fault {
         self.cause == Cause::Failed
             || self.cause == Cause::Unavailable && has_failed(self.address & !PAGE_MASK)
     }
+}
+
+/// Whether the page at `host` is in memory: an access to it waits for nobody. What cannot be known is taken to be there.
+pub(crate) fn is_resident(host: u64) -> bool {
+    let mut there = 1u8;
+    // SAFETY: no memory is accessed but the byte for the answer.
+    let known = unsafe { libc::mincore(host as *mut c_void, PAGE_MASK as usize + 1, &raw mut there) } == 0;
+    !known || there & 1 != 0
+}
+
+/// What an access to the page at `host` that was not made returns.
+pub(crate) fn elsewhere(host: u64) -> Absent {
+    LAST.set(Fault { address: host, cause: Cause::Elsewhere });
+    Absent
 }
 
 /// Whether the memory of the page at `host` has failed, as far as the kernel says without a signal.
@@ -327,12 +343,15 @@ impl Cpu {
     #[inline(never)]
     pub(crate) fn absent(&mut self, _: Absent) -> Abort {
         let fault = LAST.get();
+        let host = fault.address & !PAGE_MASK;
         match self.ept.address_of(fault.address) {
-            Some(gpa) => self.exit(Exit::MemoryAbsent {
-                gpa: gpa & !(PAGE_MASK | SMM_SPACE),
-                host: fault.address & !PAGE_MASK,
-                failed: fault.is_failure(),
-            }),
+            Some(address) if fault.cause == Cause::Elsewhere => {
+                self.exit(Exit::MemoryElsewhere { address: address & !PAGE_MASK, host })
+            }
+            Some(gpa) => {
+                let (gpa, failed) = (gpa & !(PAGE_MASK | SMM_SPACE), fault.is_failure());
+                self.exit(Exit::MemoryAbsent { gpa, host, failed })
+            }
             // It belonged to a region that is no longer there.
             None => self.retry(),
         }

@@ -274,6 +274,9 @@ impl Cpu {
             return Err(self.exit(Exit::FetchFailed { gpa }));
         };
         let host = backing.host(leaf.page());
+        if backing.is_elsewhere(leaf.page()) {
+            return Err(self.absent(host::elsewhere(host)));
+        }
         if backing.log_access(leaf.page(), false) {
             self.log_modified(leaf.page());
         }
@@ -311,6 +314,9 @@ impl Cpu {
             return Ok(Place { gpa, host: None, writable: false, coded: false, watched, uncached: true });
         };
         let (host, writable) = (backing.host(gpa), !backing.region.readonly);
+        if backing.is_elsewhere(gpa) {
+            return Err(self.absent(host::elsewhere(host)));
+        }
         if backing.log_access(gpa, write) {
             self.log_modified(gpa);
         }
@@ -402,6 +408,9 @@ impl Cpu {
         let gpa = gpa | self.space();
         let Some(backing) = self.backing(gpa) else { return Ok(None) };
         let host = backing.host(gpa);
+        if backing.is_elsewhere(gpa) {
+            return Err(host::elsewhere(host));
+        }
         if backing.log_access(gpa, false) {
             self.log_modified(gpa);
         }
