@@ -10,14 +10,9 @@ pub(super) fn maps_host_mmio(host: u64, size: u64) -> bool {
     any_flag(host, size, &["io", "pf"])
 }
 
-/// Whether pages of `size` bytes at `host` may have to be brought from somewhere: by somebody who serves a userfaultfd, or from a
-/// file. Memory that has never been touched is there at once.
+/// Whether pages of `size` bytes at `host` may have to be brought by somebody who serves a userfaultfd.
 pub(super) fn may_be_elsewhere(host: u64, size: u64) -> bool {
-    let file = |line: &str| {
-        let path = line.split_whitespace().nth(5).unwrap_or_default();
-        path.starts_with('/') && !["/memfd:", "/dev/", "/SYSV"].iter().any(|other| path.starts_with(other))
-    };
-    overlapping("/proc/self/maps", host, size, file) || serves_faults() && any_flag(host, size, &["um", "ui"])
+    serves_faults() && any_flag(host, size, &["um", "ui"])
 }
 
 /// Whether the process has a userfaultfd.
