@@ -188,9 +188,13 @@ static ROWS: &[Row] = &[
     row(0x3a, "IA32_FEATURE_CONTROL", Read::Slot(Slot::FeatureControl), Write::Call(write_feature_control))
         .listed(),
     row(0x3b, "IA32_TSC_ADJUST", Read::Slot(Slot::TscAdjust), Write::Call(write_tsc_adjust)).listed(),
-    row(0x48, "IA32_SPEC_CTRL", Read::Slot(Slot::SpecCtrl), Write::Call(write_spec_ctrl))
-        .needs(Feature::SpecCtrl)
-        .listed(),
+    row(
+        msrs::SPEC_CTRL,
+        "IA32_SPEC_CTRL",
+        Read::Call(|state, _, host, env| (spec_ctrl_bits(host, env) != 0).then(|| state.get(Slot::SpecCtrl))),
+        Write::Call(write_spec_ctrl),
+    )
+    .listed(),
     row(msrs::PRED_CMD, "IA32_PRED_CMD", Read::No, Write::Call(write_command)).needs(Feature::SpecCtrl),
     row(0x79, "IA32_BIOS_UPDT_TRIG", Read::No, Write::Ignore),
     row(
@@ -243,7 +247,8 @@ static ROWS: &[Row] = &[
         MCU_OPT_CTRL,
         "IA32_MCU_OPT_CTRL",
         Read::Call(|state, _, host, env| {
-            (state.mcu_opt_ctrl_bits(host, env) != 0).then(|| state.mcu_opt_ctrl())
+            let bits = state.mcu_opt_ctrl_bits(host, env);
+            (bits != 0).then(|| state.mcu_opt_ctrl() & bits)
         }),
         Write::Call(write_mcu_opt_ctrl),
     )
@@ -421,14 +426,19 @@ fn write_command(_: &mut MsrState, index: u32, value: u64, host: bool, env: &mut
     value & !1 == 0
 }
 
-/// Each bit as far as the guest has it; the kernel asks what the host has.
-fn write_spec_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
-    let offered = if host {
+/// Bits of IA32_SPEC_CTRL that can be written; without any there is no such register (SDM vol. 4, table 2-2).
+fn spec_ctrl_bits(host: bool, env: &dyn MsrEnv) -> u64 {
+    if host {
         msrs::defined_bits(msrs::SPEC_CTRL)
     } else {
         msrs::enumerated_bits(msrs::SPEC_CTRL, env.features(), 0)
-    };
-    let valid = value & !offered == 0;
+    }
+}
+
+/// Each bit as far as the guest has it; the kernel asks what the host has.
+fn write_spec_ctrl(state: &mut MsrState, _: u32, value: u64, host: bool, env: &mut dyn MsrEnv) -> bool {
+    let bits = spec_ctrl_bits(host, env);
+    let valid = bits != 0 && value & !bits == 0;
     if valid {
         state.put(Slot::SpecCtrl, value);
     }

@@ -103,3 +103,30 @@ fn ac_m3_prediction_controls_and_commands_by_cpuid() {
         assert!(state().read(index, GUEST, &mut env(&[])).is_err(), "{index:#x}");
     }
 }
+
+/// Spec M3: IA32_SPEC_CTRL is there if any of its bits is, and only then (SDM vol. 4, table 2-2).
+#[test]
+fn ac_m3_any_prediction_control_enumerates_the_register() {
+    let all = [
+        (Feature::SpecCtrl, 0b01),
+        (Feature::Stibp, 0b10),
+        (Feature::Ssbd, 0b100),
+        (Feature::IpredCtrl, 1 << 3),
+        (Feature::RrsbaCtrl, 1 << 5),
+        (Feature::Psfd, 1 << 7),
+        (Feature::DdpdU, 1 << 8),
+        (Feature::BhiCtrl, 1 << 10),
+    ];
+    for (feature, bit) in all {
+        let others: Vec<Feature> = all.iter().map(|row| row.0).filter(|&other| other != feature).collect();
+        let (mut msrs, mut env) = (state(), env(&others));
+        assert_eq!(msrs.write(0x48, bit, GUEST, &mut env), Ok(()), "{feature}");
+        assert_eq!(msrs.read(0x48, GUEST, &mut env), Ok(bit), "{feature}");
+        let more = if bit == 1 { 0b10 } else { 1 };
+        assert_eq!(msrs.write(0x48, more, GUEST, &mut env), Err(MsrError::Refused(0x48)), "{feature}");
+    }
+    let mut without = env(&all.map(|row| row.0));
+    assert_eq!(state().read(0x48, GUEST, &mut without), Err(MsrError::Refused(0x48)));
+    assert_eq!(state().write(0x48, 0, GUEST, &mut without), Err(MsrError::Refused(0x48)));
+    assert_eq!(state().read(0x48, CLIENT, &mut without), Ok(0));
+}
