@@ -189,21 +189,68 @@ impl Machine {
 
 const HALTED: Result<VcpuExit, i32> = Ok(VcpuExit::Hlt);
 
-/// A guest that makes a split lock, under each policy: those who have nothing to refuse make no difference.
-fn under_each_policy(host: &str, mode: Mode, check: impl Fn(Machine, Policy)) {
-    for policy in Policy::ALL {
-        check(Machine::new(host, mode).policy(policy), policy);
-    }
+/// Rows where nothing is refused, or what the guest has asked for: a test for each policy, which makes no difference.
+macro_rules! under_each_policy {
+    ($($(#[$doc:meta])* $row:ident;)*) => {$(
+        $(#[$doc])*
+        mod $row {
+            use super::{Policy, rows};
+
+            #[test]
+            fn efault() {
+                rows::$row(Policy::Efault);
+            }
+
+            #[test]
+            fn exit() {
+                rows::$row(Policy::Exit);
+            }
+
+            #[test]
+            fn kill() {
+                rows::$row(Policy::Kill);
+            }
+
+            #[test]
+            fn forward() {
+                rows::$row(Policy::Forward);
+            }
+
+            #[test]
+            fn emulate() {
+                rows::$row(Policy::Emulate);
+            }
+        }
+    )*};
 }
 
-/// Row 1: as on a processor without detection, which is not offered.
-#[test]
-fn sl_r1_host_off() {
-    for host in ["split_lock_detect=off", "split_lock_detect=ratelimit:1000"] {
-        under_each_policy(host, Mode::Off, |mut machine, policy| {
+under_each_policy! {
+    /// As on a processor without detection, which is not offered.
+    sl_r1_host_off;
+    /// The guest may split-lock, after a pause of 10 ms.
+    sl_r2_host_warn_guest_off;
+    /// User code: one #AC for the guest, which then gets its way.
+    sl_r3_host_warn_guest_warn_user;
+    /// Kernel code: as on bare metal.
+    sl_r3_host_warn_guest_warn_kernel;
+    /// As on bare metal.
+    sl_r4_host_warn_guest_fatal;
+    /// Kernel code: as on bare metal.
+    sl_r6_host_fatal_guest_warn_kernel;
+    /// As on bare metal.
+    sl_r7_host_fatal_guest_fatal;
+}
+
+/// What is shown in those rows.
+mod rows {
+    use super::*;
+
+    pub(super) fn sl_r1_host_off(policy: Policy) {
+        for host in ["split_lock_detect=off", "split_lock_detect=ratelimit:1000"] {
+            let mut machine = Machine::new(host, Mode::Off).policy(policy);
             assert!(!machine.hardware_bit());
             assert_eq!(machine.run(), HALTED);
-            assert_eq!((machine.counts(), machine.stats()), ((1, 0), [0; 6]), "{host} {policy:?}");
+            assert_eq!((machine.counts(), machine.stats()), ((1, 0), [0; 6]), "{host}");
             let mut entry = [kvm_msr_entry { index: TEST_CTRL, data: DETECT, ..Default::default() }];
             assert_eq!(machine.vcpu.set_msrs(&entry), 0);
             entry[0].data = 0;
@@ -211,7 +258,48 @@ fn sl_r1_host_off() {
             assert_eq!(results, (1, 1), "as unknown");
             assert!(!machine.system.msr_index_list().contains(&TEST_CTRL));
             assert!(!machine.system.msr_feature_index_list().contains(&0xcf));
-        });
+        }
+    }
+
+    pub(super) fn sl_r2_host_warn_guest_off(policy: Policy) {
+        let mut machine = Machine::new("split_lock_detect=warn", Mode::Off).policy(policy);
+        assert!(machine.hardware_bit());
+        assert_eq!(machine.run(), HALTED);
+        assert_eq!((machine.counts(), machine.stats()), ((1, 0), [0, 1, 0, 0, 0, 0]));
+        assert_eq!(machine.vcpu.handle().stats.split_lock_throttle.load(Ordering::Relaxed), 10_000_000);
+        assert!(machine.hardware_bit());
+    }
+
+    pub(super) fn sl_r3_host_warn_guest_warn_user(policy: Policy) {
+        let mut machine = Machine::new("split_lock_detect=warn", Mode::Warn).policy(policy);
+        assert_eq!(machine.run(), HALTED);
+        assert_eq!((machine.counts(), machine.stats()), ((1, 1), [1, 1, 0, 0, 0, 0]));
+        assert!(!machine.guest_bit());
+        assert!(machine.hardware_bit());
+    }
+
+    /// What guests have asked for: #AC, and the access is not made. (Linux' kernel code, and its fatal mode.)
+    fn as_on_bare_metal(host: &str, policy: Policy) {
+        let mut machine = Machine::new(host, Mode::Fatal).policy(policy);
+        assert_eq!(machine.run(), HALTED);
+        assert_eq!((machine.counts(), machine.stats()), ((0, 1), [1, 0, 0, 0, 0, 0]));
+        assert!(machine.guest_bit() && machine.hardware_bit());
+    }
+
+    pub(super) fn sl_r3_host_warn_guest_warn_kernel(policy: Policy) {
+        as_on_bare_metal("split_lock_detect=warn", policy);
+    }
+
+    pub(super) fn sl_r4_host_warn_guest_fatal(policy: Policy) {
+        as_on_bare_metal("split_lock_detect=warn kernel.split_lock_mitigate=0", policy);
+    }
+
+    pub(super) fn sl_r6_host_fatal_guest_warn_kernel(policy: Policy) {
+        as_on_bare_metal(FATAL, policy);
+    }
+
+    pub(super) fn sl_r7_host_fatal_guest_fatal(policy: Policy) {
+        as_on_bare_metal("split_lock_detect=fatal ring3.split_lock_policy=emulate", policy);
     }
 }
 
@@ -224,18 +312,6 @@ fn sl_e2_host_off_the_register_is_not_there() {
     assert!(machine.guest.vm.memory().write(0x500, HLT));
     assert_eq!(machine.run(), HALTED);
     assert_eq!((machine.counts(), machine.vcpu.regs().rip), ((0, 0), 0x501));
-}
-
-/// Row 2: the guest may split-lock, after a pause of 10 ms.
-#[test]
-fn sl_r2_host_warn_guest_off() {
-    under_each_policy("split_lock_detect=warn", Mode::Off, |mut machine, policy| {
-        assert!(machine.hardware_bit());
-        assert_eq!(machine.run(), HALTED);
-        assert_eq!((machine.counts(), machine.stats()), ((1, 0), [0, 1, 0, 0, 0, 0]), "{policy:?}");
-        assert_eq!(machine.vcpu.handle().stats.split_lock_throttle.load(Ordering::Relaxed), 10_000_000);
-        assert!(machine.hardware_bit());
-    });
 }
 
 /// Row 2 without the pause: detection is off while the vCPU runs, and on again when it does not.
@@ -262,36 +338,6 @@ fn sl_r2_host_warn_guest_off_without_mitigation() {
     let warned = handle.stats.split_locks_warned.load(Ordering::Relaxed);
     let waited = handle.stats.split_lock_throttle.load(Ordering::Relaxed);
     assert_eq!((warned, waited), (1, 0), "the second one was not detected");
-}
-
-/// Row 3, user code: one #AC for the guest, which then gets its way.
-#[test]
-fn sl_r3_host_warn_guest_warn_user() {
-    under_each_policy("split_lock_detect=warn", Mode::Warn, |mut machine, policy| {
-        assert_eq!(machine.run(), HALTED);
-        assert_eq!((machine.counts(), machine.stats()), ((1, 1), [1, 1, 0, 0, 0, 0]), "{policy:?}");
-        assert!(!machine.guest_bit());
-        assert!(machine.hardware_bit());
-    });
-}
-
-/// What guests have asked for: #AC, and the access is not made. (Linux' kernel code, and its fatal mode.)
-fn as_on_bare_metal(host: &str) {
-    under_each_policy(host, Mode::Fatal, |mut machine, policy| {
-        assert_eq!(machine.run(), HALTED);
-        assert_eq!((machine.counts(), machine.stats()), ((0, 1), [1, 0, 0, 0, 0, 0]), "{policy:?}");
-        assert!(machine.guest_bit() && machine.hardware_bit());
-    });
-}
-
-#[test]
-fn sl_r3_host_warn_guest_warn_kernel() {
-    as_on_bare_metal("split_lock_detect=warn");
-}
-
-#[test]
-fn sl_r4_host_warn_guest_fatal() {
-    as_on_bare_metal("split_lock_detect=warn kernel.split_lock_mitigate=0");
 }
 
 /// The guest asks for detection after a split lock that switched it off: it has it at once.
@@ -423,16 +469,6 @@ fn sl_r6_host_fatal_guest_warn_user_forward() {
 #[test]
 fn sl_r6_host_fatal_guest_warn_user_emulate() {
     refused(Machine::new(FATAL, Mode::Warn).policy(Policy::Emulate), Policy::Emulate, Mode::Warn, 1);
-}
-
-#[test]
-fn sl_r6_host_fatal_guest_warn_kernel() {
-    as_on_bare_metal(FATAL);
-}
-
-#[test]
-fn sl_r7_host_fatal_guest_fatal() {
-    as_on_bare_metal("split_lock_detect=fatal ring3.split_lock_policy=emulate");
 }
 
 /// A host in warn mode refuses for one VM what it lets others do.
