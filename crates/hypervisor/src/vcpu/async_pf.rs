@@ -9,7 +9,6 @@ use silicon::state::cr0;
 
 use super::Vcpu;
 use crate::async_pf::Request;
-use crate::error::Error;
 use crate::irqchip::bus::Message;
 use crate::msr::{MsrError, async_pf};
 
@@ -185,15 +184,5 @@ impl Vcpu {
     /// Whether something that has come could be told, or lets the vCPU go on.
     pub(super) fn awaits_page(&self) -> bool {
         self.async_pf.held && !self.handle.has_pages()
-    }
-}
-
-impl crate::vm::Vm {
-    /// Tells vCPUs of pages: [`Error`] if there is no such slot. For clients that know better than the host what is there.
-    pub fn set_lazy(&self, gpa: u64, lazy: bool) -> Result<(), Error> {
-        match self.memory().ept().set_lazy(gpa, lazy) {
-            true => Ok(()),
-            false => Err(Error::NotFound("a slot that begins at this address")),
-        }
     }
 }

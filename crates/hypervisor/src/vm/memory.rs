@@ -21,6 +21,15 @@ impl Vm {
         Ok(())
     }
 
+    /// Has vCPUs not wait for pages of the slot that begins at `gpa` which the host has to bring from somewhere
+    /// ([`async_pf`](crate::async_pf)), or wait. Slots behind a userfaultfd are so from the beginning. ENOENT if there is no such slot.
+    pub fn set_lazy(&self, gpa: u64, lazy: bool) -> Result<(), Error> {
+        match self.memory().ept().set_lazy(gpa, lazy) {
+            true => Ok(()),
+            false => Err(Error::NotFound("a slot that begins at this address")),
+        }
+    }
+
     /// All vCPUs dropped translations.
     fn count_flush(&self) {
         self.stats().flush_requests.count();
