@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -122,16 +123,19 @@ impl VcpuHandle {
     /// A page that the vCPU has asked for can be accessed.
     fn page_came(&self, address: u64) {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).push(address);
+        self.pages_came.store(true, Ordering::SeqCst);
         self.kick();
     }
 
     /// Pages that have come since this was last asked.
     pub(crate) fn take_pages(&self) -> Vec<u64> {
+        // Before they are taken: one that comes meanwhile is asked for again.
+        self.pages_came.store(false, Ordering::SeqCst);
         std::mem::take(&mut *self.pages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether there are any.
     pub(crate) fn has_pages(&self) -> bool {
-        !self.pages.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+        self.pages_came.load(Ordering::SeqCst)
     }
 }

@@ -24,6 +24,8 @@ pub struct VcpuHandle {
     sleeping: AtomicBool,
     /// Pages that have come ([`async_pf`](crate::async_pf)).
     pub(crate) pages: Mutex<Vec<u64>>,
+    /// There are some: asked at each entry.
+    pub(crate) pages_came: AtomicBool,
     /// Counters.
     pub stats: VcpuStats,
 }
@@ -37,6 +39,7 @@ impl VcpuHandle {
             kicks: AtomicU32::new(0),
             sleeping: AtomicBool::new(false),
             pages: Mutex::default(),
+            pages_came: AtomicBool::new(false),
             stats: VcpuStats::new()?,
         })
     }
