@@ -179,15 +179,24 @@ fn time_kick(kvm: &Kvm) -> Outcome<f64> {
     // SAFETY: no preconditions.
     let runner = unsafe { libc::pthread_self() };
     let ((ask, asked), (tell, told)) = (mpsc::channel::<()>(), mpsc::channel());
+    let (tell_left, has_left) = mpsc::channel::<()>();
     let kicker = std::thread::spawn(move || {
         while asked.recv().is_ok() {
-            // Long enough for the guest to run; how long does not enter the measurement.
-            std::thread::sleep(Duration::from_micros(200));
-            let now = Instant::now();
-            // SAFETY: the thread that asks lives until this one has ended.
-            let sent = unsafe { libc::pthread_kill(runner, libc::SIGUSR1) } == 0;
-            if !sent || tell.send(now).is_err() {
-                break;
+            loop {
+                // Long enough for the guest to run; how long does not enter the measurement.
+                std::thread::sleep(Duration::from_micros(200));
+                let now = Instant::now();
+                // SAFETY: the thread that asks lives until this one has ended.
+                let sent = unsafe { libc::pthread_kill(runner, libc::SIGUSR1) } == 0;
+                if !sent || tell.send(now).is_err() {
+                    return;
+                }
+                // On a busy machine a signal may come before KVM_RUN has begun, and then it ends nothing.
+                match has_left.recv_timeout(Duration::from_millis(100)) {
+                    Ok(()) => break,
+                    Err(mpsc::RecvTimeoutError::Timeout) => {}
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                }
             }
         }
     });
@@ -199,9 +208,12 @@ fn time_kick(kvm: &Kvm) -> Outcome<f64> {
             other => return Err(format!("unexpected exit: {other:?}").into()),
         }
         let left = Instant::now();
-        times.push(left.saturating_duration_since(told.recv()?).as_nanos() as f64);
+        tell_left.send(())?;
+        let first = told.recv()?;
+        let sent = told.try_iter().last().unwrap_or(first);
+        times.push(left.saturating_duration_since(sent).as_nanos() as f64);
     }
-    drop(ask);
+    drop((ask, tell_left));
     let _ = kicker.join();
     Ok(median(times))
 }
