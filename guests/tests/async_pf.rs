@@ -11,7 +11,7 @@ use std::thread;
 use guests::ASYNC_PF;
 use guests::machine;
 use hypervisor::{HostParams, VcpuExit};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use silicon::model::CpuModel;
 
 const PAGE: usize = 4096;
@@ -98,19 +98,59 @@ impl Asked {
     }
 }
 
-#[test]
-fn apf_events_of_pages_that_are_elsewhere() {
-    hypervisor::memory::catch_absence();
-    let Some(lazy) = Lazy::new().map(Arc::new) else { return };
-    let mut machine = machine::build(ASYNC_PF.image, 1, CpuModel::default(), HostParams::default()).unwrap();
-    let slot = kvm_userspace_memory_region {
+/// The slot of pages that somebody has to bring.
+fn slot(lazy: &Lazy) -> kvm_userspace_memory_region {
+    kvm_userspace_memory_region {
         slot: 1,
         flags: 0,
         guest_phys_addr: LAZY,
         memory_size: SIZE as u64,
         userspace_addr: lazy.host,
-    };
-    machine.vm.set_user_memory_region(slot).unwrap();
+    }
+}
+
+/// A split lock on a page that is elsewhere, of a host that emulates it: the vCPU is held, and hears that it is wanted; when the page
+/// has come the lock is made, once.
+#[test]
+fn apf_a_split_lock_waits_for_its_page_and_can_be_interrupted() {
+    hypervisor::memory::catch_absence();
+    let Some(lazy) = Lazy::new() else { return };
+    let host = HostParams::parse("split_lock_detect=fatal ring3.split_lock_policy=emulate").unwrap();
+    let mut machine = machine::build(ASYNC_PF.image, 1, CpuModel::default(), host).unwrap();
+    machine.vm.set_user_memory_region(slot(&lazy)).unwrap();
+    // lock inc dword [LAZY + 0x3e]; out 0xf4, al
+    let code = [0xf0, 0xff, 0x05, 0x3e, 0x00, 0x00, 0x10, 0xe6, 0xf4];
+    assert!(machine.vm.memory().write(0x1000, &code));
+    let vcpu = &mut machine.vcpus[0];
+    let regs = vcpu.regs();
+    vcpu.set_regs(&kvm_regs { rip: 0x1000, rflags: 0x202, ..regs });
+    let handle = vcpu.handle();
+    thread::scope(|scope| {
+        let running = scope.spawn(|| {
+            let interrupted = matches!(vcpu.run(), Err(hypervisor::Error::Interrupted));
+            (interrupted, vcpu)
+        });
+        assert_eq!(lazy.next(), Some(0), "a worker wants the page");
+        handle.interrupt();
+        let (interrupted, vcpu) = running.join().unwrap();
+        assert!(interrupted);
+        lazy.bring(0);
+        handle.settle();
+        assert!(matches!(vcpu.run(), Ok(VcpuExit::Io { port: 0xf4, .. })));
+    });
+    let mut word = [0; 4];
+    assert!(machine.vm.memory().read(LAZY + 0x3e, &mut word));
+    assert_eq!(u32::from_le_bytes(word), 1);
+    let emulated = handle.stats.split_locks_emulated.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(emulated, 1);
+}
+
+#[test]
+fn apf_events_of_pages_that_are_elsewhere() {
+    hypervisor::memory::catch_absence();
+    let Some(lazy) = Lazy::new().map(Arc::new) else { return };
+    let mut machine = machine::build(ASYNC_PF.image, 1, CpuModel::default(), HostParams::default()).unwrap();
+    machine.vm.set_user_memory_region(slot(&lazy)).unwrap();
     let asked = Arc::new(Asked::default());
     let server = {
         let (lazy, asked) = (lazy.clone(), asked.clone());

@@ -69,11 +69,9 @@ fn page(part: Option<&SpeculationRow>, guest: &CpuModel, report: &Report) -> Str
     let (host, told) = (report.hardware.arch_capabilities, report.supported);
     capabilities(&mut text, "made up", told & !host);
     capabilities(&mut text, "held back", host & !told);
-    let signature = guest.signature();
-    let model = signature >> 4 & 15 | signature >> 12 & 0xf0;
+    let (model, stepping) = guest.numbers();
     let title = format!(
-        "What a Linux 6.12 guest of model {model}, stepping {} will say (/sys/devices/system/cpu/vulnerabilities)",
-        signature & 15
+        "What a Linux 6.12 guest of model {model}, stepping {stepping} will say (/sys/devices/system/cpu/vulnerabilities)"
     );
     section(&mut text, &title);
     for (file, says) in &report.vulnerabilities {

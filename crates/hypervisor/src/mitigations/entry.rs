@@ -4,8 +4,6 @@
 //! With [`FbClearDis::Cached`], IA32_MCU_OPT_CTRL is what Sean Christopherson's fourth item in the thread asks for: the thread's value
 //! is known without being read, and it is written only if the next guest is to have another one, or host user space runs.
 
-use std::ops::AddAssign;
-
 use silicon::buffers::mcu_opt_ctrl::FB_CLEAR_DIS;
 use silicon::buffers::{Buffer, Cleared, Domain};
 use silicon::model::msrs::{FLUSH_CMD, MCU_OPT_CTRL, PRED_CMD};
@@ -55,20 +53,6 @@ pub struct Costs {
     pub stale_entries: u64,
     /// Exits since whose entry the guest has executed VERW, been told that it clears fill buffers, and been told wrongly.
     pub vain_clears: u64,
-}
-
-impl AddAssign for Costs {
-    fn add_assign(&mut self, other: Costs) {
-        self.entries += other.entries;
-        self.guest_switches += other.guest_switches;
-        self.msr_reads += other.msr_reads;
-        self.msr_writes += other.msr_writes;
-        self.buffer_clears += other.buffer_clears;
-        self.l1d_flushes += other.l1d_flushes;
-        self.branch_barriers += other.branch_barriers;
-        self.stale_entries += other.stale_entries;
-        self.vain_clears += other.vain_clears;
-    }
 }
 
 /// Modelled cycles. The processor underneath spends none; these are round numbers of the order that such instructions take, the same for

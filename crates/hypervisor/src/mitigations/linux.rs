@@ -130,10 +130,10 @@ impl Processor {
     /// A guest of `model` that has been told `arch_capabilities`.
     pub fn of(model: &CpuModel, arch_capabilities: u64) -> Processor {
         let has = |feature| model.has(feature);
-        let signature = model.signature();
+        let (number, stepping) = model.numbers();
         Processor {
-            model: (signature >> 4 & 15 | signature >> 12 & 0xf0) as u8,
-            stepping: (signature & 15) as u8,
+            model: number,
+            stepping,
             arch_capabilities: if has(Feature::ArchCapabilities) { arch_capabilities } else { 0 },
             hypervisor: true,
             spec_ctrl: has(Feature::SpecCtrl),

@@ -6,6 +6,8 @@ use silicon::model::speculation::arch_cap::*;
 use silicon::model::speculation::{Bug, Bugs};
 use silicon::model::{CpuModel, Feature};
 
+use crate::msr::SETTABLE_ARCH_CAPABILITIES;
+
 use super::command_line::{All, Clear, CommandLine, L1dFlush, L1tf, Tsx};
 
 /// The host's processor, as far as speculation goes.
@@ -178,11 +180,12 @@ impl Selected {
         }
     }
 
-    /// IA32_ARCH_CAPABILITIES as guests may have it at best (kernel: `kvm_get_arch_capabilities`), and, since their registers are
-    /// their own, the bits that enumerate IA32_MCU_OPT_CTRL's.
+    /// IA32_ARCH_CAPABILITIES as guests may have it at best: what the host has of the bits that a client may set, and what it can
+    /// say besides (kernel: `kvm_get_arch_capabilities`, which leaves FB_CLEAR_CTRL and GDS_CTRL out, since its guests do not have
+    /// their register).
     pub fn supported(&self, hardware: &Hardware, flush: Flush) -> u64 {
         let lacks = |bug, bit| if hardware.bugs.has(bug) { 0 } else { bit };
-        let mut value = hardware.arch_capabilities & OFFERED | IF_PSCHANGE_MC_NO;
+        let mut value = hardware.arch_capabilities & SETTABLE_ARCH_CAPABILITIES | IF_PSCHANGE_MC_NO;
         if flush != Flush::Never {
             value |= SKIP_L1DFL_VMENTRY;
         }
@@ -202,29 +205,6 @@ impl Selected {
         value | lacks(Bug::Gds, GDS_NO)
     }
 }
-
-/// Bits that guests may have if the host has them. The kernel leaves FB_CLEAR_CTRL and GDS_CTRL out, which need a register that its guests
-/// do not have.
-const OFFERED: u64 = RDCL_NO
-    | IBRS_ALL
-    | RSBA
-    | SKIP_L1DFL_VMENTRY
-    | SSB_NO
-    | MDS_NO
-    | IF_PSCHANGE_MC_NO
-    | TSX_CTRL
-    | TAA_NO
-    | MMIO_IMMUNE
-    | FB_CLEAR
-    | FB_CLEAR_CTRL
-    | RRSBA
-    | BHI_NO
-    | PBRSB_NO
-    | GDS_CTRL
-    | GDS_NO
-    | RFDS_NO
-    | RFDS_CLEAR
-    | ITS_NO;
 
 #[cfg(test)]
 mod tests {
@@ -293,7 +273,7 @@ mod tests {
             for line in ["", "mitigations=off", "tsx=on"] {
                 let (hardware, selected) = host(&format!("ring3.part={} {line}", row.name));
                 let supported = selected.supported(&hardware, selected.flush(&hardware, L1dFlush::Auto));
-                assert_eq!(supported & !OFFERED, 0, "{}", row.name);
+                assert_eq!(supported & !SETTABLE_ARCH_CAPABILITIES, 0, "{}", row.name);
                 for (bug, no) in [
                     (Bug::Meltdown, RDCL_NO),
                     (Bug::Mds, MDS_NO),

@@ -78,8 +78,10 @@ impl Vcpu {
             self.msrs.put_async_pf(old);
             return Err(MsrError::Refused(async_pf::ENABLE));
         }
-        // Whoever slept when the guest was saved is woken.
-        self.async_pf.came.push_back((BROADCAST, true));
+        // Whoever slept when the guest was saved is woken; once, however often the guest writes.
+        if self.async_pf.came.is_empty() {
+            self.async_pf.came.push_back((BROADCAST, true));
+        }
         Ok(())
     }
 
@@ -91,6 +93,8 @@ impl Vcpu {
     /// The guest has touched a page that is elsewhere.
     pub(super) fn memory_elsewhere(&mut self, address: u64, host: u64) {
         self.requeue_vectored();
+        // A locked access that was about to be executed after all is refused again, and decided on again, when the page is there.
+        self.locks.forget_step();
         if !self.can_go_on() || self.async_pf.wanted.len() >= PAGES_MAX {
             // The access itself waits.
             self.handle.stats.async_pf_waits.count();
@@ -184,5 +188,33 @@ impl Vcpu {
     /// Whether something that has come could be told, or lets the vCPU go on.
     pub(super) fn awaits_page(&self) -> bool {
         self.async_pf.held && !self.handle.has_pages()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_msr_entry;
+
+    use super::super::testing::{Program, vm};
+    use super::*;
+
+    /// A guest that enables the events over and over, and takes no interrupt, once made the list longer each time.
+    #[test]
+    fn apf_t10_enabling_again_wakes_everybody_once() {
+        let vm = vm();
+        vm.create_irqchip().unwrap();
+        let mut program = Program::on(vm, &[0xf4]);
+        let vcpu = &mut program.vcpu;
+        let table = vcpu.vm.system().supported_cpuid();
+        vcpu.set_cpuid2(&table).unwrap();
+        let enable = |data| [kvm_msr_entry { index: async_pf::ENABLE, data, ..Default::default() }];
+        for _ in 0..1000 {
+            assert_eq!(vcpu.set_msrs(&enable(0x2009)), 1);
+        }
+        assert_eq!(vcpu.async_pf.came.len(), 1);
+        // T7: what was to be told is dropped; and an address without memory changes nothing.
+        assert_eq!(vcpu.set_msrs(&enable(0)), 1);
+        assert!(vcpu.async_pf.came.is_empty());
+        assert_eq!((vcpu.set_msrs(&enable(0x8000_0009)), vcpu.msrs.async_pf_enable()), (0, 0));
     }
 }

@@ -321,10 +321,7 @@ impl Vcpu {
         let exit = self.enter(enter);
         self.cpu.controls.instruction_limit = limit;
         drop(claim);
-        let undone = matches!(
-            exit,
-            Exit::ExternalInterrupt | Exit::MemoryAbsent { .. } | Exit::MemoryElsewhere { .. }
-        );
+        let undone = matches!(exit, Exit::ExternalInterrupt | Exit::MemoryAbsent { .. });
         let complete = before != (self.cpu.instructions(), self.cpu.state.rip);
         if undone && !complete {
             // Somebody wanted the vCPU's attention before it could begin, or the client has no memory there.

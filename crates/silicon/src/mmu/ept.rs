@@ -113,6 +113,10 @@ impl Backing {
         self.region.host.wrapping_add(gpa - self.region.gpa)
     }
 
+    fn page_count(&self) -> usize {
+        (self.region.size >> PAGE_SHIFT) as usize
+    }
+
     /// Number of `gpa`'s page within the region.
     #[inline]
     pub(crate) fn page(&self, gpa: u64) -> usize {
@@ -291,46 +295,26 @@ impl Ept {
     /// Starts or ends the recording of writes to the region that begins at `gpa`. It starts with all pages
     /// clean. False if there is no such region, or no memory for the log.
     pub fn set_dirty_log(&self, gpa: u64, enabled: bool) -> bool {
-        let mut found = false;
-        let changed = self.change(|old| {
-            let backings = old.backings.iter().map(|b| {
-                if b.region.gpa != gpa {
-                    return Some(b.clone());
-                }
-                found = true;
-                let pages = (b.region.size >> PAGE_SHIFT) as usize;
-                let dirty = match (enabled, &b.dirty) {
-                    (false, _) => None,
-                    (true, Some(log)) => Some(log.clone()),
-                    (true, None) => Some(Arc::new(PageSet::new(pages)?)),
-                };
-                let accessed = b.accessed.clone().filter(|_| enabled);
-                Some(Arc::new(Backing { dirty, accessed, ..Backing::clone(b) }))
-            });
-            Some(Map { backings: backings.collect::<Option<_>>()? })
-        });
-        found && changed
+        self.change_backing(gpa, |b| {
+            let dirty = match (enabled, &b.dirty) {
+                (false, _) => None,
+                (true, Some(log)) => Some(log.clone()),
+                (true, None) => Some(Arc::new(PageSet::new(b.page_count())?)),
+            };
+            let accessed = b.accessed.clone().filter(|_| enabled);
+            Some(Backing { dirty, accessed, ..b.clone() })
+        })
     }
 
     /// From now on CPUs exit ([`Exit::MemoryElsewhere`](crate::vmx::Exit::MemoryElsewhere)) rather than wait for pages of the region that
     /// begins at `gpa` which the host has to bring from somewhere (`lazy`), or do not. False if there is no such region, or no memory
     /// to keep track of its pages.
     pub fn set_lazy(&self, gpa: u64, lazy: bool) -> bool {
-        let mut found = false;
         self.lazy.fetch_or(lazy, Ordering::Relaxed);
-        let changed = self.change(|old| {
-            let backings = old.backings.iter().map(|b| {
-                if b.region.gpa != gpa {
-                    return Some(b.clone());
-                }
-                found = true;
-                let pages = (b.region.size >> PAGE_SHIFT) as usize;
-                let present = if lazy { Some(Arc::new(PageSet::new(pages)?)) } else { None };
-                Some(Arc::new(Backing { present, ..Backing::clone(b) }))
-            });
-            Some(Map { backings: backings.collect::<Option<_>>()? })
-        });
-        found && changed
+        self.change_backing(gpa, |b| {
+            let present = if lazy { Some(Arc::new(PageSet::new(b.page_count())?)) } else { None };
+            Some(Backing { present, ..b.clone() })
+        })
     }
 
     /// Whether an access may exit because a page is elsewhere.
@@ -446,6 +430,18 @@ impl Ept {
 
     fn dirty_log(&self, gpa: u64) -> Option<Arc<PageSet>> {
         self.map().at(gpa)?.dirty.clone()
+    }
+
+    /// Puts what `make` makes of the region that begins at `gpa` in its place. False, with nothing changed, if there is no such region
+    /// or nothing is made.
+    fn change_backing(&self, gpa: u64, make: impl FnOnce(&Backing) -> Option<Backing>) -> bool {
+        self.change(|old| {
+            let index = old.index(gpa)?;
+            let mut backings = old.backings.clone();
+            let backing = backings.get_mut(index)?;
+            *backing = Arc::new(make(backing)?);
+            Some(Map { backings })
+        })
     }
 
     /// Publishes a new map while no CPU is in guest mode; each drops what it has cached before it goes on. False

@@ -460,6 +460,12 @@ impl CpuModel {
         CpuModel { features, ..self.clone() }
     }
 
+    /// Model number, with the extended model, and stepping of [`CpuModel::signature`].
+    pub fn numbers(&self) -> (u8, u8) {
+        let signature = self.signature();
+        ((signature >> 4 & 15 | signature >> 12 & 0xf0) as u8, (signature & 15) as u8)
+    }
+
     /// The same with another model number and stepping of family 6 in CPUID.
     pub fn numbered(&self, model: u8, stepping: u8) -> CpuModel {
         let (model, stepping) = (u32::from(model), u32::from(stepping & 15));

@@ -123,11 +123,9 @@ impl Options {
     }
 
     fn apply(self, model: CpuModel) -> CpuModel {
-        let signature = model.signature();
-        let number = self.model.unwrap_or((signature >> 4 & 15 | signature >> 12 & 0xf0) as u8);
-        let stepping = self.stepping.unwrap_or((signature & 15) as u8);
+        let (number, stepping) = model.numbers();
         model
-            .numbered(number, stepping)
+            .numbered(self.model.unwrap_or(number), self.stepping.unwrap_or(stepping))
             .with_arch_capabilities(self.arch_capabilities)
             .with_test_ctrl_scope(self.test_ctrl.unwrap_or(Scope::Core))
     }
