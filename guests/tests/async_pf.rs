@@ -185,7 +185,7 @@ fn apf_events_of_pages_that_are_elsewhere() {
     let stats = &handle.stats;
     assert_eq!(counted(&stats.async_pf_not_present), 2, "pages 1 and 6");
     assert_eq!(counted(&stats.async_pf_ready), 4, "those, and twice everybody");
-    assert_eq!(counted(&stats.async_pf_waits), 3, "pages 2, 3 and 4");
-    assert!(counted(&stats.async_pf_holds) >= 1, "page 5");
+    assert_eq!(counted(&stats.async_pf_waits), 0);
+    assert!(counted(&stats.async_pf_holds) >= 4, "pages 2 to 5");
     server.join().unwrap();
 }

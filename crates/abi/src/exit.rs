@@ -44,6 +44,13 @@ pub(crate) fn report(area: &RunArea, exit: &VcpuExit, reads: u32) {
         }
         VcpuExit::Hlt => KVM_EXIT_HLT,
         VcpuExit::Shutdown => KVM_EXIT_SHUTDOWN,
+        VcpuExit::Crash(crash) => {
+            let data = [crash.reason as u64, crash.gpa, crash.rip];
+            area.set(field!(area, __bindgen_anon_1.system_event.type_), KVM_SYSTEM_EVENT_CRASH);
+            area.set(field!(area, __bindgen_anon_1.system_event.ndata), data.len() as u32);
+            area.set(field!(area, __bindgen_anon_1.system_event.__bindgen_anon_1.data).cast(), data);
+            KVM_EXIT_SYSTEM_EVENT
+        }
         VcpuExit::DirtyRingFull => KVM_EXIT_DIRTY_RING_FULL,
         VcpuExit::IrqWindowOpen => KVM_EXIT_IRQ_WINDOW_OPEN,
         VcpuExit::SetTpr => KVM_EXIT_SET_TPR,

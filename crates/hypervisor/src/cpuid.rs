@@ -74,6 +74,10 @@ pub mod own {
     /// Split locks never execute, whatever the guest writes to MSR_TEST_CTRL. A guest that sets bit 29 there gets #AC(0) for
     /// them; for one that does not, the VM's policy decides.
     pub const SPLIT_LOCK_FORCED_ON: u32 = 1 << 0;
+    /// The page-not-present protocol: PNP_VECTORS, PNP_RING, PNP_DATA (docs/features/page-not-present.md).
+    pub const PAGE_NOT_PRESENT: u32 = 1 << 1;
+    /// PNP_DATA.VE and PNP_REQUEST: the processor delivers its events, as #VE.
+    pub const PAGE_NOT_PRESENT_VE: u32 = 1 << 2;
 }
 
 /// Features that KVM emulates whether the processor has them or not.
@@ -129,7 +133,8 @@ fn set_bit(entries: &mut [CpuidEntry], feature: Feature, on: bool) {
 /// ring3's own leaves on a host that forces split-lock detection on, or does not.
 fn own_leaves(forced_on: bool) -> [CpuidEntry; 2] {
     let [ebx, ecx, edx] = [*b"ring", *b"3rin", *b"g3\0\0"].map(u32::from_le_bytes);
-    let features = if forced_on { own::SPLIT_LOCK_FORCED_ON } else { 0 };
+    let forced = if forced_on { own::SPLIT_LOCK_FORCED_ON } else { 0 };
+    let features = forced | own::PAGE_NOT_PRESENT;
     let row = |leaf, values| CpuidEntry { leaf, subleaf: 0, indexed: false, values };
     [
         row(RING3_CPUID_SIGNATURE, CpuidValues { eax: RING3_CPUID_FEATURES, ebx, ecx, edx }),
@@ -354,6 +359,18 @@ impl Cpuid {
         self.pv_leaf().and_then(|leaf| self.raw(leaf, 0)).map_or(0, |values| values.eax)
     }
 
+    /// Features of ring3's own that the guest is told of ([`own`]).
+    pub fn own_features(&self) -> u32 {
+        let [signature, _] = own_leaves(false);
+        let ours = |v: &CpuidValues| {
+            (v.ebx, v.ecx, v.edx) == (signature.values.ebx, signature.values.ecx, signature.values.edx)
+        };
+        let there = self.raw(RING3_CPUID_SIGNATURE, 0).as_ref().is_some_and(ours);
+        self.raw(RING3_CPUID_FEATURES, 0)
+            .filter(|values| there && values.eax == own::VERSION)
+            .map_or(0, |values| values.ebx)
+    }
+
     /// Tells the guest of none of these paravirtual features.
     pub fn hide_pv_features(&mut self, bits: u32) {
         let leaf = self.pv_leaf();
@@ -449,13 +466,15 @@ mod tests {
                 let name: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|w| w.to_le_bytes()).collect();
                 assert_eq!((eax, &name[..]), (RING3_CPUID_FEATURES, &b"ring3ring3\0\0"[..]));
                 let features = look(&table, RING3_CPUID_FEATURES, 0);
-                assert_eq!(features, [own::VERSION, forced.into(), 0, 0], "{host:?}");
+                let expected = u32::from(forced) | own::PAGE_NOT_PRESENT;
+                assert_eq!(features, [own::VERSION, expected, 0, 0], "{host:?}");
             }
         }
         let host = HostParams::parse("split_lock_detect=fatal").unwrap();
         let old =
             Cpuid::from_entries(&supported(&CpuModel::parse("nehalem").unwrap(), &host, u64::MAX)).unwrap();
-        assert_eq!(look(&old, RING3_CPUID_FEATURES, 0)[1], 0, "nothing to be forced on");
+        let features = look(&old, RING3_CPUID_FEATURES, 0)[1];
+        assert_eq!(features & own::SPLIT_LOCK_FORCED_ON, 0, "nothing to be forced on");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! one typed call here; the ABI layer and our own VMM use the same ones. This crate decodes no instruction: it
 //! enters guest mode with [`silicon::Cpu::run`] and acts on the exit.
 
-mod async_pf;
+pub mod async_pf;
 pub mod coalesced;
 pub mod cpuid;
 pub mod dirty_ring;

@@ -286,10 +286,14 @@ pub enum Exit {
     /// Guest-physical memory that the host has to bring from somewhere first, of a region that is to be told of
     /// ([`Ept::set_lazy`](crate::mmu::ept::Ept::set_lazy)). Nothing has happened, and nobody has waited. (Reason 48, too.)
     MemoryElsewhere {
-        /// Guest-physical address of the page in the map, with [`SMM_SPACE`](crate::mmu::ept::SMM_SPACE).
+        /// Guest-physical address in the map, with [`SMM_SPACE`](crate::mmu::ept::SMM_SPACE).
         address: u64,
         /// Host address of the page.
         host: u64,
+        /// Linear address of the access; `None`: a page walk.
+        lin: Option<u64>,
+        /// It would have written.
+        write: bool,
     },
     /// The page-modification log is full (reason 62).
     PageLogFull,

@@ -394,6 +394,12 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender, mover: &Mover) {
             VcpuExit::InternalError(error) => {
                 format!("the guest executes instructions at {:#x}, where there is no memory", error.gpa)
             }
+            VcpuExit::Crash(crash) => {
+                format!(
+                    "the guest cannot go on: {:?} at guest-physical address {:#x}",
+                    crash.reason, crash.gpa
+                )
+            }
             VcpuExit::Notify(exit) => {
                 format!("the processor has lost the guest's context at {:#x}", exit.rip)
             }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
-use silicon::mmu::ept::{Ept, Logging, Region, SMM_SPACE};
+use silicon::mmu::ept::{Ept, Lazy, Logging, Region, SMM_SPACE};
 use silicon::mmu::host;
 
 use crate::dirty_ring::DirtyRing;
@@ -216,10 +216,9 @@ impl Memory {
             Change::Replace { .. } => slots.insert(space, region),
             Change::Create => {
                 slots.insert(space, region);
-                if region.memory_size >= LAZY_SIZE
-                    && mappings::may_be_elsewhere(region.userspace_addr, region.memory_size)
-                {
-                    self.ept.set_lazy(address(region.guest_phys_addr), true);
+                let lazy = self.laziness(&region);
+                if lazy != Lazy::No {
+                    self.ept.set_lazy(address(region.guest_phys_addr), lazy);
                 }
                 if self.minds_mmio && mappings::maps_host_mmio(region.userspace_addr, region.memory_size) {
                     slots.mmio.insert(region.slot);
@@ -228,6 +227,34 @@ impl Memory {
         }
         self.maps_mmio.store(!slots.mmio.is_empty(), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// How it is known which pages of a slot somebody has to bring.
+    fn laziness(&self, region: &kvm_userspace_memory_region) -> Lazy {
+        match region.memory_size {
+            0..LAZY_SIZE => Lazy::No,
+            size => mappings::laziness(region.userspace_addr, size),
+        }
+    }
+
+    /// The client has registered `size` bytes at `host` with a userfaultfd: slots there whose pages nobody has to bring so far may be such
+    /// now (post-copy migration). Whether there are any.
+    pub fn registered(&self, host: u64, size: u64) -> bool {
+        let slots = self.slots();
+        let touched = slots.by_number.values().filter(|slot| {
+            slot.userspace_addr < host.saturating_add(size) && host < slot.userspace_addr + slot.memory_size
+        });
+        let mut any = false;
+        for slot in touched {
+            let address = Space::of_slot(slot.slot).and_then(|space| space.address(slot.guest_phys_addr));
+            let lazy = self.laziness(slot);
+            if let Some(address) = address
+                && lazy != Lazy::No
+            {
+                any |= self.ept.set_lazy(address, lazy);
+            }
+        }
+        any
     }
 
     /// What `region` asks for, checked as the kernel checks it, in its order.

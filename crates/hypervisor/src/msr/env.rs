@@ -23,6 +23,8 @@ pub struct CpuEnv<'a> {
     pub apic_base: &'a mut u64,
     /// Paravirtual features that the guest is told of.
     pub pv_features: u32,
+    /// Features of ring3's own.
+    pub own_features: u32,
     /// The guest's TSC frequency.
     pub tsc_khz: u32,
 }
@@ -40,6 +42,10 @@ impl MsrEnv for CpuEnv<'_> {
 
     fn pv_features(&self) -> u32 {
         self.pv_features
+    }
+
+    fn own_features(&self) -> u32 {
+        self.own_features
     }
 
     fn has_lapic(&self) -> bool {

@@ -141,6 +141,11 @@ impl MachineCheck {
         self.has(LMCE_P)
     }
 
+    /// MCG_SER_P: software can recover from uncorrected errors.
+    pub(super) fn has_recovery(&self) -> bool {
+        self.has(SER_P)
+    }
+
     /// MCG_CMCI_P: corrected errors can be signalled.
     pub(super) fn has_cmci(&self) -> bool {
         self.has(CMCI_P)

@@ -8,6 +8,7 @@ mod env;
 pub mod filter;
 mod mce;
 mod mtrr;
+pub(crate) mod page_not_present;
 mod speculation;
 mod table;
 
@@ -44,6 +45,8 @@ pub trait MsrEnv {
     fn features(&self) -> &Features;
     /// The paravirtual features that the guest's CPUID enumerates.
     fn pv_features(&self) -> u32;
+    /// Those of ring3's own.
+    fn own_features(&self) -> u32;
     /// Whether the local APIC is ours.
     fn has_lapic(&self) -> bool;
     /// IA32_DEBUGCTL.
@@ -172,7 +175,10 @@ impl MsrState {
         self.put(Slot::StealTime, 0);
         self.put(Slot::SmiCount, 0);
         self.put(Slot::AsyncPfEnable, 0);
-        self.put(Slot::AsyncPfInterrupt, 0);
+        for slot in [Slot::AsyncPfInterrupt, Slot::PnpVectors, Slot::PnpRing, Slot::PnpData, Slot::PnpRequest]
+        {
+            self.put(slot, 0);
+        }
         self.clock_changed = true;
     }
 
@@ -235,6 +241,11 @@ impl MsrState {
         self.mce.inject(mce, takes_exceptions)
     }
 
+    /// MCG_CAP.MCG_SER_P.
+    pub(crate) fn has_recovery(&self) -> bool {
+        self.mce.has_recovery()
+    }
+
     /// MCG_CAP.MCG_CMCI_P.
     pub fn has_cmci(&self) -> bool {
         self.mce.has_cmci()
@@ -277,6 +288,9 @@ impl MsrState {
         let row = table::find(index).ok_or(MsrError::Unsupported(index))?;
         let not_offered = row.split_lock && self.core_capabilities_offered == 0;
         if not_offered || row.pv.is_some_and(|bit| env.pv_features() & (1 << bit) == 0) {
+            return Err(MsrError::Unsupported(index));
+        }
+        if !host && row.own & !env.own_features() != 0 {
             return Err(MsrError::Unsupported(index));
         }
         if !host && row.feature.is_some_and(|feature| !env.features().has(feature)) {

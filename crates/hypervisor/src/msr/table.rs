@@ -8,8 +8,8 @@ use super::{
     CPUID_FAULT, FEATURE_CONTROL_LMCE, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_SUPPORTED, MISC_ENABLE_EMON,
     MISC_ENABLE_PMU, MsrEnv, MsrState, PLATFORM_INFO_CPUID_FAULT,
 };
-use super::{async_pf, speculation};
-use crate::cpuid::pv;
+use super::{async_pf, page_not_present, speculation};
+use crate::cpuid::{own, pv};
 
 pub(super) const UCODE_REV: u32 = 0x8b;
 pub(super) const CORE_CAPABILITIES: u32 = 0xcf;
@@ -47,10 +47,14 @@ pub(super) enum Slot {
     PollControl,
     AsyncPfEnable,
     AsyncPfInterrupt,
+    PnpVectors,
+    PnpRing,
+    PnpData,
+    PnpRequest,
 }
 
 impl Slot {
-    pub(super) const COUNT: usize = Slot::AsyncPfInterrupt as usize + 1;
+    pub(super) const COUNT: usize = Slot::PnpRequest as usize + 1;
 }
 
 type ReadCall = fn(&MsrState, u32, bool, &mut dyn MsrEnv) -> Option<u64>;
@@ -100,6 +104,8 @@ pub(super) struct Row {
     pub(super) feature: Option<Feature>,
     /// The guest must be told of this paravirtual feature; without it the register does not exist.
     pub(super) pv: Option<u8>,
+    /// Likewise of these features of ring3's own; the client has the register all the same.
+    pub(super) own: u32,
     /// KVM_GET_MSR_INDEX_LIST has it.
     pub(super) listed: bool,
     /// It exists where split-lock detection is offered.
@@ -111,7 +117,7 @@ const fn row(index: u32, name: &'static str, read: Read, write: Write) -> Row {
 }
 
 const fn range(first: u32, last: u32, name: &'static str, read: Read, write: Write) -> Row {
-    Row { first, last, name, read, write, feature: None, pv: None, listed: false, split_lock: false }
+    Row { first, last, name, read, write, feature: None, pv: None, own: 0, listed: false, split_lock: false }
 }
 
 const fn slot(index: u32, name: &'static str, slot: Slot) -> Row {
@@ -125,6 +131,10 @@ impl Row {
     }
     const fn pv(mut self, bit: u8) -> Row {
         self.pv = Some(bit);
+        self
+    }
+    const fn own(mut self, bits: u32) -> Row {
+        self.own = bits;
         self
     }
     const fn split_lock(mut self) -> Row {
@@ -350,6 +360,38 @@ static ROWS: &[Row] = &[
     row(async_pf::ACKNOWLEDGE, "MSR_KVM_ASYNC_PF_ACK", Read::Value(0), Write::Call(|_, _, _, _, _| true))
         .pv(pv::ASYNC_PF_INT)
         .listed(),
+    row(
+        page_not_present::VECTORS,
+        "PNP_VECTORS",
+        Read::Slot(Slot::PnpVectors),
+        Write::Call(page_not_present::write_vectors),
+    )
+    .own(own::PAGE_NOT_PRESENT)
+    .listed(),
+    row(
+        page_not_present::RING,
+        "PNP_RING",
+        Read::Slot(Slot::PnpRing),
+        Write::Call(page_not_present::write_ring),
+    )
+    .own(own::PAGE_NOT_PRESENT)
+    .listed(),
+    row(
+        page_not_present::DATA,
+        "PNP_DATA",
+        Read::Slot(Slot::PnpData),
+        Write::Call(page_not_present::write_data),
+    )
+    .own(own::PAGE_NOT_PRESENT)
+    .listed(),
+    row(
+        page_not_present::REQUEST,
+        "PNP_REQUEST",
+        Read::Slot(Slot::PnpRequest),
+        Write::Call(page_not_present::write_request),
+    )
+    .own(own::PAGE_NOT_PRESENT)
+    .listed(),
     // AMD's, which KVM answers on Intel too.
     quiet(0xc001_0000, 0xc001_0007, "K7_EVNTSEL0 to 3, K7_PERFCTR0 to 3"),
     zero(0xc001_0010, 0xc001_0010, "SYSCFG"),

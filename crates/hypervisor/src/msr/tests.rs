@@ -38,6 +38,10 @@ impl MsrEnv for Fake {
     fn features(&self) -> &Features {
         &self.features
     }
+    fn own_features(&self) -> u32 {
+        u32::MAX
+    }
+
     fn pv_features(&self) -> u32 {
         self.pv
     }

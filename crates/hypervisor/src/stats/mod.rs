@@ -162,7 +162,11 @@ statistics! {
     host_xfd_reads "host_xfd_reads" Count;
     /// Its writes of IA32_XFD.
     host_xfd_writes "host_xfd_writes" Count;
-    /// Pages that are elsewhere that the guest was told of by #PF.
+    /// Accesses to pages that are elsewhere.
+    async_pf_faults "async_pf_faults" Count;
+    /// Those of them that page walks made.
+    async_pf_walk_faults "async_pf_walk_faults" Count;
+    /// Pages that the guest was told of by #PF.
     async_pf_not_present "async_pf_not_present" Count;
     /// Interrupts for pages that have come, and for everybody.
     async_pf_ready "async_pf_ready" Count;
@@ -170,6 +174,20 @@ statistics! {
     async_pf_holds "async_pf_holds" Count;
     /// Pages that an access itself has waited for.
     async_pf_waits "async_pf_waits" Count;
+    /// Pages that were found to have failed.
+    async_pf_failed "async_pf_failed" Count;
+    /// From the request for a page until the vCPU hears of it.
+    async_pf_latency "async_pf_latency_hist" DurationHistogram;
+    /// Events of the page-not-present protocol.
+    pnp_events "page_not_present_events" Count;
+    /// Its tokens that were given on request, after #VE.
+    pnp_requests "page_not_present_requests" Count;
+    /// Its resolutions.
+    pnp_resolutions "page_not_present_resolutions" Count;
+    /// #MC for failed pages that could not be told.
+    pnp_machine_checks "page_not_present_machine_checks" Count;
+    /// Times that the guest could not go on.
+    pnp_killed "page_not_present_killed" Count;
     /// L1 data cache flushes before entries.
     l1d_flushes "l1d_flush" Count;
     /// VERWs before entries.

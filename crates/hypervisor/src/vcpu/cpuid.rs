@@ -32,6 +32,7 @@ impl Vcpu {
         self.dynamic_xcr0 |= self.permitted_dynamic(cpuid.xcr0())?;
         self.cpuid = cpuid;
         self.pv_features = self.cpuid.pv_features();
+        self.own_features = self.cpuid.own_features();
         self.cpu.set_features(self.cpuid.features());
         self.update_apic_features();
         Ok(())

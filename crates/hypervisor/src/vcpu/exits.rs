@@ -21,13 +21,7 @@ impl Vcpu {
     /// KVM_RUN fails if the client has no memory where the guest wants it.
     pub(super) fn handle_exit(&mut self, exit: Exit) -> Result<Option<VcpuExit>, Error> {
         Ok(match exit {
-            Exit::MemoryAbsent { gpa, host, failed } => {
-                return Err(self.memory_absent(gpa, failed.then_some(host)));
-            }
-            Exit::MemoryElsewhere { address, host } => {
-                self.memory_elsewhere(address, host);
-                None
-            }
+            Exit::MemoryAbsent { .. } | Exit::MemoryElsewhere { .. } => self.page_absent(exit)?,
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Smi => None,
             Exit::ExternalInterrupt | Exit::PageLogFull => {
                 self.requeue_vectored();

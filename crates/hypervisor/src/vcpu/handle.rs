@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use silicon::cpu::Requests;
 
+use crate::async_pf::Outcome;
 use crate::error::Error;
 use crate::irqchip::lapic::Waker;
 use crate::stats::VcpuStats;
@@ -23,7 +24,7 @@ pub struct VcpuHandle {
     kicks: AtomicU32,
     sleeping: AtomicBool,
     /// Pages that have come ([`async_pf`](crate::async_pf)).
-    pub(crate) pages: Mutex<Vec<u64>>,
+    pub(crate) pages: Mutex<Vec<(u64, Outcome)>>,
     /// There are some: asked at each entry.
     pub(crate) pages_came: AtomicBool,
     /// Counters.

@@ -56,6 +56,7 @@ use ports::ReadAhead;
 use split_lock::Locks;
 use steal::StealTime;
 
+pub use async_pf::{Crash, CrashReason};
 pub use debug::{DebugExit, GUEST_DEBUG_FLAGS};
 pub use failure::InternalError;
 pub use handle::VcpuHandle;
@@ -98,6 +99,9 @@ pub enum VcpuExit {
     DirtyRingFull,
     /// KVM_EXIT_SHUTDOWN: triple fault.
     Shutdown,
+    /// KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_CRASH: the guest cannot go on, for a reason that has to do with its memory. It is
+    /// the result of every KVM_RUN until the vCPU is reset.
+    Crash(Crash),
     /// KVM_EXIT_SET_TPR: the guest has lowered CR8, and the local APIC is the client's.
     SetTpr,
     /// KVM_EXIT_IOAPIC_EOI: split irqchip, the client's IOAPIC waits for the EOI of this vector.
@@ -135,6 +139,7 @@ pub struct Vcpu {
     lapic: Option<Arc<Lapic>>,
     cpuid: Cpuid,
     pv_features: u32,
+    own_features: u32,
     /// The guest may use no paravirtual feature that its CPUID does not enumerate.
     pv_enforced: bool,
     msrs: MsrState,
@@ -227,6 +232,7 @@ impl Vcpu {
             lapic,
             cpuid,
             pv_features: 0,
+            own_features: 0,
             pv_enforced: false,
             msrs,
             clock_page: ClockPage::default(),

@@ -10,7 +10,7 @@ use silicon::state::reg;
 use super::tsc::IA32_TSC;
 use super::{Vcpu, VcpuExit};
 use crate::msr::filter::MsrAccess;
-use crate::msr::{CpuEnv, MsrError, MsrState, async_pf, is_immutable};
+use crate::msr::{CpuEnv, MsrError, MsrState, async_pf, is_immutable, page_not_present};
 
 /// The client may hide it (KVM_CAP_MSR_PLATFORM_INFO).
 const MSR_PLATFORM_INFO: u32 = 0xce;
@@ -117,6 +117,7 @@ impl Vcpu {
             cpu: &mut self.cpu,
             lapic: self.lapic.as_deref(),
             pv_features: if self.pv_enforced { self.pv_features } else { u32::MAX },
+            own_features: self.own_features,
         };
         (&mut self.msrs, env)
     }
@@ -154,6 +155,8 @@ impl Vcpu {
         msrs.write(index, value, host, &mut env)?;
         match index {
             async_pf::ENABLE => self.async_pf_enabled(before)?,
+            page_not_present::DATA => self.page_not_present_written(host)?,
+            page_not_present::REQUEST if !host => self.page_requested(),
             async_pf::ACKNOWLEDGE if value & 1 != 0 => self.async_pf_acknowledged(),
             _ => {}
         }

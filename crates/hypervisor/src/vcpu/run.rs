@@ -164,6 +164,9 @@ impl Vcpu {
                 self.sleep();
                 continue;
             }
+            if let Some(exit) = self.crashed() {
+                return Ok(exit);
+            }
             if std::mem::take(&mut self.events.triple_fault) {
                 return Ok(VcpuExit::Shutdown);
             }
@@ -256,6 +259,10 @@ impl Vcpu {
             }
             // What the client has given ahead is part of the answer, as long as its instruction asks for it.
             let asked = first || self.cpu.access_pending() || self.read_ahead.len() != ahead;
+            if self.async_pf.held {
+                // The rest of the instruction needs a page that is elsewhere.
+                break;
+            }
             let more = asked && self.read_ahead.is_for(self.cpu.instructions());
             if !matches!(result, Ok(None)) || !more && !self.cpu.access_pending() {
                 break;
@@ -323,12 +330,13 @@ impl Vcpu {
         if halted {
             self.handle.stats.halts.fetch_add(1, Ordering::Relaxed);
         }
-        let interrupts = waits && self.cpu.interrupt_allowed();
+        let undeliverable = self.delivery_awaits_page();
+        let interrupts = waits && !undeliverable && self.cpu.interrupt_allowed();
         let events = &self.events;
         let waiting =
             events.has_exception() || events.triple_fault || self.unhalted || self.cpu.pending_debug != 0;
         let smi = events.smi_requested || events.smi_pending && self.cpu.smi_allowed();
-        let now = waits && (events.nmis != 0 && self.cpu.nmi_allowed() || smi || waiting);
+        let now = waits && !undeliverable && (events.nmis != 0 && self.cpu.nmi_allowed() || smi || waiting);
         let external = events.external.is_some();
         let (lapic, chip) = (self.lapic.as_deref(), self.vm.irqchip());
         let handle = &self.handle;
@@ -336,7 +344,8 @@ impl Vcpu {
             (Some(lapic), Some(chip)) => {
                 now || interrupts && (chip.has_interrupt(lapic) || external && lapic.accepts_pic())
             }
-            _ => true,
+            // Without a local APIC of ours the client halts; what it injects comes between its calls.
+            _ => halted,
         };
         let runnable = || event() || handle.has_pages();
         let (vm, blocked) = (&self.vm, self.cpu.state.smm);

@@ -5,7 +5,10 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use kvm_bindings::{kvm_userspace_memory_region, kvm_userspace_memory_region2};
 
+use silicon::mmu::ept::Lazy;
+
 use super::Vm;
+use crate::async_pf::{PageIns, PageSource};
 use crate::dirty_ring::{DirtyRing, check_size};
 use crate::error::Error;
 use crate::memory::DirtyRange;
@@ -18,15 +21,46 @@ impl Vm {
         self.memory().set_region(region, all_dirty)?;
         self.stats().slots.store(self.memory().slot_count() as u64, Ordering::Relaxed);
         self.count_flush();
+        self.watch_pages();
         Ok(())
     }
 
-    /// Has vCPUs not wait for pages of the slot that begins at `gpa` which the host has to bring from somewhere
-    /// ([`async_pf`](crate::async_pf)), or wait. Slots behind a userfaultfd are so from the beginning. ENOENT if there is no such slot.
-    pub fn set_lazy(&self, gpa: u64, lazy: bool) -> Result<(), Error> {
-        match self.memory().ept().set_lazy(gpa, lazy) {
+    /// Has vCPUs not wait for pages of the slot that begins at `gpa` which somebody has to bring
+    /// ([`async_pf`](crate::async_pf)), or wait. Slots behind a userfaultfd, those of files on disks and, where the host has swap, all
+    /// others are so from the beginning. ENOENT if there is no such slot.
+    pub fn set_lazy(&self, gpa: u64, lazy: Lazy) -> Result<(), Error> {
+        if !self.memory().ept().set_lazy(gpa, lazy) {
+            return Err(Error::NotFound("a slot that begins at this address"));
+        }
+        self.watch_pages();
+        Ok(())
+    }
+
+    /// The client has registered memory with a userfaultfd ([`Memory::registered`](crate::memory::Memory::registered)).
+    pub fn registered(&self, host: u64, size: u64) {
+        if self.memory().registered(host, size) {
+            self.watch_pages();
+        }
+    }
+
+    /// `size` bytes of guest memory from `gpa` on, in a slot with [`Lazy::Own`], are elsewhere now. ENOENT if there is none.
+    pub fn evict(&self, gpa: u64, size: u64) -> Result<(), Error> {
+        match self.memory().ept().evict(gpa, size) {
             true => Ok(()),
-            false => Err(Error::NotFound("a slot that begins at this address")),
+            false => Err(Error::NotFound("a slot of this address whose pages the caller keeps track of")),
+        }
+    }
+
+    /// Who brings pages that are elsewhere, in the place of the host kernel. EEXIST once somebody has been asked for one.
+    pub fn set_page_source(&self, source: Arc<dyn PageSource>) -> Result<(), Error> {
+        let page_ins = PageIns::new(self.memory().ept().clone(), source);
+        self.page_ins.set(page_ins).map_err(|_| Error::Exists("a source of pages"))
+    }
+
+    /// Pages may be taken away.
+    fn watch_pages(&self) {
+        if self.memory().ept().is_lazy() {
+            self.page_ins().watch();
         }
     }
 

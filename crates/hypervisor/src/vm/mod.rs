@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use silicon::model::speculation::arch_cap::SKIP_L1DFL_VMENTRY;
 
-use crate::async_pf::PageIns;
+use crate::async_pf::{HostPages, PageIns};
 use crate::coalesced::CoalescedIo;
 use crate::dirty_ring::DirtyRing;
 use crate::error::Error;
@@ -185,7 +185,7 @@ impl Vm {
 
     /// Who brings pages that are elsewhere.
     pub(crate) fn page_ins(&self) -> &PageIns {
-        self.page_ins.get_or_init(|| PageIns::new(self.memory.ept().clone()))
+        self.page_ins.get_or_init(|| PageIns::new(self.memory.ept().clone(), Arc::new(HostPages)))
     }
 
     pub(crate) fn notify_log(&self) -> &LogLimit {

@@ -4,14 +4,13 @@
 //! The map is immutable once published; each CPU keeps a reference to the one it uses. A change stops all CPUs
 //! of the VM ([`World`]), publishes a new map and lets them go on with their cached translations dropped, so
 //! that when the call returns no CPU uses what was removed.
-#![expect(unsafe_code, reason = "allocates zeroed atomics, and asks whether there is memory for them")]
 
-use std::alloc::Layout;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
-use crate::mmu::host;
+use crate::mmu::page_set::{PageSet, zeroed};
+pub use crate::mmu::presence::Lazy;
+use crate::mmu::presence::Presence;
 use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT};
 use crate::mmu::world::{Mail, World};
 
@@ -70,8 +69,8 @@ pub(crate) struct Backing {
     pub(crate) region: Region,
     pub(crate) pages: Arc<Pages>,
     pub(crate) dirty: Option<Arc<PageSet>>,
-    /// Pages that are known to be there, of a region whose pages may be elsewhere; `None`: whoever accesses one that is waits.
-    present: Option<Arc<PageSet>>,
+    /// Which pages are there, of a region whose pages may be elsewhere; `None`: whoever accesses one that is waits.
+    presence: Option<Arc<Presence>>,
     /// Pages that CPUs have accessed, for a region whose writes have been recorded since it was put there; `None`: any
     /// may have been.
     accessed: Option<Arc<PageSet>>,
@@ -123,20 +122,10 @@ impl Backing {
         ((gpa - self.region.gpa) >> PAGE_SHIFT) as usize
     }
 
-    /// Whether an access to `gpa`'s page would wait for the host to bring it: looked at once for each page.
+    /// Whether an access to `gpa`'s page would wait for somebody to bring it.
     #[inline]
     pub(crate) fn is_elsewhere(&self, gpa: u64) -> bool {
-        self.present.as_ref().is_some_and(|present| {
-            let page = self.page(gpa);
-            if present.holds(page) {
-                return false;
-            }
-            let there = host::is_resident(self.host(gpa) & !PAGE_MASK);
-            if there {
-                present.set(page);
-            }
-            !there
-        })
+        self.presence.as_ref().is_some_and(|presence| presence.is_elsewhere(self.page(gpa), self.host(gpa)))
     }
 
     /// Records a write to `gpa`'s page if writes are logged. True if the page was not marked before.
@@ -175,61 +164,6 @@ impl Pages {
     pub(crate) fn writers(&self, page: usize) -> Option<&AtomicU64> {
         self.0.get(page * 2 + 1)
     }
-}
-
-/// A set of a region's pages: those written since their bits were last cleared, or those accessed. Bit order as in KVM's
-/// dirty bitmap (bit 0 of word 0 is the region's first page).
-#[derive(Debug)]
-pub(crate) struct PageSet(Box<[AtomicU64]>);
-
-impl PageSet {
-    fn new(pages: usize) -> Option<PageSet> {
-        Some(PageSet(zeroed(pages.div_ceil(64))?))
-    }
-
-    /// With all pages marked, and no bits behind the last.
-    fn all_dirty(pages: usize) -> Option<PageSet> {
-        let log = PageSet::new(pages)?;
-        for (index, word) in log.0.iter().enumerate() {
-            let left = pages - index * 64;
-            word.store(if left >= 64 { u64::MAX } else { (1 << left) - 1 }, Ordering::Relaxed);
-        }
-        Some(log)
-    }
-
-    /// Whether a page is marked.
-    pub(crate) fn holds(&self, page: usize) -> bool {
-        self.0.get(page / 64).is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (page % 64)) != 0)
-    }
-
-    /// Marks a page. True if it was not marked before.
-    pub(crate) fn set(&self, page: usize) -> bool {
-        let bit = 1 << (page % 64);
-        match self.0.get(page / 64) {
-            Some(word) if !self.holds(page) => word.fetch_or(bit, Ordering::SeqCst) & bit == 0,
-            _ => false,
-        }
-    }
-
-    /// Takes the mark of a page away.
-    fn clear(&self, page: usize) {
-        if let Some(word) = self.0.get(page / 64) {
-            word.fetch_and(!(1 << (page % 64)), Ordering::SeqCst);
-        }
-    }
-}
-
-/// `count` zeroes in memory that is not touched before it is used; `None` if the host has none.
-fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
-    if count == 0 {
-        return Some(Box::default());
-    }
-    let layout = Layout::array::<AtomicU64>(count).ok()?;
-    // SAFETY: the layout is not empty.
-    let memory = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-    let slice = NonNull::slice_from_raw_parts(memory.cast::<AtomicU64>(), count);
-    // SAFETY: allocated with the layout of this slice, and zeroes are atomics.
-    Some(unsafe { Box::from_raw(slice.as_ptr()) })
 }
 
 impl Ept {
@@ -306,19 +240,22 @@ impl Ept {
         })
     }
 
-    /// From now on CPUs exit ([`Exit::MemoryElsewhere`](crate::vmx::Exit::MemoryElsewhere)) rather than wait for pages of the region that
-    /// begins at `gpa` which the host has to bring from somewhere (`lazy`), or do not. False if there is no such region, or no memory
-    /// to keep track of its pages.
-    pub fn set_lazy(&self, gpa: u64, lazy: bool) -> bool {
-        self.lazy.fetch_or(lazy, Ordering::Relaxed);
+    /// Whether, from now on, CPUs exit ([`Exit::MemoryElsewhere`](crate::vmx::Exit::MemoryElsewhere)) rather than wait for pages of
+    /// the region that begins at `gpa` which somebody has to bring. False if there is no such region, or no memory to keep track of its
+    /// pages.
+    pub fn set_lazy(&self, gpa: u64, lazy: Lazy) -> bool {
+        self.lazy.fetch_or(lazy != Lazy::No, Ordering::Relaxed);
         self.change_backing(gpa, |b| {
-            let present = if lazy { Some(Arc::new(PageSet::new(b.page_count())?)) } else { None };
-            Some(Backing { present, ..b.clone() })
+            let presence = match lazy {
+                Lazy::No => None,
+                _ => Some(Arc::new(Presence::new(lazy, b.page_count())?)),
+            };
+            Some(Backing { presence, ..b.clone() })
         })
     }
 
     /// Whether an access may exit because a page is elsewhere.
-    pub(crate) fn is_lazy(&self) -> bool {
+    pub fn is_lazy(&self) -> bool {
         self.lazy.load(Ordering::Relaxed)
     }
 
@@ -326,10 +263,44 @@ impl Ept {
     pub fn mark_present(&self, gpa: u64) {
         let map = self.map();
         if let Some(backing) = map.position(gpa).and_then(|i| map.get(i))
-            && let Some(present) = &backing.present
+            && let Some(presence) = &backing.presence
         {
-            present.set(backing.page(gpa));
+            presence.mark(backing.page(gpa));
         }
+    }
+
+    /// Whether an access to `gpa` would exit because its page is elsewhere.
+    pub fn is_elsewhere(&self, gpa: u64) -> bool {
+        let map = self.map();
+        map.position(gpa).and_then(|i| map.get(i)).is_some_and(|backing| backing.is_elsewhere(gpa))
+    }
+
+    /// Pages of `size` bytes from `gpa` on, in one region, are elsewhere now ([`Lazy::Own`]): when this returns no CPU accesses them
+    /// without exiting. False if the region does not keep track of its pages that way.
+    pub fn evict(&self, gpa: u64, size: u64) -> bool {
+        self.world.stop(|world| {
+            let map = self.map();
+            let Some(backing) = map.position(gpa).and_then(|i| map.get(i)) else { return false };
+            let Some(presence) = &backing.presence else { return false };
+            let first = backing.page(gpa);
+            let last = first + (size >> PAGE_SHIFT) as usize;
+            let done = presence.evict(first..last.min(backing.page_count()));
+            world.send_all(Mail::Flush);
+            done
+        })
+    }
+
+    /// Looks which pages the host has taken away since they were last seen; how many. When this returns no CPU accesses them
+    /// without exiting.
+    pub fn find_gone(&self) -> usize {
+        let map = self.map();
+        let gone =
+            |b: &Arc<Backing>| b.presence.as_ref().map_or(0, |p| p.find_gone(b.region.host, b.page_count()));
+        let gone = map.backings.iter().map(gone).sum();
+        if gone != 0 {
+            self.world.stop(|world| world.send_all(Mail::Flush));
+        }
+        gone
     }
 
     /// Whether writes to the region that begins at `gpa` are recorded.
@@ -344,14 +315,14 @@ impl Ept {
         // With the CPUs stopped no write can fall between the clearing and the loss of write permissions.
         Some(self.world.stop(|world| {
             world.send_all(Mail::DropWrites);
-            log.0.iter().map(|word| word.swap(0, Ordering::SeqCst)).collect()
+            log.words().iter().map(|word| word.swap(0, Ordering::SeqCst)).collect()
         }))
     }
 
     /// The bitmap as it is.
     pub fn dirty(&self, gpa: u64) -> Option<Vec<u64>> {
         let log = self.dirty_log(gpa)?;
-        Some(log.0.iter().map(|word| word.load(Ordering::SeqCst)).collect())
+        Some(log.words().iter().map(|word| word.load(Ordering::SeqCst)).collect())
     }
 
     /// Clears the bits set in `mask`, whose first word is for the 64 pages from `first_page`, a multiple of 64.
@@ -360,7 +331,7 @@ impl Ept {
         let Some(log) = self.dirty_log(gpa) else { return false };
         self.world.stop(|world| {
             world.send_all(Mail::DropWrites);
-            let words = log.0.iter().skip((first_page / 64) as usize);
+            let words = log.words().iter().skip((first_page / 64) as usize);
             for (word, clear) in words.zip(mask) {
                 word.fetch_and(!clear, Ordering::SeqCst);
             }
@@ -471,15 +442,15 @@ fn replacement(before: Option<&Backing>, region: Region, logging: Logging) -> Op
         (Logging::Off, _) => None,
         (_, Some(log)) => Some(log),
         (Logging::On, None) => Some(Arc::new(PageSet::new(count)?)),
-        (Logging::OnAllDirty, None) => Some(Arc::new(PageSet::all_dirty(count)?)),
+        (Logging::OnAllDirty, None) => Some(Arc::new(PageSet::all_marked(count)?)),
     };
     let accessed = match (logging, before) {
         (Logging::Off, _) => None,
         (_, Some(before)) if same_pages.is_some() => before.accessed.clone(),
         _ => Some(Arc::new(PageSet::new(count)?)),
     };
-    let present = same_pages.filter(|b| b.region.host == region.host).and_then(|b| b.present.clone());
-    Some(Backing { region, pages, dirty, present, accessed })
+    let presence = same_pages.filter(|b| b.region.host == region.host).and_then(|b| b.presence.clone());
+    Some(Backing { region, pages, dirty, presence, accessed })
 }
 
 /// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
@@ -489,7 +460,7 @@ fn renew(old: &Map, region: Region) -> Option<Arc<Backing>> {
         Some(b) if b.region.size == region.size => Arc::new(Backing { region, ..Backing::clone(b) }),
         _ => {
             let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize)?);
-            Arc::new(Backing { region, pages, dirty: None, present: None, accessed: None })
+            Arc::new(Backing { region, pages, dirty: None, presence: None, accessed: None })
         }
     })
 }

@@ -126,7 +126,7 @@ enum Cause {
     /// It has failed.
     Failed,
     /// There was no signal: nobody has made the access, which would wait for the host to bring the page.
-    Elsewhere,
+    Elsewhere { lin: Option<u64>, write: bool },
 }
 
 impl Fault {
@@ -137,17 +137,10 @@ impl Fault {
     }
 }
 
-/// Whether the page at `host` is in memory: an access to it waits for nobody. What cannot be known is taken to be there.
-pub(crate) fn is_resident(host: u64) -> bool {
-    let mut there = 1u8;
-    // SAFETY: no memory is accessed but the byte for the answer.
-    let known = unsafe { libc::mincore(host as *mut c_void, PAGE_MASK as usize + 1, &raw mut there) } == 0;
-    !known || there & 1 != 0
-}
-
-/// What an access to the page at `host` that was not made returns.
-pub(crate) fn elsewhere(host: u64) -> Absent {
-    LAST.set(Fault { address: host, cause: Cause::Elsewhere });
+/// What an access that was not made returns, to a byte at `host`, because its page is elsewhere. `lin`: its linear address, unless it is
+/// a page walk's.
+pub(crate) fn elsewhere(host: u64, lin: Option<u64>, write: bool) -> Absent {
+    LAST.set(Fault { address: host, cause: Cause::Elsewhere { lin, write } });
     Absent
 }
 
@@ -344,16 +337,16 @@ impl Cpu {
     pub(crate) fn absent(&mut self, _: Absent) -> Abort {
         let fault = LAST.get();
         let host = fault.address & !PAGE_MASK;
-        match self.ept.address_of(fault.address) {
-            Some(address) if fault.cause == Cause::Elsewhere => {
-                self.exit(Exit::MemoryElsewhere { address: address & !PAGE_MASK, host })
+        match (self.ept.address_of(fault.address), fault.cause) {
+            (Some(address), Cause::Elsewhere { lin, write }) => {
+                self.exit(Exit::MemoryElsewhere { address, host, lin, write })
             }
-            Some(gpa) => {
+            (Some(gpa), _) => {
                 let (gpa, failed) = (gpa & !(PAGE_MASK | SMM_SPACE), fault.is_failure());
                 self.exit(Exit::MemoryAbsent { gpa, host, failed })
             }
             // It belonged to a region that is no longer there.
-            None => self.retry(),
+            (None, _) => self.retry(),
         }
     }
 

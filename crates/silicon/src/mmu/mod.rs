@@ -43,6 +43,8 @@ mod coherence;
 pub mod ept;
 pub mod host;
 mod lock;
+pub(crate) mod page_set;
+mod presence;
 mod slow;
 pub(crate) mod tlb;
 mod walk;

@@ -275,7 +275,7 @@ impl Cpu {
         };
         let host = backing.host(leaf.page());
         if backing.is_elsewhere(leaf.page()) {
-            return Err(self.absent(host::elsewhere(host)));
+            return Err(self.absent(host::elsewhere(host | lin & PAGE_MASK, Some(lin), false)));
         }
         if backing.log_access(leaf.page(), false) {
             self.log_modified(leaf.page());
@@ -315,7 +315,7 @@ impl Cpu {
         };
         let (host, writable) = (backing.host(gpa), !backing.region.readonly);
         if backing.is_elsewhere(gpa) {
-            return Err(self.absent(host::elsewhere(host)));
+            return Err(self.absent(host::elsewhere(host, Some(lin), write)));
         }
         if backing.log_access(gpa, write) {
             self.log_modified(gpa);
@@ -409,7 +409,7 @@ impl Cpu {
         let Some(backing) = self.backing(gpa) else { return Ok(None) };
         let host = backing.host(gpa);
         if backing.is_elsewhere(gpa) {
-            return Err(host::elsewhere(host));
+            return Err(host::elsewhere(host, None, false));
         }
         if backing.log_access(gpa, false) {
             self.log_modified(gpa);

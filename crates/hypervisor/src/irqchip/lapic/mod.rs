@@ -221,6 +221,12 @@ impl Lapic {
         self.enter(|state, _| state.acknowledge())
     }
 
+    /// Takes `vector`, which nobody has sent, into service, as an interrupt that the processor takes now. False: its priority does not allow
+    /// it, or the APIC is disabled.
+    pub(crate) fn take(&self, vector: u8) -> bool {
+        self.enter(|state, _| state.take(vector))
+    }
+
     /// Whether there are events to take. One load. `init_blocked`: the vCPU cannot take INIT now, which is left pending.
     pub fn has_events(&self, init_blocked: bool) -> bool {
         self.events.load(Ordering::SeqCst) & !blocked(init_blocked) != 0

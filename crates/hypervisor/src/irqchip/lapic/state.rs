@@ -175,6 +175,20 @@ impl State {
         Some(vector)
     }
 
+    /// Takes `vector` into service at once, if its class is above the processor priority and the APIC takes interrupts. It need not have been
+    /// requested.
+    pub(super) fn take(&mut self, vector: u8) -> bool {
+        // For the PPR.
+        self.deliverable();
+        let above = u32::from(vector & 0xf0) > self.regs.get(PPR) & 0xf0;
+        let taken = above && self.hardware_enabled() && self.software_enabled();
+        if taken {
+            self.regs.assign(TMR, vector, false);
+            self.regs.assign(ISR, vector, true);
+        }
+        taken
+    }
+
     /// Ends the interrupt in service with the highest priority.
     pub(super) fn end_of_interrupt(&mut self, effects: &mut Effects) {
         let Some(vector) = self.regs.highest(ISR) else { return };
