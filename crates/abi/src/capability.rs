@@ -3,6 +3,7 @@
 //!
 //! A capability is listed when all of it works; what is not listed answers 0 and cannot be enabled.
 
+use hypervisor::cpuid::own;
 use hypervisor::dirty_ring::BYTES_MAX;
 use hypervisor::msr::MCE_BANKS;
 use hypervisor::notify::Setting;
@@ -20,9 +21,9 @@ use kvm_bindings::*;
 use crate::coalesced::RING_PAGE;
 use crate::error::Errno;
 use crate::ring3::{
-    RING3_CAP_LIVE_XSTATE, RING3_CAP_NOTIFY, RING3_CAP_NOTIFY_WINDOW, RING3_CAP_PINNED_VCPUS,
-    RING3_CAP_SPLIT_LOCK_MITIGATE, RING3_CAP_SPLIT_LOCK_POLICY, RING3_CAP_VMENTRY_L1D_FLUSH,
-    RING3_NOTIFY_THERE, RING3_THERE,
+    RING3_CAP_LIVE_XSTATE, RING3_CAP_NOTIFY, RING3_CAP_NOTIFY_WINDOW, RING3_CAP_PAGE_NOT_PRESENT,
+    RING3_CAP_PINNED_VCPUS, RING3_CAP_SPLIT_LOCK_MITIGATE, RING3_CAP_SPLIT_LOCK_POLICY,
+    RING3_CAP_VMENTRY_L1D_FLUSH, RING3_NOTIFY_THERE, RING3_THERE,
 };
 use crate::run::SYNC_REGS;
 
@@ -196,6 +197,7 @@ capabilities! {
     RING3_LIVE_XSTATE         RING3_CAP_LIVE_XSTATE               Value(1), enable Vm::set_live_xstate;
     RING3_SPLIT_LOCK_MITIGATE RING3_CAP_SPLIT_LOCK_MITIGATE       OfVm(mitigate), enable Vm::set_split_lock_mitigate;
     RING3_VMENTRY_L1D_FLUSH   RING3_CAP_VMENTRY_L1D_FLUSH         OfVm(l1d_flush), enable Vm::set_vmentry_l1d_flush;
+    RING3_PAGE_NOT_PRESENT    RING3_CAP_PAGE_NOT_PRESENT          Value(own::VERSION);
 }
 
 /// The modes of bus-lock detection, where there is any.

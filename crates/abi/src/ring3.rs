@@ -17,6 +17,9 @@ pub const RING3_CAP_SPLIT_LOCK_MITIGATE: u32 = 0x5233_0003;
 /// KVM_CAP of a VM, at any time, for all VMs of the host: the module parameter `kvm_intel.vmentry_l1d_flush`, 0 auto, 1 never, 2 cond,
 /// 3 always. KVM_CHECK_EXTENSION answers it, with [`RING3_THERE`].
 pub const RING3_CAP_VMENTRY_L1D_FLUSH: u32 = 0x5233_0030;
+/// KVM_CAP: guests have the page-not-present protocol, if their CPUID has ring3's leaves as KVM_GET_SUPPORTED_CPUID gives them
+/// (docs/features/page-not-present.md). KVM_CHECK_EXTENSION answers its version.
+pub const RING3_CAP_PAGE_NOT_PRESENT: u32 = 0x5233_0040;
 /// In the answer to a capability whose value may be 0.
 pub const RING3_THERE: u32 = 1 << 16;
 

@@ -16,6 +16,8 @@ use crate::table::Entry;
 use crate::thread::{Inside, Open, Running};
 use crate::{cancel, interpose, mask, next, process, raw, signal, table};
 
+/// UFFDIO_REGISTER (include/uapi/linux/userfaultfd.h): its structure begins with address and size.
+const REGISTER: c_ulong = 0xc020_aa00;
 /// KVM_RUN.
 const RUN: u32 = (KVMIO as u32) << 8 | 0x80;
 
@@ -27,8 +29,34 @@ interpose! {
             return result;
         }
         // SAFETY: the client's arguments, as it gave them.
-        unsafe { next::ioctl(fd, number, argument) }
+        let result = unsafe { next::ioctl(fd, number, argument) };
+        if number == REGISTER && result == 0 {
+            // SAFETY: the kernel has just read the structure.
+            let [address, size] = unsafe { argument.cast::<[u64; 2]>().read_unaligned() };
+            registered(address, size);
+        }
+        result
     }
+}
+
+/// Memory has been registered with a userfaultfd: slots that are there may have pages now that somebody has to bring.
+fn registered(address: u64, size: u64) {
+    let inside = Inside::enter();
+    let open = Open::begin();
+    let tell = || {
+        for entry in table::all() {
+            if let Object::Vm(vm) = &entry.object
+                && entry.is_usable()
+            {
+                vm.registered(address, size);
+            }
+        }
+    };
+    if catch_unwind(AssertUnwindSafe(tell)).is_err() {
+        raw::set_errno(0);
+    }
+    drop(open);
+    inside.leave();
 }
 
 /// What became of an ioctl.

@@ -117,6 +117,11 @@ pub(crate) fn verify(fd: RawFd) -> Option<Arc<Entry>> {
     entry
 }
 
+/// All objects that there are.
+pub(crate) fn all() -> Vec<Arc<Entry>> {
+    registry().by_identity.values().filter_map(Weak::upgrade).collect()
+}
+
 /// Enters a new object; gives its descriptor, which from now on belongs to the client.
 pub(crate) fn adopt(created: Created) -> Result<RawFd, Errno> {
     let Created { object, fd } = created;
