@@ -4,6 +4,8 @@
 mod kvm;
 mod page_not_present;
 #[cfg(test)]
+mod storm;
+#[cfg(test)]
 mod tests;
 
 use std::time::Instant;
