@@ -28,6 +28,9 @@ impl Program {
     }
 }
 
+/// The kernel in Rust (`pager/`): tasks that go on while pages of others are elsewhere. Its parameters are in memory.
+pub const PAGER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pager.elf"));
+
 macro_rules! programs {
     ($($(#[$doc:meta])* $constant:ident $name:literal $cpus:literal $source:literal;)*) => {
         $(

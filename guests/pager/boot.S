@@ -1,0 +1,106 @@
+/* Into long mode as all guest programs, then vectors that save everything on the stack of the task that runs, and `kernel` in Rust. */
+#include "../asm/guest.h"
+
+main:
+    /* The handlers of guest.h note exceptions; these switch tasks. */
+    mov rdi, offset idt
+    mov rsi, offset entries
+    mov ecx, 256
+1:  mov rax, rsi
+    mov [rdi], ax
+    shr rax, 16
+    mov [rdi + 6], ax
+    shr rax, 16
+    mov [rdi + 8], eax
+    mov byte ptr [rdi + 4], 0
+    add rdi, 16
+    add rsi, 16
+    loop 1b
+    mov rax, cr4
+    or rax, 1 << 6 /* CR4.MCE */
+    mov cr4, rax
+    jmp kernel
+
+    .balign 16
+entries:
+    .set vector_number, 0
+    .rept 256
+    .balign 16
+    .if vector_number == 8 || (vector_number >= 10 && vector_number <= 14) || vector_number == 17 || vector_number == 21
+    nop
+    nop
+    .else
+    push 0
+    .endif
+    push vector_number
+    .byte 0xe9
+    .long entered - . - 4
+    .set vector_number, vector_number + 1
+    .endr
+
+/* The processor has aligned the stack and pushed SS, RSP, RFLAGS, CS, RIP; with what follows it is aligned again. */
+entered:
+    push rax
+    push rbx
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push rbp
+    push r8
+    push r9
+    push r10
+    push r11
+    push r12
+    push r13
+    push r14
+    push r15
+    sub rsp, 512
+    fxsave64 [rsp]
+    cld
+    mov rdi, rsp
+    call interrupted
+resume_task_here:
+    mov rsp, rax
+    fxrstor64 [rsp]
+    add rsp, 512
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rbp
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rbx
+    pop rax
+    add rsp, 16
+    iretq
+
+/* Goes on where the frame in RDI says, for ever. */
+    .global resume_task
+resume_task:
+    mov rax, rdi
+    jmp resume_task_here
+
+/* What the compiler calls. */
+    .global memset
+memset:
+    mov r8, rdi
+    mov eax, esi
+    mov rcx, rdx
+    rep stosb
+    mov rax, r8
+    ret
+
+    .global memcpy
+memcpy:
+    mov rax, rdi
+    mov rcx, rdx
+    rep movsb
+    ret
