@@ -46,7 +46,7 @@ extern "C" fn kernel() -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn interrupted(frame: &mut Frame) -> *mut Frame {
     match frame.vector {
-        2 => work::nmi(),
+        2 => pnp::around_nmi(work::nmi),
         14 if kvm::is_event() => return kvm::not_present(frame),
         18 => return pnp::machine_check(frame),
         20 => return pnp::virtualization_exception(frame),

@@ -112,8 +112,23 @@ pub fn resolved(frame: &mut Frame) -> *mut Frame {
     tasks::prefer(frame, woken)
 }
 
+/// What the handler of NMIs does. A #VE in it leaves the busy word set (see below), which is cleared here, unless it was set before: then the NMI has
+/// come into the handler of another #VE, which is not done, and what it touched was an exit.
+pub fn around_nmi(handler: impl FnOnce()) {
+    let ve = work::parameters().protocol == 2;
+    let busy = ve && cpu::read::<u32>(BUSY) != 0;
+    handler();
+    if ve && !busy {
+        cpu::write(BUSY, 0u32);
+    }
+}
+
 /// #VE, in the place of the event. The token has to be asked for.
 pub fn virtualization_exception(frame: &mut Frame) -> *mut Frame {
+    if !frame.takes_interrupts() {
+        // Whoever it was cannot wait. With the busy word set the access, made again, exits, and the vCPU is held until the page comes.
+        return frame;
+    }
     let gpa: u64 = cpu::read(VE_GPA);
     cpu::wrmsr(REQUEST, gpa);
     let answer = cpu::rdmsr(REQUEST);
@@ -121,7 +136,10 @@ pub fn virtualization_exception(frame: &mut Frame) -> *mut Frame {
     cpu::write(BUSY, 0u32);
     match (answer >> 32, answer as u32) {
         (0, token) => {
-            work::count_event();
+            // Another task may wait for the page: it has the same token.
+            if !tasks::is_awaited(token) {
+                work::count_event();
+            }
             tasks::wait(frame, token)
         }
         // The access is made again: the page is there, or the processor exits and is held.

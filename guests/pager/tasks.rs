@@ -29,6 +29,13 @@ pub struct Frame {
     ss: u64,
 }
 
+impl Frame {
+    /// Whether interrupts were on.
+    pub fn takes_interrupts(&self) -> bool {
+        self.rflags & RFLAGS_IF != 0
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     None,
@@ -147,6 +154,11 @@ pub fn wait(frame: &mut Frame, token: u32) -> *mut Frame {
     tasks.states[tasks.current] = State::Waits(token);
     let next = tasks.next(tasks.current);
     tasks.switch(frame, next)
+}
+
+/// Whether a task waits for the token.
+pub fn is_awaited(token: u32) -> bool {
+    tasks().states.contains(&State::Waits(token))
 }
 
 /// A token is resolved: who waits for it goes on, or ends if the page has failed. Gives the task, if there is one already.

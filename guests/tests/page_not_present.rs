@@ -31,6 +31,7 @@ struct Parameters {
 }
 
 const PROTOCOL: u64 = 1;
+const VE: u64 = 2;
 const KVM: u64 = 3;
 
 /// Messages: an NMI, and the kernel's interrupt for resolutions.
@@ -175,10 +176,10 @@ const DUET: Parameters = Parameters {
     alone: 1_000_000,
 };
 
-/// A task computes while another waits for its pages, one after the other, with either protocol.
+/// A task computes while another waits for its pages, one after the other, by the protocol, with #VE, and by the kernel's interface.
 #[test]
 fn pnp_r3_a_task_goes_on_while_another_waits() {
-    for protocol in [PROTOCOL, KVM] {
+    for protocol in [PROTOCOL, VE, KVM] {
         let report = run(Parameters { protocol, ..DUET }, None, |_| thread::yield_now());
         assert_eq!((report.events(), report.resolutions()), (500, 500), "{report:?}");
         let [.., beside, _, _] = report.words[..] else { panic!("{report:?}") };
@@ -190,8 +191,9 @@ fn pnp_r3_a_task_goes_on_while_another_waits() {
 /// while events are handled (R9), and interrupts come that nobody has sent for (R12).
 #[test]
 fn pnp_r4_r5_r9_r12_many_tasks_with_few_tokens() {
-    for order in [0, 2, 5] {
-        let many = Parameters { work: 2, order, pages: 256, tasks: 16, touches: 400, seed: 7, ..DUET };
+    for (protocol, order) in [(PROTOCOL, 0), (PROTOCOL, 2), (PROTOCOL, 5), (VE, 0), (VE, 2), (VE, 5)] {
+        let many =
+            Parameters { work: 2, protocol, order, pages: 256, tasks: 16, touches: 400, seed: 7, ..DUET };
         let report = run(many, None, |vm| {
             // Nobody takes this page away for good: the kernel's tasks touch the others.
             vm.evict(LAZY, 257 * PAGE).unwrap();
@@ -208,8 +210,10 @@ fn pnp_r4_r5_r9_r12_many_tasks_with_few_tokens() {
 /// A page that has failed kills the task that touches it, and no other.
 #[test]
 fn pnp_r7_a_failed_page_kills_only_the_task_that_touches_it() {
-    let poison = Parameters { work: 3, pages: 4, ..DUET };
-    let report = run(poison, Some(1), |_| thread::yield_now());
-    assert_eq!((report.failed(), report.machine_checks()), (1, 0), "{report:?}");
-    assert_eq!(report.deaths(), 0, "it did not run again");
+    for protocol in [PROTOCOL, VE] {
+        let poison = Parameters { work: 3, protocol, pages: 4, ..DUET };
+        let report = run(poison, Some(1), |_| thread::yield_now());
+        assert_eq!((report.failed(), report.machine_checks()), (1, 0), "{report:?}");
+        assert_eq!(report.deaths(), 0, "it did not run again");
+    }
 }

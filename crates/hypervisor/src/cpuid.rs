@@ -134,7 +134,7 @@ fn set_bit(entries: &mut [CpuidEntry], feature: Feature, on: bool) {
 fn own_leaves(forced_on: bool) -> [CpuidEntry; 2] {
     let [ebx, ecx, edx] = [*b"ring", *b"3rin", *b"g3\0\0"].map(u32::from_le_bytes);
     let forced = if forced_on { own::SPLIT_LOCK_FORCED_ON } else { 0 };
-    let features = forced | own::PAGE_NOT_PRESENT;
+    let features = forced | own::PAGE_NOT_PRESENT | own::PAGE_NOT_PRESENT_VE;
     let row = |leaf, values| CpuidEntry { leaf, subleaf: 0, indexed: false, values };
     [
         row(RING3_CPUID_SIGNATURE, CpuidValues { eax: RING3_CPUID_FEATURES, ebx, ecx, edx }),
@@ -466,7 +466,7 @@ mod tests {
                 let name: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|w| w.to_le_bytes()).collect();
                 assert_eq!((eax, &name[..]), (RING3_CPUID_FEATURES, &b"ring3ring3\0\0"[..]));
                 let features = look(&table, RING3_CPUID_FEATURES, 0);
-                let expected = u32::from(forced) | own::PAGE_NOT_PRESENT;
+                let expected = u32::from(forced) | own::PAGE_NOT_PRESENT | own::PAGE_NOT_PRESENT_VE;
                 assert_eq!(features, [own::VERSION, expected, 0, 0], "{host:?}");
             }
         }

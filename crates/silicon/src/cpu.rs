@@ -176,6 +176,8 @@ pub struct Cpu {
     pub(crate) trap_after: bool,
     /// What the running instruction or delivery leaves behind is looked at right after it.
     pub(crate) stepping: bool,
+    /// An event is being delivered.
+    pub(crate) delivering: bool,
     /// The next instruction is to run as a single step: it takes a bus lock that is to be reported.
     pub(crate) step_next: bool,
     /// A bus lock has been taken and is still to be reported.
@@ -224,6 +226,7 @@ impl Cpu {
             deferred: None,
             trap_after: false,
             stepping: false,
+            delivering: false,
             step_next: false,
             bus_lock_taken: false,
             current_op: 0,

@@ -56,6 +56,8 @@ impl Exception {
     pub const MF: Exception = Exception::plain(vector::MF);
     /// #XM, SIMD floating-point error.
     pub const XM: Exception = Exception::plain(vector::XM);
+    /// #VE, virtualization exception.
+    pub const VE: Exception = Exception::plain(vector::VE);
     /// #AC(0), alignment check.
     pub const AC: Exception = Exception::coded(vector::AC, 0);
     /// #DF(0), double fault.

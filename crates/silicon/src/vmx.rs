@@ -57,6 +57,12 @@ pub struct Controls {
     pub notify_window: u32,
     /// Exit after every instruction (monitor trap flag).
     pub monitor_trap_flag: bool,
+    /// EPT-violation #VE (secondary processor-based control 18; SDM vol. 3C, 26.5.7).
+    pub ept_violation_ve: bool,
+    /// Guest-physical address of the virtualization-exception information area (field 202AH has the host's).
+    pub ve_information: u64,
+    /// EPTP index (field 4).
+    pub eptp_index: u16,
     /// Exit with [`Exit::Budget`] once this many instructions have completed (`u64::MAX`: never). Counted
     /// from the CPU's life-time count, [`Cpu::instructions`](crate::Cpu::instructions).
     pub instruction_limit: u64,
@@ -86,6 +92,9 @@ impl Default for Controls {
             notify_exiting: false,
             notify_window: 0,
             monitor_trap_flag: false,
+            ept_violation_ve: false,
+            ve_information: 0,
+            eptp_index: 0,
             instruction_limit: u64::MAX,
         }
     }

@@ -128,8 +128,9 @@ impl Events {
 
 fn doubles(first: u8, second: u8) -> bool {
     let contributory = Exception::is_contributory;
+    let page_fault = |number| matches!(number, vector::PF | vector::VE);
     contributory(first) && contributory(second)
-        || first == vector::PF && (contributory(second) || second == vector::PF)
+        || page_fault(first) && (contributory(second) || page_fault(second))
 }
 
 /// INT3 and INTO: their injection needs the length of the instruction, which the API has no field for.

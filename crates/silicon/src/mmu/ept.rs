@@ -71,6 +71,8 @@ pub(crate) struct Backing {
     pub(crate) dirty: Option<Arc<PageSet>>,
     /// Which pages are there, of a region whose pages may be elsewhere; `None`: whoever accesses one that is waits.
     presence: Option<Arc<Presence>>,
+    /// Pages whose violations may become #VE: bit 63 of their entries is clear. `None`: no page's.
+    convertible: Option<Arc<PageSet>>,
     /// Pages that CPUs have accessed, for a region whose writes have been recorded since it was put there; `None`: any
     /// may have been.
     accessed: Option<Arc<PageSet>>,
@@ -126,6 +128,11 @@ impl Backing {
     #[inline]
     pub(crate) fn is_elsewhere(&self, gpa: u64) -> bool {
         self.presence.as_ref().is_some_and(|presence| presence.is_elsewhere(self.page(gpa), self.host(gpa)))
+    }
+
+    /// Bit 63 of the entry of `gpa`'s page.
+    pub(crate) fn suppresses_ve(&self, gpa: u64) -> bool {
+        self.convertible.as_ref().is_none_or(|convertible| !convertible.holds(self.page(gpa)))
     }
 
     /// Records a write to `gpa`'s page if writes are logged. True if the page was not marked before.
@@ -290,6 +297,36 @@ impl Ept {
         })
     }
 
+    /// Sets or clears the suppress-#VE bit of the pages of `size` bytes from `gpa` on, in one region. All are set at first (kernel:
+    /// `SHADOW_NONPRESENT_VALUE`). False if there is no such region, or no memory to keep track of its pages.
+    pub fn set_suppress_ve(&self, gpa: u64, size: u64, suppress: bool) -> bool {
+        let map = self.map();
+        let Some(backing) = map.position(gpa).and_then(|i| map.get(i)) else { return false };
+        let (first, count) = (backing.page(gpa), backing.page_count());
+        self.change_backing(backing.region.gpa, |b| {
+            let set = match &b.convertible {
+                Some(set) => set.clone(),
+                None if suppress => return Some(b.clone()),
+                None => Arc::new(PageSet::new(count)?),
+            };
+            for page in first..count.min(first + (size >> PAGE_SHIFT) as usize) {
+                if suppress {
+                    set.clear(page);
+                } else {
+                    set.set(page);
+                }
+            }
+            Some(Backing { convertible: Some(set), ..b.clone() })
+        })
+    }
+
+    /// The regions whose pages may be elsewhere: address and size.
+    pub fn lazy_regions(&self) -> Vec<(u64, u64)> {
+        let map = self.map();
+        let lazy = map.backings.iter().filter(|b| b.presence.is_some());
+        lazy.map(|b| (b.region.gpa, b.region.size)).collect()
+    }
+
     /// Looks which pages the host has taken away since they were last seen; how many. When this returns no CPU accesses them
     /// without exiting.
     pub fn find_gone(&self) -> usize {
@@ -450,7 +487,8 @@ fn replacement(before: Option<&Backing>, region: Region, logging: Logging) -> Op
         _ => Some(Arc::new(PageSet::new(count)?)),
     };
     let presence = same_pages.filter(|b| b.region.host == region.host).and_then(|b| b.presence.clone());
-    Some(Backing { region, pages, dirty, presence, accessed })
+    let convertible = same_pages.and_then(|b| b.convertible.clone());
+    Some(Backing { region, pages, dirty, presence, convertible, accessed })
 }
 
 /// The entry for `region` in a new map: what is known of its pages is kept if it was there before.
@@ -460,7 +498,14 @@ fn renew(old: &Map, region: Region) -> Option<Arc<Backing>> {
         Some(b) if b.region.size == region.size => Arc::new(Backing { region, ..Backing::clone(b) }),
         _ => {
             let pages = Arc::new(Pages::new((region.size >> PAGE_SHIFT) as usize)?);
-            Arc::new(Backing { region, pages, dirty: None, presence: None, accessed: None })
+            Arc::new(Backing {
+                region,
+                pages,
+                dirty: None,
+                presence: None,
+                convertible: None,
+                accessed: None,
+            })
         }
     })
 }

@@ -38,6 +38,8 @@ use crate::exception::Abort;
 use crate::mmu::Word;
 use crate::mmu::ept::SMM_SPACE;
 use crate::mmu::tlb::PAGE_MASK;
+use crate::mmu::ve::Violation;
+use crate::mmu::walk::Kind;
 use crate::vmx::Exit;
 
 /// The host has no memory where guest memory should be, or none that allows the access.
@@ -126,7 +128,7 @@ enum Cause {
     /// It has failed.
     Failed,
     /// There was no signal: nobody has made the access, which would wait for the host to bring the page.
-    Elsewhere { lin: Option<u64>, write: bool },
+    Elsewhere(Violation),
 }
 
 impl Fault {
@@ -137,10 +139,9 @@ impl Fault {
     }
 }
 
-/// What an access that was not made returns, to a byte at `host`, because its page is elsewhere. `lin`: its linear address, unless it is
-/// a page walk's.
-pub(crate) fn elsewhere(host: u64, lin: Option<u64>, write: bool) -> Absent {
-    LAST.set(Fault { address: host, cause: Cause::Elsewhere { lin, write } });
+/// What an access that was not made returns, to a byte at `host`, because its page is elsewhere.
+pub(crate) fn elsewhere(host: u64, violation: Violation) -> Absent {
+    LAST.set(Fault { address: host, cause: Cause::Elsewhere(violation) });
     Absent
 }
 
@@ -338,8 +339,12 @@ impl Cpu {
         let fault = LAST.get();
         let host = fault.address & !PAGE_MASK;
         match (self.ept.address_of(fault.address), fault.cause) {
-            (Some(address), Cause::Elsewhere { lin, write }) => {
-                self.exit(Exit::MemoryElsewhere { address, host, lin, write })
+            (Some(address), Cause::Elsewhere(violation)) => {
+                if let Some(exception) = self.convert_violation(address, violation) {
+                    return exception;
+                }
+                let lin = (!violation.walk).then_some(violation.lin);
+                self.exit(Exit::MemoryElsewhere { address, host, lin, write: violation.kind == Kind::Write })
             }
             (Some(gpa), _) => {
                 let (gpa, failed) = (gpa & !(PAGE_MASK | SMM_SPACE), fault.is_failure());

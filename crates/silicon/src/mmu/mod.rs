@@ -47,6 +47,7 @@ pub(crate) mod page_set;
 mod presence;
 mod slow;
 pub(crate) mod tlb;
+mod ve;
 mod walk;
 mod word;
 mod world;
@@ -56,6 +57,8 @@ pub use self::word::Word;
 /// Translation state of one CPU.
 #[derive(Debug)]
 pub struct Mmu {
+    /// The linear address of the last page walk.
+    walking: u64,
     pub(crate) tlb: Tlb,
     /// The map of guest-physical memory that this CPU uses, its generation, and the region last used.
     map: Arc<Map>,
@@ -151,6 +154,7 @@ impl Mmu {
     /// For a CPU that joins the VM whose memory is `ept`.
     pub(crate) fn new(ept: &Arc<Ept>, requests: &Arc<Requests>) -> Mmu {
         Mmu {
+            walking: 0,
             tlb: Tlb::default(),
             map: ept.map(),
             generation: ept.generation(),

@@ -9,6 +9,7 @@ use crate::mmu::access::ExecPage;
 use crate::mmu::ept::SMM_SPACE;
 use crate::mmu::host::{self, Absent};
 use crate::mmu::tlb::{Class, Leaf, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
+use crate::mmu::ve::Violation;
 use crate::mmu::walk::{Access, Kind};
 use crate::state::{CodeSize, Seg, cr4};
 use crate::vmx::{BusAccess, Exit, Space};
@@ -275,7 +276,8 @@ impl Cpu {
         };
         let host = backing.host(leaf.page());
         if backing.is_elsewhere(leaf.page()) {
-            return Err(self.absent(host::elsewhere(host | lin & PAGE_MASK, Some(lin), false)));
+            let violation = Violation { kind: Kind::Execute, lin, walk: false };
+            return Err(self.absent(host::elsewhere(host | lin & PAGE_MASK, violation)));
         }
         if backing.log_access(leaf.page(), false) {
             self.log_modified(leaf.page());
@@ -315,7 +317,8 @@ impl Cpu {
         };
         let (host, writable) = (backing.host(gpa), !backing.region.readonly);
         if backing.is_elsewhere(gpa) {
-            return Err(self.absent(host::elsewhere(host, Some(lin), write)));
+            let violation = Violation { kind: access.kind, lin, walk: false };
+            return Err(self.absent(host::elsewhere(host, violation)));
         }
         if backing.log_access(gpa, write) {
             self.log_modified(gpa);
@@ -409,7 +412,8 @@ impl Cpu {
         let Some(backing) = self.backing(gpa) else { return Ok(None) };
         let host = backing.host(gpa);
         if backing.is_elsewhere(gpa) {
-            return Err(host::elsewhere(host, None, false));
+            let violation = Violation { kind: Kind::Read, lin: self.mmu.walking, walk: true };
+            return Err(host::elsewhere(host, violation));
         }
         if backing.log_access(gpa, false) {
             self.log_modified(gpa);

@@ -110,6 +110,7 @@ impl Cpu {
     /// Translates `lin` for `access`, setting accessed and dirty flags; raises the #PF that it meets. The page has the
     /// CPU's [`Cpu::space`].
     pub(crate) fn walk(&mut self, lin: u64, access: Access) -> Result<Leaf, Abort> {
+        self.mmu.walking = lin;
         if self.state.cr0 & cr0::PG == 0 {
             return Ok(Leaf(self.identity(lin).0 | self.space()));
         }

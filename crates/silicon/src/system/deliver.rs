@@ -228,11 +228,13 @@ impl Cpu {
         if event == Event::Nmi {
             self.state.interruptibility |= interruptibility::NMI;
         }
-        if self.state.cr0 & cr0::PE == 0 {
-            self.deliver_real(&frame)?;
-        } else {
-            self.deliver_protected(&frame)?;
-        }
+        self.delivering = true;
+        let delivered = match self.state.cr0 & cr0::PE {
+            0 => self.deliver_real(&frame),
+            _ => self.deliver_protected(&frame),
+        };
+        self.delivering = false;
+        delivered?;
         self.state.interruptibility &= !(interruptibility::STI | interruptibility::MOV_SS);
         self.state.activity = Activity::Active;
         self.trap_after = false;

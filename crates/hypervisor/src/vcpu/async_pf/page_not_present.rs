@@ -323,11 +323,16 @@ impl Vcpu {
         self.async_pf.protocol.crash = Some(Crash { reason, gpa, rip });
     }
 
-    /// Whether the processor delivers not-present events itself.
-    #[expect(
-        clippy::needless_pass_by_ref_mut,
-        clippy::unused_self,
-        reason = "the processor does not do that yet"
-    )]
-    fn update_ve(&mut self, _: Option<&Setup>) {}
+    /// Whether the processor delivers not-present events itself: pages that may be elsewhere convert, all others do not.
+    fn update_ve(&mut self, setup: Option<&Setup>) {
+        let ve = setup.filter(|setup| setup.ve);
+        self.cpu.controls.ept_violation_ve = ve.is_some();
+        self.cpu.controls.ve_information = ve.map_or(0, |setup| setup.data);
+        if ve.is_some() {
+            let ept = self.vm.memory().ept();
+            for (gpa, size) in ept.lazy_regions() {
+                ept.set_suppress_ve(gpa, size, false);
+            }
+        }
+    }
 }

@@ -204,7 +204,7 @@ impl Storm {
         let gpa = u64::from(self.word(PNP_DATA + 8));
         assert_ne!(self.current, TASKS, "the idle task touches nothing");
         assert_eq!(gpa, LAZY + self.program.vcpu.regs().rbx, "{token:#x}");
-        assert_eq!(vcpu.state().flag(silicon::flags::Rflags::IF), false);
+        assert!(!vcpu.state().flag(silicon::flags::Rflags::IF));
         self.events += 1;
         // A failed page that cannot be told would be the end of the guest.
         self.lingers = self.fails == 0 && self.random.below(16) == 0;

@@ -12,6 +12,7 @@ mod smm;
 mod tasks;
 mod transfers;
 mod v8086;
+mod ve;
 
 use std::sync::Arc;
 
@@ -115,7 +116,7 @@ impl Machine {
         machine
     }
 
-    fn base(&self) -> u64 {
+    pub(super) fn base(&self) -> u64 {
         (self.memory.as_ptr() as u64).next_multiple_of(4096)
     }
 
