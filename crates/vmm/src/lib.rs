@@ -10,6 +10,7 @@ pub mod host;
 pub mod layout;
 pub mod loader;
 pub mod machine;
+mod machine_check;
 pub mod memory;
 mod moving;
 pub mod mptable;

@@ -28,6 +28,7 @@ use crate::host::events::{EventLoop, HostEnd, Input, Signals};
 use crate::host::sys;
 use crate::host::terminal::RawMode;
 use crate::loader::{self, BootSource, Entry, Image, LoadError};
+use crate::machine_check;
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::moving::Mover;
 use crate::report::{Outcome, Report, Statistics};
@@ -216,6 +217,7 @@ fn create_vcpus(config: &Config, vm: &Arc<Vm>) -> Result<Vec<Vcpu>, StartError> 
         let identity = Identity { shape, apic_id: id, ..Identity::default() };
         vcpu.set_cpuid2(&hypervisor::cpuid::for_machine(system.model(), system.host(), &identity))?;
         set_firmware_msrs(&mut vcpu);
+        machine_check::set_up(&mut vcpu)?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)
@@ -370,6 +372,11 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender, mover: &Mover) {
                 }
             }
             Err(error) => {
+                let told = match error {
+                    hypervisor::Error::MemoryFailed { gpa, .. } => machine_check::tell(vcpu, gpa),
+                    other => Err(other),
+                };
+                let Err(error) = told else { continue };
                 let registers = registers::dump(vcpu);
                 return ender.end(Outcome::InternalError { cpu, reason: error.to_string(), registers });
             }

@@ -1,0 +1,95 @@
+//! Memory of the guest's that has failed, as QEMU tells of it: machine checks with the page's address (`kvm_arch_on_sigbus_vcpu` and
+//! `kvm_mce_inject` in its target/i386/kvm/kvm.c).
+//!
+//! The host tells of failures only when somebody touches the memory (prctl(2), PR_MCE_KILL_LATE, the default): action is required, of the
+//! virtual CPU that has.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hypervisor::{Error, Vcpu};
+use kvm_bindings::{kvm_msr_entry, kvm_x86_mce};
+
+/// MCG_CAP: MCG_CTL_P, MCG_SER_P, MCG_LMCE_P, and as many banks as QEMU has.
+const CAPABILITIES: u64 = 1 << 8 | 1 << 24 | 1 << 27 | 10;
+/// IA32_FEATURE_CONTROL, which firmware locks: lock, VMX outside SMX, LMCE_ENABLED.
+const FEATURE_CONTROL: u32 = 0x3a;
+const LOCKED: u64 = 1 << 0;
+const VMX: u64 = 1 << 2;
+const LMCE: u64 = 1 << 20;
+
+/// IA32_MCG_EXT_CTL, and LMCE_EN in it: the guest takes machine checks on one virtual CPU only.
+const MCG_EXT_CTL: u32 = 0x4d0;
+const LMCE_EN: u64 = 1 << 0;
+
+/// Bank of memory errors.
+const BANK: u8 = 9;
+/// IA32_MCG_STATUS: RIPV, EIPV, MCIP, LMCE_S.
+mod mcg {
+    pub(super) const RIPV: u64 = 1 << 0;
+    pub(super) const EIPV: u64 = 1 << 1;
+    pub(super) const MCIP: u64 = 1 << 2;
+    pub(super) const LMCE_S: u64 = 1 << 3;
+}
+
+/// IA32_MCi_STATUS.
+mod status {
+    pub(super) const AR: u64 = 1 << 55;
+    /// VAL, UC, EN, MISCV, ADDRV, S.
+    pub(super) const ALL: u64 = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 59 | 1 << 58 | 1 << 56;
+    /// Code: a load of data.
+    pub(super) const DATA_LOAD: u64 = 0x134;
+}
+
+/// IA32_MCi_MISC: the address is a physical one, and right but for its lowest 12 bits.
+const MISC: u64 = 2 << 6 | 0xc;
+
+/// Sets the registers as firmware does.
+pub(crate) fn set_up(vcpu: &mut Vcpu) -> Result<(), Error> {
+    vcpu.setup_mce(CAPABILITIES)?;
+    let control = |data| [kvm_msr_entry { index: FEATURE_CONTROL, data, ..kvm_msr_entry::default() }];
+    if vcpu.set_msrs(&control(LOCKED | VMX | LMCE)) == 0 && vcpu.set_msrs(&control(LOCKED | LMCE)) == 0 {
+        tracing::debug!("machine checks are for all virtual CPUs");
+    }
+    Ok(())
+}
+
+/// Somebody has been told.
+static TOLD: AtomicBool = AtomicBool::new(false);
+
+/// Tells the guest that its memory at `gpa` has failed.
+pub(crate) fn tell(vcpu: &mut Vcpu, gpa: u64) -> Result<(), Error> {
+    // A guest that takes none touches it over and over.
+    if !TOLD.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            "memory of the guest's has failed at {gpa:#x}, and it gets a machine check; further ones are not logged"
+        );
+    }
+    let mut control = [kvm_msr_entry { index: MCG_EXT_CTL, ..kvm_msr_entry::default() }];
+    let local = vcpu.get_msrs(&mut control) == 1 && control[0].data & LMCE_EN != 0;
+    vcpu.set_mce(&machine_check(gpa, local))
+}
+
+fn machine_check(gpa: u64, local: bool) -> kvm_x86_mce {
+    kvm_x86_mce {
+        status: status::ALL | status::AR | status::DATA_LOAD,
+        addr: gpa,
+        misc: MISC,
+        mcg_status: mcg::MCIP | mcg::RIPV | mcg::EIPV | if local { mcg::LMCE_S } else { 0 },
+        bank: BANK,
+        ..kvm_x86_mce::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers of QEMU's.
+    #[test]
+    fn machine_checks_are_those_of_qemu() {
+        let required = machine_check(0x1234_5000, false);
+        assert_eq!((required.status, required.mcg_status), (0xbd80_0000_0000_0134, 7));
+        assert_eq!((required.addr, required.misc, required.bank), (0x1234_5000, 0x8c, 9));
+        assert_eq!(machine_check(0x1234_5000, true).mcg_status, 15);
+    }
+}
