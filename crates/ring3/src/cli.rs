@@ -11,7 +11,7 @@ use hypervisor::mitigations::command_line::Part;
 use hypervisor::msr::SETTABLE_ARCH_CAPABILITIES;
 use silicon::model::speculation::{PARTS, arch_cap, part};
 use silicon::model::{CpuModel, ModelError};
-use vmm::config::{Config, ConsoleTarget, DiskConfig, MAX_CPUS};
+use vmm::config::{Config, ConsoleTarget, DiskConfig, MAX_CPUS, PagingConfig};
 use vmm::memory;
 
 const ABOUT: &str = "Runs virtual machines on an x86 processor made of software";
@@ -191,6 +191,21 @@ pub(crate) struct BootArguments {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
     memory: u64,
 
+    /// Pages of memory can be elsewhere: the guest says which, by a device at ports 0x700 to 0x713, and what part of them (half, or
+    /// a percentage) when it asks for a part
+    #[arg(long, value_name = "PART", value_parser = parse_share)]
+    page_out: Option<u8>,
+
+    /// How long it takes until a page is back that the guest touches, in microseconds
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        default_value_t = 0,
+        hide_default_value = true,
+        requires = "page_out"
+    )]
+    page_delay: u32,
+
     /// Virtual CPUs, 1 to 8
     #[arg(long, value_name = "N", default_value = "1", value_parser = parse_cpus)]
     cpus: u8,
@@ -264,6 +279,10 @@ impl BootArguments {
             initrd: self.initrd,
             command_line: self.append,
             memory: self.memory,
+            paging: self.page_out.map(|percent| PagingConfig {
+                percent,
+                delay: Duration::from_micros(self.page_delay.into()),
+            }),
             cpus: self.cpus,
             cpu_model: self.cpu,
             host: self.host,
@@ -311,6 +330,14 @@ fn parse_cpus(text: &str) -> Result<u8, String> {
     match text.parse() {
         Ok(count @ 1..=MAX_CPUS) => Ok(count),
         _ => Err(format!("'{text}' is not possible: a machine has 1 to {MAX_CPUS} virtual CPUs")),
+    }
+}
+
+fn parse_share(text: &str) -> Result<u8, String> {
+    match text.trim_end_matches('%').parse() {
+        Ok(percent @ 1..=100) => Ok(percent),
+        _ if text == "half" => Ok(50),
+        _ => Err(format!("'{text}' is no part of memory; write half, or a percentage from 1 to 100")),
     }
 }
 
@@ -382,6 +409,8 @@ mod tests {
     fn targets_and_disks() {
         assert_eq!(parse_serial("file:a:b"), Ok(ConsoleTarget::File("a:b".into())));
         assert!(parse_serial("file:").is_err() && parse_serial("pty").is_err());
+        assert_eq!((parse_share("half"), parse_share("25%"), parse_share("100")), (Ok(50), Ok(25), Ok(100)));
+        assert!(parse_share("0").is_err() && parse_share("101").is_err() && parse_share("all").is_err());
         assert_eq!(parse_disk("a,b,ro"), Ok(DiskConfig { path: "a,b".into(), read_only: true }));
         assert!(parse_disk("a,rw").unwrap_err().contains("'rw'"));
     }

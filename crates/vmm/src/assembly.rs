@@ -16,6 +16,7 @@ use crate::devices::EndSink;
 use crate::devices::bus::{Bus, Device, SharedDevice, Width};
 use crate::devices::cmos::Cmos;
 use crate::devices::irq::{InterruptLines, InterruptSink};
+use crate::devices::memory::{self as memory_device, Effects, MemoryDevice};
 use crate::devices::power::{DebugExit, I8042, I8042Port, PciConfigPorts, PowerManagement};
 use crate::devices::serial::{SerialInput, SerialPort};
 use crate::devices::virtio::block::{Block, Disk};
@@ -26,7 +27,9 @@ use crate::host::console::OutputHandle;
 use crate::host::events::Input;
 use crate::host::sys;
 use crate::machine::{StartError, duplicate};
-use crate::memory::GuestMemory;
+use crate::machine_check::Failures;
+use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::paging::Paging;
 use crate::{layout, memory};
 
 /// The two address spaces of devices.
@@ -56,6 +59,28 @@ impl InterruptSink for Controllers {
         if let Err(error) = self.0.irq_line(gsi, level) {
             tracing::error!("interrupt line {gsi}: {error}");
         }
+    }
+}
+
+/// What the memory device has the hypervisor do.
+struct MemoryEffects {
+    vm: Arc<Vm>,
+    slots: Vec<u64>,
+    failures: Arc<Failures>,
+}
+
+impl Effects for MemoryEffects {
+    fn gone(&mut self) {
+        for &slot in &self.slots {
+            // Nothing is known of its pages any more.
+            if let Err(error) = self.vm.set_lazy(slot, true) {
+                tracing::error!("guest memory at {slot:#x}: {error}");
+            }
+        }
+    }
+
+    fn failed(&mut self, page: u64) {
+        self.failures.push(page * PAGE_SIZE);
     }
 }
 
@@ -117,6 +142,21 @@ impl Assembly {
         if config.exit_port {
             attach(layout::PORT_DEBUG_EXIT, DebugExit::LENGTH, Width::Any, shared(DebugExit::new(end)))?;
         }
+        Ok(())
+    }
+
+    /// The device that says which pages are elsewhere; what it makes fail is told to `failures`.
+    pub(crate) fn attach_memory(
+        &mut self,
+        vm: &Arc<Vm>,
+        memory: &GuestMemory,
+        paging: &Arc<Paging>,
+        failures: &Arc<Failures>,
+    ) -> Result<(), StartError> {
+        let slots = memory.iter().map(|region| region.start_addr().0).collect();
+        let effects = MemoryEffects { vm: vm.clone(), slots, failures: failures.clone() };
+        let device = shared(MemoryDevice::new(paging.clone(), effects));
+        self.buses.ports.attach(layout::PORT_MEMORY.into(), memory_device::LENGTH, Width::Any, device)?;
         Ok(())
     }
 

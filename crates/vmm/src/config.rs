@@ -33,6 +33,15 @@ pub enum ConsoleTarget {
     None,
 }
 
+/// Pages of guest memory that can be elsewhere ([`crate::paging`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagingConfig {
+    /// How many of a hundred pages go when the guest asks for a part.
+    pub percent: u8,
+    /// How long it takes until a page is back.
+    pub delay: Duration,
+}
+
 /// A machine to build.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -44,6 +53,8 @@ pub struct Config {
     pub command_line: Option<String>,
     /// Bytes of RAM.
     pub memory: u64,
+    /// Pages of it can be elsewhere.
+    pub paging: Option<PagingConfig>,
     /// Virtual CPUs.
     pub cpus: u8,
     /// Their model.

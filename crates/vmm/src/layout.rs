@@ -78,6 +78,8 @@ pub const PORT_PM_TIMER: u16 = 0x608;
 pub const PM_BLOCK_SIZE: u16 = 0xc;
 /// Interrupt of the PM block (SCI), level triggered.
 pub const GSI_SCI: u32 = 9;
+/// Memory device.
+pub const PORT_MEMORY: u16 = 0x700;
 /// PCI configuration address and data ports; the reset control register 0xcf9 lies among them.
 pub const PORT_PCI_CONFIG: u16 = 0xcf8;
 /// Reset control register.

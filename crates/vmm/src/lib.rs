@@ -14,6 +14,7 @@ mod machine_check;
 pub mod memory;
 mod moving;
 pub mod mptable;
+pub mod paging;
 mod registers;
 pub mod report;
 

@@ -28,9 +28,10 @@ use crate::host::events::{EventLoop, HostEnd, Input, Signals};
 use crate::host::sys;
 use crate::host::terminal::RawMode;
 use crate::loader::{self, BootSource, Entry, Image, LoadError};
-use crate::machine_check;
+use crate::machine_check::{self, Action, Failures};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::moving::Mover;
+use crate::paging::{Paging, PagingError};
 use crate::report::{Outcome, Report, Statistics};
 use crate::{acpi, boot, mptable, registers};
 
@@ -50,6 +51,9 @@ pub enum StartError {
     /// Impossible memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Its pages cannot be elsewhere.
+    #[error(transparent)]
+    Paging(#[from] PagingError),
     /// Nothing to boot.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -92,8 +96,8 @@ pub enum StartError {
 impl StartError {
     /// Whether the person's input is to blame, rather than us or the host.
     pub fn is_bad_input(&self) -> bool {
-        use StartError::{Cpus, Disk, Disks, Load, Memory, Open};
-        matches!(self, Memory(_) | Load(_) | Disk(_) | Open { .. } | Cpus(_) | Disks(_))
+        use StartError::{Cpus, Disk, Disks, Load, Memory, Open, Paging};
+        matches!(self, Memory(_) | Paging(_) | Load(_) | Disk(_) | Open { .. } | Cpus(_) | Disks(_))
     }
 }
 
@@ -103,6 +107,7 @@ pub struct Ender {
     ending: AtomicBool,
     event: EventFd,
     cpus: OnceLock<Vec<Arc<VcpuHandle>>>,
+    paging: OnceLock<Arc<Paging>>,
 }
 
 impl Ender {
@@ -112,6 +117,7 @@ impl Ender {
             ending: AtomicBool::new(false),
             event: EventFd::new(libc::EFD_NONBLOCK)?,
             cpus: OnceLock::new(),
+            paging: OnceLock::new(),
         }))
     }
 
@@ -124,6 +130,10 @@ impl Ender {
         }
         for cpu in self.cpus.get().into_iter().flatten() {
             cpu.interrupt();
+        }
+        // One of them may wait for a page.
+        if let Some(paging) = self.paging.get() {
+            paging.end();
         }
     }
 
@@ -153,6 +163,8 @@ pub struct Machine {
     outputs: Vec<OutputHandle>,
     pending: Arc<EventFd>,
     input: Option<Input>,
+    paging: Option<Arc<Paging>>,
+    failures: Arc<Failures>,
     // Declared after everything that may refer to it: the hypervisor holds its address.
     memory: GuestMemory,
 }
@@ -246,8 +258,15 @@ impl Machine {
         let ender = Ender::new()?;
         let system = System::new(config.cpu_model.clone(), config.host.clone());
         system.permissions().request_all(Beneficiary::Guests);
+        // Before there are slots: they are made of memory that can be elsewhere.
+        let paging = config.paging.map(|paging| Paging::new(&memory, paging)).transpose()?;
         let vm = create_vm(&system, &memory)?;
-        let assembly = Assembly::new(&config, &vm, &memory, &ender.event, ender.sink())?;
+        let failures = Arc::default();
+        let mut assembly = Assembly::new(&config, &vm, &memory, &ender.event, ender.sink())?;
+        if let Some(paging) = &paging {
+            assembly.attach_memory(&vm, &memory, paging, &failures)?;
+            ender.paging.get_or_init(|| paging.clone());
+        }
         // Reading the kernel and making the CPUs take about the same time, and neither needs the other.
         let (entry, vcpus) = thread::scope(|scope| {
             let loading = scope.spawn(|| load_guest(&config, assembly.virtio_devices, &memory));
@@ -262,7 +281,8 @@ impl Machine {
         }
         ender.cpus.get_or_init(|| vcpus.iter().map(Vcpu::handle).collect());
         let Assembly { buses, outputs, pending, input, .. } = assembly;
-        Ok(Machine { config, ender, vcpus, buses: Arc::new(buses), outputs, pending, input, memory })
+        let buses = Arc::new(buses);
+        Ok(Machine { config, ender, vcpus, buses, outputs, pending, input, paging, failures, memory })
     }
 
     /// Runs the machine to its end. Every thread has ended and the terminal is as it was when this returns.
@@ -276,6 +296,14 @@ impl Machine {
         let startup = self.config.started.elapsed();
         let begin = Instant::now();
         let mut threads = Vec::new();
+        let quit = EventFd::new(libc::EFD_NONBLOCK)?;
+        let pager = self.paging.as_ref().map(|paging| {
+            let ender = self.ender.clone();
+            let failed =
+                move |error| ender.end(internal(0, format!("no pages are brought any more: {error}")));
+            paging.start(quit.try_clone()?, failed)
+        });
+        let pager = pager.transpose()?;
         let mover = Arc::new(Mover::default());
         if let Some(every) = self.config.move_every {
             let (mover, cpus, ender) = (mover.clone(), handles.clone(), self.ender.clone());
@@ -287,7 +315,13 @@ impl Machine {
             Err(error) => self.ender.end(internal(0, format!("cannot start a thread: {error}"))),
         }
         for vcpu in std::mem::take(&mut self.vcpus) {
-            match start_vcpu(vcpu, self.buses.clone(), self.ender.clone(), mover.clone()) {
+            let surroundings = Surroundings {
+                buses: self.buses.clone(),
+                ender: self.ender.clone(),
+                mover: mover.clone(),
+                failures: self.failures.clone(),
+            };
+            match start_vcpu(vcpu, surroundings) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => self.ender.end(internal(0, format!("cannot start a thread: {error}"))),
             }
@@ -299,6 +333,12 @@ impl Machine {
             }
         }
         let wall = begin.elapsed();
+        if let Some(pager) = pager {
+            quit.write(1)?;
+            if pager.join().is_err() {
+                tracing::error!("the pager panicked");
+            }
+        }
         drop(raw_mode);
         let outcome = lock(&self.ender.outcome).take();
         let outcome = outcome.unwrap_or_else(|| internal(0, "the machine ended without a reason".into()));
@@ -307,8 +347,9 @@ impl Machine {
             output.finish(patience);
         }
         let moves = mover.moves.load(Ordering::Relaxed);
+        let brought = self.paging.as_ref().map_or(0, |paging| paging.brought());
         let statistics =
-            Statistics { moves, ..statistics(&handles, startup, wall, memory_size(&self.memory)) };
+            Statistics { moves, brought, ..statistics(&handles, startup, wall, memory_size(&self.memory)) };
         Ok(Report { outcome, statistics })
     }
 
@@ -334,27 +375,32 @@ fn memory_size(memory: &GuestMemory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-fn start_vcpu(
-    vcpu: Vcpu,
+/// What a virtual CPU has around it.
+struct Surroundings {
     buses: Arc<Buses>,
     ender: Arc<Ender>,
     mover: Arc<Mover>,
-) -> io::Result<JoinHandle<()>> {
+    failures: Arc<Failures>,
+}
+
+fn start_vcpu(vcpu: Vcpu, surroundings: Surroundings) -> io::Result<JoinHandle<()>> {
     let id = vcpu.handle().id();
     thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
         let mut vcpu = vcpu;
-        let run = catch_unwind(AssertUnwindSafe(|| run_vcpu(&mut vcpu, &buses, &ender, &mover)));
+        let run = catch_unwind(AssertUnwindSafe(|| run_vcpu(&mut vcpu, &surroundings)));
         if let Err(panic) = run {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
             let reason = format!("the virtual CPU's thread panicked: {text}");
-            ender.end(Outcome::InternalError { cpu: id, reason, registers: registers::dump(&mut vcpu) });
+            let registers = registers::dump(&mut vcpu);
+            surroundings.ender.end(Outcome::InternalError { cpu: id, reason, registers });
         }
     })
 }
 
 /// Runs a virtual CPU until the machine ends.
-fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender, mover: &Mover) {
+fn run_vcpu(vcpu: &mut Vcpu, surroundings: &Surroundings) {
+    let Surroundings { buses, ender, mover, failures } = surroundings;
     let cpu = vcpu.handle().id();
     let mut moved = 0;
     while !ender.ending() {
@@ -373,7 +419,9 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender, mover: &Mover) {
             }
             Err(error) => {
                 let told = match error {
-                    hypervisor::Error::MemoryFailed { gpa, .. } => machine_check::tell(vcpu, gpa),
+                    hypervisor::Error::MemoryFailed { gpa, .. } => {
+                        machine_check::tell(vcpu, gpa, Action::Required)
+                    }
                     other => Err(other),
                 };
                 let Err(error) = told else { continue };
@@ -385,6 +433,11 @@ fn run_vcpu(vcpu: &mut Vcpu, buses: &Buses, ender: &Ender, mover: &Mover) {
             VcpuExit::Io { port, size, write } => {
                 let value = access(&buses.ports, port.into(), size, write.map(u64::from));
                 vcpu.complete(value);
+                if let Some(error) =
+                    failures.next().and_then(|gpa| machine_check::tell(vcpu, gpa, Action::Optional).err())
+                {
+                    tracing::error!("the guest cannot be told of failed memory: {error}");
+                }
                 continue;
             }
             VcpuExit::Mmio { gpa, size, write } => {
@@ -449,6 +502,7 @@ fn statistics(cpus: &[Arc<VcpuHandle>], startup: Duration, wall: Duration, guest
         throttled: Duration::from_nanos(cpus.iter().map(|cpu| load(&cpu.stats.split_lock_throttle)).sum()),
         guest_memory,
         moves: 0,
+        brought: 0,
         peak_resident: peak_resident(),
     }
 }

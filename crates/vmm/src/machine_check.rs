@@ -1,13 +1,18 @@
 //! Memory of the guest's that has failed, as QEMU tells of it: machine checks with the page's address (`kvm_arch_on_sigbus_vcpu` and
 //! `kvm_mce_inject` in its target/i386/kvm/kvm.c).
 //!
-//! The host tells of failures only when somebody touches the memory (prctl(2), PR_MCE_KILL_LATE, the default): action is required, of the
-//! virtual CPU that has.
+//! *Action required* is for the virtual CPU that has touched it, *action optional* for failures that somebody else has found.
+//! The host tells of failures only when somebody touches the memory (prctl(2), PR_MCE_KILL_LATE, the default), so all of its are of the
+//! first kind; the second is the memory device's ([`crate::devices::memory`]).
 
+use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hypervisor::{Error, Vcpu};
 use kvm_bindings::{kvm_msr_entry, kvm_x86_mce};
+
+use crate::devices::bus::lock;
 
 /// MCG_CAP: MCG_CTL_P, MCG_SER_P, MCG_LMCE_P, and as many banks as QEMU has.
 const CAPABILITIES: u64 = 1 << 8 | 1 << 24 | 1 << 27 | 10;
@@ -36,12 +41,22 @@ mod status {
     pub(super) const AR: u64 = 1 << 55;
     /// VAL, UC, EN, MISCV, ADDRV, S.
     pub(super) const ALL: u64 = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 59 | 1 << 58 | 1 << 56;
-    /// Code: a load of data.
+    /// Codes: a load of data, and memory scrubbing.
     pub(super) const DATA_LOAD: u64 = 0x134;
+    pub(super) const SCRUBBING: u64 = 0xc0;
 }
 
 /// IA32_MCi_MISC: the address is a physical one, and right but for its lowest 12 bits.
 const MISC: u64 = 2 << 6 | 0xc;
+
+/// What is to be done about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// The instruction cannot go on without.
+    Required,
+    /// Nobody has used the memory so far.
+    Optional,
+}
 
 /// Sets the registers as firmware does.
 pub(crate) fn set_up(vcpu: &mut Vcpu) -> Result<(), Error> {
@@ -57,7 +72,7 @@ pub(crate) fn set_up(vcpu: &mut Vcpu) -> Result<(), Error> {
 static TOLD: AtomicBool = AtomicBool::new(false);
 
 /// Tells the guest that its memory at `gpa` has failed.
-pub(crate) fn tell(vcpu: &mut Vcpu, gpa: u64) -> Result<(), Error> {
+pub(crate) fn tell(vcpu: &mut Vcpu, gpa: u64, action: Action) -> Result<(), Error> {
     // A guest that takes none touches it over and over.
     if !TOLD.swap(true, Ordering::Relaxed) {
         tracing::warn!(
@@ -66,17 +81,36 @@ pub(crate) fn tell(vcpu: &mut Vcpu, gpa: u64) -> Result<(), Error> {
     }
     let mut control = [kvm_msr_entry { index: MCG_EXT_CTL, ..kvm_msr_entry::default() }];
     let local = vcpu.get_msrs(&mut control) == 1 && control[0].data & LMCE_EN != 0;
-    vcpu.set_mce(&machine_check(gpa, local))
+    vcpu.set_mce(&machine_check(gpa, action, local))
 }
 
-fn machine_check(gpa: u64, local: bool) -> kvm_x86_mce {
+fn machine_check(gpa: u64, action: Action, local: bool) -> kvm_x86_mce {
+    let (status, mcg) = match action {
+        Action::Required => (status::AR | status::DATA_LOAD, mcg::EIPV),
+        Action::Optional => (status::SCRUBBING, 0),
+    };
     kvm_x86_mce {
-        status: status::ALL | status::AR | status::DATA_LOAD,
+        status: status::ALL | status,
         addr: gpa,
         misc: MISC,
-        mcg_status: mcg::MCIP | mcg::RIPV | mcg::EIPV | if local { mcg::LMCE_S } else { 0 },
+        mcg_status: mcg::MCIP | mcg::RIPV | mcg | if local { mcg::LMCE_S } else { 0 },
         bank: BANK,
         ..kvm_x86_mce::default()
+    }
+}
+
+/// Failures that a virtual CPU is to hear of when it leaves a device.
+#[derive(Debug, Default)]
+pub(crate) struct Failures(Mutex<VecDeque<u64>>);
+
+impl Failures {
+    /// The memory at `gpa` has failed.
+    pub(crate) fn push(&self, gpa: u64) {
+        lock(&self.0).push_back(gpa);
+    }
+
+    pub(crate) fn next(&self) -> Option<u64> {
+        lock(&self.0).pop_front()
     }
 }
 
@@ -87,9 +121,10 @@ mod tests {
     /// The numbers of QEMU's.
     #[test]
     fn machine_checks_are_those_of_qemu() {
-        let required = machine_check(0x1234_5000, false);
+        let required = machine_check(0x1234_5000, Action::Required, false);
         assert_eq!((required.status, required.mcg_status), (0xbd80_0000_0000_0134, 7));
         assert_eq!((required.addr, required.misc, required.bank), (0x1234_5000, 0x8c, 9));
-        assert_eq!(machine_check(0x1234_5000, true).mcg_status, 15);
+        let optional = machine_check(0x1000, Action::Optional, true);
+        assert_eq!((optional.status, optional.mcg_status), (0xbd00_0000_0000_00c0, 13));
     }
 }

@@ -60,6 +60,8 @@ pub struct Statistics {
     pub throttled: Duration,
     /// How often the state of a virtual CPU was saved and restored.
     pub moves: u64,
+    /// Pages of guest memory that were elsewhere and have come.
+    pub brought: u64,
     /// Guest memory in bytes.
     pub guest_memory: u64,
     /// Largest resident size of the process in bytes, if the host tells.
@@ -135,6 +137,9 @@ impl fmt::Display for Statistics {
         }
         if self.moves != 0 {
             row("virtual CPUs moved", Grouped(self.moves).to_string())?;
+        }
+        if self.brought != 0 {
+            row("pages brought", Grouped(self.brought).to_string())?;
         }
         let total = self.exits.iter().map(|(_, count)| count).sum();
         row("exits", Grouped(total).to_string())?;

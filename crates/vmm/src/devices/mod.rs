@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod cmos;
 pub mod irq;
+pub mod memory;
 pub mod power;
 pub mod serial;
 pub mod virtio;

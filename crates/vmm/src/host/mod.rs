@@ -5,3 +5,4 @@ pub mod escape;
 pub mod events;
 pub mod sys;
 pub mod terminal;
+pub mod userfaultfd;

@@ -33,9 +33,14 @@ impl<'a> Waiter<'a> {
 pub fn poll(waiters: &mut [Waiter<'_>], timeout: Option<Duration>) -> io::Result<()> {
     let mut fds: Vec<libc::pollfd> =
         waiters.iter().map(|w| libc::pollfd { fd: w.fd, events: w.events, revents: 0 }).collect();
-    let timeout = timeout.map_or(-1, |t| i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX));
-    // SAFETY: `fds` is a valid array of its length for the time of the call.
-    let result = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
+    let timeout = timeout.map(|t| libc::timespec {
+        tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: t.subsec_nanos().into(),
+    });
+    let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: `fds` is a valid array of its length for the time of the call, and the time is there or null.
+    let result =
+        unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout, std::ptr::null()) };
     if result < 0 {
         let error = io::Error::last_os_error();
         return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) };
