@@ -5,6 +5,8 @@
 //! between the BEGIN and END lines of each workload, and from process start to the guest's init.
 #![expect(unsafe_code, reason = "a child's CPU clock is read with clock_gettime")]
 
+mod async_pf;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
@@ -49,6 +51,8 @@ enum Subject {
     Notify,
     /// AMX: a guest's products against the host's vector instructions, and what hosts pay to keep tiles.
     Amx,
+    /// What a guest's task gets done beside one that waits for pages, with asynchronous page faults and without.
+    AsyncPf,
 }
 
 /// Kernel command line of all runs.
@@ -92,6 +96,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
         }
         Subject::SplitLocks => split_locks(options),
         Subject::Amx => amx(options),
+        Subject::AsyncPf => async_pf::run(options),
     }
 }
 
