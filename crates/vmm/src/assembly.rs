@@ -65,18 +65,12 @@ impl InterruptSink for Controllers {
 /// What the memory device has the hypervisor do.
 struct MemoryEffects {
     vm: Arc<Vm>,
-    slots: Vec<u64>,
     failures: Arc<Failures>,
 }
 
 impl Effects for MemoryEffects {
     fn gone(&mut self) {
-        for &slot in &self.slots {
-            // Nothing is known of its pages any more.
-            if let Err(error) = self.vm.set_lazy(slot, true) {
-                tracing::error!("guest memory at {slot:#x}: {error}");
-            }
-        }
+        self.vm.memory().ept().find_gone();
     }
 
     fn failed(&mut self, page: u64) {
@@ -149,12 +143,10 @@ impl Assembly {
     pub(crate) fn attach_memory(
         &mut self,
         vm: &Arc<Vm>,
-        memory: &GuestMemory,
         paging: &Arc<Paging>,
         failures: &Arc<Failures>,
     ) -> Result<(), StartError> {
-        let slots = memory.iter().map(|region| region.start_addr().0).collect();
-        let effects = MemoryEffects { vm: vm.clone(), slots, failures: failures.clone() };
+        let effects = MemoryEffects { vm: vm.clone(), failures: failures.clone() };
         let device = shared(MemoryDevice::new(paging.clone(), effects));
         self.buses.ports.attach(layout::PORT_MEMORY.into(), memory_device::LENGTH, Width::Any, device)?;
         Ok(())

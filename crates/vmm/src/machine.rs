@@ -264,7 +264,7 @@ impl Machine {
         let failures = Arc::default();
         let mut assembly = Assembly::new(&config, &vm, &memory, &ender.event, ender.sink())?;
         if let Some(paging) = &paging {
-            assembly.attach_memory(&vm, &memory, paging, &failures)?;
+            assembly.attach_memory(&vm, paging, &failures)?;
             ender.paging.get_or_init(|| paging.clone());
         }
         // Reading the kernel and making the CPUs take about the same time, and neither needs the other.

@@ -6,7 +6,7 @@
 //! that when the call returns no CPU uses what was removed.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use crate::mmu::page_set::{PageSet, zeroed};
 pub use crate::mmu::presence::Lazy;
@@ -54,6 +54,8 @@ pub struct Ept {
     generation: AtomicU64,
     /// Some region is lazy, or was.
     lazy: AtomicBool,
+    /// Held by whoever looks for pages that are gone.
+    looking: Mutex<()>,
     pub(crate) world: World,
 }
 
@@ -330,6 +332,8 @@ impl Ept {
     /// Looks which pages the host has taken away since they were last seen; how many. When this returns no CPU accesses them
     /// without exiting.
     pub fn find_gone(&self) -> usize {
+        // Whoever finds a page's mark taken away by another one must not return before CPUs have heard of it.
+        let _alone = self.looking.lock().unwrap_or_else(|e| e.into_inner());
         let map = self.map();
         let gone =
             |b: &Arc<Backing>| b.presence.as_ref().map_or(0, |p| p.find_gone(b.region.host, b.page_count()));
