@@ -80,10 +80,13 @@ pub fn halt() {
     unsafe { asm!("sti; hlt") };
 }
 
-/// Lets one interrupt in that waits.
-pub fn breathe() {
+/// For what interrupts must not come between, from a task.
+pub fn without_interrupts(change: impl FnOnce()) {
+    // SAFETY: the flag alone changes.
+    unsafe { asm!("cli") };
+    change();
     // SAFETY: as above.
-    unsafe { asm!("sti; nop; cli") };
+    unsafe { asm!("sti") };
 }
 
 pub fn read<T: Copy>(at: u64) -> T {

@@ -62,8 +62,6 @@ static REPORT_: Report = Report {
 };
 /// Tasks that touch pages and have not ended.
 static LEFT: AtomicU64 = AtomicU64::new(0);
-/// They may begin.
-static BEGUN: AtomicU64 = AtomicU64::new(0);
 
 pub fn parameters() -> Parameters {
     cpu::read(PARAMETERS_AT)
@@ -76,11 +74,9 @@ pub fn start() {
         1 => {
             LEFT.store(1, Ordering::Relaxed);
             tasks::add(1, compute, parameters.alone);
-            tasks::add(2, sweep, parameters.pages);
         }
         2 => {
             LEFT.store(parameters.tasks, Ordering::Relaxed);
-            BEGUN.store(1, Ordering::Relaxed);
             (1..=parameters.tasks).for_each(|task| tasks::add(task as usize, wander, task));
         }
         3 => {
@@ -102,9 +98,6 @@ fn touch(page: u64) {
 }
 
 extern "C" fn sweep(pages: u64) -> ! {
-    while BEGUN.load(Ordering::Relaxed) == 0 {
-        core::hint::spin_loop();
-    }
     (0..pages).for_each(touch);
     LEFT.fetch_sub(1, Ordering::Relaxed);
     tasks::exit()
@@ -138,7 +131,7 @@ fn measure(into: &[AtomicU64; 2], more: impl Fn(u64) -> bool) {
 
 extern "C" fn compute(alone: u64) -> ! {
     measure(&REPORT_.alone, |ticks| ticks < alone);
-    BEGUN.store(1, Ordering::Relaxed);
+    cpu::without_interrupts(|| tasks::add(2, sweep, parameters().pages));
     measure(&REPORT_.beside, |_| LEFT.load(Ordering::Relaxed) != 0);
     pass()
 }

@@ -3,7 +3,9 @@
 //! images, so any virtual machine monitor can run them; [`machine`] is a small one over the hypervisor's calls.
 
 pub mod elf;
+pub mod lazy;
 pub mod machine;
+pub mod pager;
 
 /// A guest program.
 #[derive(Clone, Copy, Debug)]

@@ -1,80 +1,31 @@
 //! Asynchronous page faults on bare metal, by the numbers of their test plan. `asm/async_pf.S` touches pages that a userfaultfd of
 //! ours serves: some when the program asks for them, and the others at once.
-#![expect(unsafe_code, reason = "maps memory, and serves its faults")]
 
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
-use guests::ASYNC_PF;
-use guests::machine;
+use guests::lazy::{LazyMemory, PAGE};
+use guests::{ASYNC_PF, machine};
 use hypervisor::{HostParams, VcpuExit};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use silicon::model::CpuModel;
 
-const PAGE: usize = 4096;
 /// The slot: where, and its bytes.
 const LAZY: u64 = 0x1000_0000;
 const SIZE: usize = 2 << 20;
 /// Pages that come only when the program asks.
 const ASKED: [u64; 2] = [1, 6];
 
-/// Memory whose pages somebody has to bring (include/uapi/linux/userfaultfd.h).
-struct Lazy {
-    host: u64,
-    faults: File,
+/// The memory; `None` where nobody may have a userfaultfd.
+fn lazy() -> Option<LazyMemory> {
+    LazyMemory::new(SIZE).inspect_err(|error| eprintln!("no userfaultfd: {error}")).ok()
 }
 
-impl Lazy {
-    /// `None` where nobody may have a userfaultfd.
-    fn new() -> Option<Lazy> {
-        const USER_MODE_ONLY: libc::c_int = 1;
-        let (rw, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping, and a descriptor that is nobody else's.
-        let (host, faults) = unsafe {
-            let host = libc::mmap(std::ptr::null_mut(), SIZE, rw, flags, -1, 0) as u64;
-            let fd = libc::syscall(libc::SYS_userfaultfd, USER_MODE_ONLY | libc::O_CLOEXEC) as libc::c_int;
-            if fd < 0 {
-                eprintln!("no userfaultfd: {}", std::io::Error::last_os_error());
-                return None;
-            }
-            (host, File::from_raw_fd(fd))
-        };
-        let lazy = Lazy { host, faults };
-        lazy.call(0xc018_aa3f, &mut [0xaa, 0, 0]);
-        lazy.call(0xc020_aa00, &mut [host, SIZE as u64, 1, 0]);
-        Some(lazy)
-    }
-
-    fn call(&self, number: libc::c_ulong, structure: &mut [u64]) {
-        // SAFETY: each structure has the length that its number says.
-        let result = unsafe { libc::ioctl(self.faults.as_raw_fd(), number, structure.as_mut_ptr()) };
-        assert_eq!(result, 0, "{number:#x}: {}", std::io::Error::last_os_error());
-    }
-
-    /// The number of the next page that somebody waits for.
-    fn next(&self) -> Option<u64> {
-        let mut message = [0; 32];
-        (&self.faults).read_exact(&mut message).ok()?;
-        let address = u64::from_le_bytes(message[16..24].try_into().unwrap());
-        Some((address - self.host) / PAGE as u64)
-    }
-
-    /// Brings it: each word is the page's number.
-    fn bring(&self, page: u64) {
-        let data: Vec<u8> = (page as u32).to_le_bytes().repeat(PAGE / 4);
-        let to = self.host + page * PAGE as u64;
-        self.call(0xc028_aa03, &mut [to, data.as_ptr() as u64, PAGE as u64, 0, 0]);
-    }
-}
-
-impl Drop for Lazy {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, which the VM is done with.
-        unsafe { libc::munmap(self.host as *mut libc::c_void, SIZE) };
-    }
+/// Brings a page: each word is its number.
+fn bring(lazy: &LazyMemory, page: u64) {
+    let mut content = [0; PAGE];
+    content.as_chunks_mut::<4>().0.iter_mut().for_each(|word| *word = (page as u32).to_le_bytes());
+    lazy.bring(page, &content).unwrap();
 }
 
 /// What the program has asked for.
@@ -99,13 +50,13 @@ impl Asked {
 }
 
 /// The slot of pages that somebody has to bring.
-fn slot(lazy: &Lazy) -> kvm_userspace_memory_region {
+fn slot(lazy: &LazyMemory) -> kvm_userspace_memory_region {
     kvm_userspace_memory_region {
         slot: 1,
         flags: 0,
         guest_phys_addr: LAZY,
         memory_size: SIZE as u64,
-        userspace_addr: lazy.host,
+        userspace_addr: lazy.host(),
     }
 }
 
@@ -114,7 +65,7 @@ fn slot(lazy: &Lazy) -> kvm_userspace_memory_region {
 #[test]
 fn apf_a_split_lock_waits_for_its_page_and_can_be_interrupted() {
     hypervisor::memory::catch_absence();
-    let Some(lazy) = Lazy::new() else { return };
+    let Some(lazy) = lazy() else { return };
     let host = HostParams::parse("split_lock_detect=fatal ring3.split_lock_policy=emulate").unwrap();
     let mut machine = machine::build(ASYNC_PF.image, 1, CpuModel::default(), host).unwrap();
     machine.vm.set_user_memory_region(slot(&lazy)).unwrap();
@@ -130,11 +81,11 @@ fn apf_a_split_lock_waits_for_its_page_and_can_be_interrupted() {
             let interrupted = matches!(vcpu.run(), Err(hypervisor::Error::Interrupted));
             (interrupted, vcpu)
         });
-        assert_eq!(lazy.next(), Some(0), "a worker wants the page");
+        assert_eq!(lazy.next().unwrap(), 0, "a worker wants the page");
         handle.interrupt();
         let (interrupted, vcpu) = running.join().unwrap();
         assert!(interrupted);
-        lazy.bring(0);
+        bring(&lazy, 0);
         handle.settle();
         assert!(matches!(vcpu.run(), Ok(VcpuExit::Io { port: 0xf4, .. })));
     });
@@ -148,7 +99,7 @@ fn apf_a_split_lock_waits_for_its_page_and_can_be_interrupted() {
 #[test]
 fn apf_events_of_pages_that_are_elsewhere() {
     hypervisor::memory::catch_absence();
-    let Some(lazy) = Lazy::new().map(Arc::new) else { return };
+    let Some(lazy) = lazy().map(Arc::new) else { return };
     let mut machine = machine::build(ASYNC_PF.image, 1, CpuModel::default(), HostParams::default()).unwrap();
     machine.vm.set_user_memory_region(slot(&lazy)).unwrap();
     let asked = Arc::new(Asked::default());
@@ -157,11 +108,11 @@ fn apf_events_of_pages_that_are_elsewhere() {
         move || {
             // Six pages; the program touches no other.
             for _ in 0..6 {
-                let Some(page) = lazy.next() else { return };
+                let Ok(page) = lazy.next() else { return };
                 if ASKED.contains(&page) {
                     asked.wait_for(page);
                 }
-                lazy.bring(page);
+                bring(&lazy, page);
             }
         }
     };

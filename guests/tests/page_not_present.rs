@@ -6,65 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use guests::{PAGER, machine};
+use guests::lazy::{LazyMemory, PAGE};
+use guests::pager::{self, LAZY, Parameters, Protocol, Report, Work};
+use hypervisor::Vm;
 use hypervisor::async_pf::{Outcome, PageSource};
-use hypervisor::{HostParams, VcpuExit, Vm};
-use kvm_bindings::{kvm_msi, kvm_userspace_memory_region};
+use kvm_bindings::kvm_msi;
 use silicon::mmu::ept::Lazy;
-use silicon::model::CpuModel;
 
-const PAGE: u64 = 4096;
-const LAZY: u64 = 0x1000_0000;
-const PARAMETERS: u64 = 0x8000;
-
-/// `pager/work.rs`.
-#[derive(Clone, Copy, Debug)]
-struct Parameters {
-    work: u64,
-    protocol: u64,
-    order: u64,
-    pages: u64,
-    tasks: u64,
-    touches: u64,
-    seed: u64,
-    alone: u64,
-}
-
-const PROTOCOL: u64 = 1;
-const VE: u64 = 2;
-const KVM: u64 = 3;
+const PAGE_SIZE: u64 = PAGE as u64;
 
 /// Messages: an NMI, and the kernel's interrupt for resolutions.
 const NMI: u32 = 4 << 8;
 const RESOLVED: u32 = 0x51;
-
-/// What the kernel reports.
-#[derive(Clone, Debug, Default)]
-struct Report {
-    console: String,
-    words: Vec<u64>,
-}
-
-impl Report {
-    fn events(&self) -> u64 {
-        self.words[0]
-    }
-    fn resolutions(&self) -> u64 {
-        self.words[1]
-    }
-    fn failed(&self) -> u64 {
-        self.words[2]
-    }
-    fn machine_checks(&self) -> u64 {
-        self.words[3]
-    }
-    fn deaths(&self) -> u64 {
-        self.words[4]
-    }
-    fn nmis(&self) -> u64 {
-        self.words[9]
-    }
-}
 
 /// Brings pages after times that look random, and fails one.
 #[derive(Debug)]
@@ -81,7 +34,7 @@ impl PageSource for Source {
             1 | 2 => thread::yield_now(),
             _ => {}
         }
-        let failed = self.fails == Some((gpa - LAZY) / PAGE);
+        let failed = self.fails == Some((gpa - LAZY) / PAGE_SIZE);
         if failed { Outcome::Failed } else { Outcome::Came }
     }
 }
@@ -91,16 +44,16 @@ struct Pages(Vec<u64>);
 
 impl Pages {
     fn new(count: u64) -> Pages {
-        let mut words = vec![0; ((count + 1) * PAGE / 8) as usize];
+        let mut words = vec![0; ((count + 1) * PAGE_SIZE / 8) as usize];
         let start = Pages::start(&words);
         for page in 0..count {
-            words[start + (page * PAGE / 8) as usize] = page;
+            words[start + (page * PAGE_SIZE / 8) as usize] = page;
         }
         Pages(words)
     }
 
     fn start(words: &[u64]) -> usize {
-        (words.as_ptr() as usize).next_multiple_of(PAGE as usize) / 8 - words.as_ptr() as usize / 8
+        (words.as_ptr() as usize).next_multiple_of(PAGE) / 8 - words.as_ptr() as usize / 8
     }
 
     fn host(&self) -> u64 {
@@ -113,26 +66,14 @@ fn run(parameters: Parameters, fails: Option<u64>, disturb: impl Fn(&Vm) + Sync)
     hypervisor::memory::catch_absence();
     // One more, which NMIs touch.
     let pages = Pages::new(parameters.pages + 1);
-    let mut machine = machine::build(PAGER, 1, CpuModel::default(), HostParams::default()).unwrap();
     let source = Arc::new(Source { fails, asked: AtomicU64::new(0) });
-    machine.vm.set_page_source(source.clone()).unwrap();
-    let slot = kvm_userspace_memory_region {
-        slot: 1,
-        flags: 0,
-        guest_phys_addr: LAZY,
-        memory_size: (parameters.pages + 1) * PAGE,
-        userspace_addr: pages.host(),
-    };
-    machine.vm.set_user_memory_region(slot).unwrap();
+    let prepare = |vm: &Arc<Vm>| vm.set_page_source(source.clone());
+    let size = (parameters.pages + 1) * PAGE_SIZE;
+    let mut machine = pager::machine(&parameters, pages.host(), size, prepare).unwrap();
     machine.vm.set_lazy(LAZY, Lazy::Own).unwrap();
-    let Parameters { work, protocol, order, pages: count, tasks, touches, seed, alone } = parameters;
-    let words = [work, protocol, order, count, tasks, touches, seed, alone];
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    assert!(machine.vm.memory().write(PARAMETERS, &bytes));
     let vcpu = &mut machine.vcpus[0];
     vcpu.setup_mce(1 << 24 | 1 << 8 | 10).unwrap();
     let (over, vm) = (AtomicBool::new(false), machine.vm.clone());
-    let mut report = Report::default();
     thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
@@ -144,30 +85,15 @@ fn run(parameters: Parameters, fails: Option<u64>, disturb: impl Fn(&Vm) + Sync)
                 }
             }
         });
-        let mut halves = Vec::new();
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            loop {
-                match vcpu.run().unwrap() {
-                    VcpuExit::Io { port: 0xec, write: Some(half), .. } => halves.push(u64::from(half)),
-                    VcpuExit::Io { port: 0x3f8, write: Some(value), .. } => {
-                        report.console.push(char::from(value as u8));
-                    }
-                    VcpuExit::Io { port: 0xf4, .. } => break,
-                    other => panic!("{other:?} at {:#x}; {}", vcpu.state().rip, report.console),
-                }
-            }
-        }));
+        let report = pager::run(vcpu);
         over.store(true, Ordering::Relaxed);
-        ended.unwrap();
-        report.words = halves.as_chunks().0.iter().map(|[low, high]| low | high << 32).collect();
-    });
-    assert_eq!(report.console, "PASS\n", "{report:?}");
-    report
+        report.unwrap_or_else(|why| panic!("{parameters:?}: {why}"))
+    })
 }
 
 const DUET: Parameters = Parameters {
-    work: 1,
-    protocol: PROTOCOL,
+    work: Work::Duet,
+    protocol: Protocol::NotPresent,
     order: 4,
     pages: 500,
     tasks: 0,
@@ -179,11 +105,10 @@ const DUET: Parameters = Parameters {
 /// A task computes while another waits for its pages, one after the other, by the protocol, with #VE, and by the kernel's interface.
 #[test]
 fn pnp_r3_a_task_goes_on_while_another_waits() {
-    for protocol in [PROTOCOL, VE, KVM] {
+    for protocol in [Protocol::NotPresent, Protocol::Ve, Protocol::Kvm] {
         let report = run(Parameters { protocol, ..DUET }, None, |_| thread::yield_now());
-        assert_eq!((report.events(), report.resolutions()), (500, 500), "{report:?}");
-        let [.., beside, _, _] = report.words[..] else { panic!("{report:?}") };
-        assert_ne!(beside, 0, "it has got on");
+        assert_eq!((report.events, report.resolutions), (500, 500), "{report:?}");
+        assert_ne!(report.beside[0], 0, "it has got on");
     }
 }
 
@@ -191,29 +116,50 @@ fn pnp_r3_a_task_goes_on_while_another_waits() {
 /// while events are handled (R9), and interrupts come that nobody has sent for (R12).
 #[test]
 fn pnp_r4_r5_r9_r12_many_tasks_with_few_tokens() {
-    for (protocol, order) in [(PROTOCOL, 0), (PROTOCOL, 2), (PROTOCOL, 5), (VE, 0), (VE, 2), (VE, 5)] {
-        let many =
-            Parameters { work: 2, protocol, order, pages: 256, tasks: 16, touches: 400, seed: 7, ..DUET };
+    for (protocol, order) in
+        [Protocol::NotPresent, Protocol::Ve].into_iter().flat_map(|p| [0, 2, 5].map(|o| (p, o)))
+    {
+        let work = Work::Wander;
+        let many = Parameters { work, protocol, order, pages: 256, tasks: 16, touches: 400, seed: 7, ..DUET };
         let report = run(many, None, |vm| {
-            // Nobody takes this page away for good: the kernel's tasks touch the others.
-            vm.evict(LAZY, 257 * PAGE).unwrap();
+            vm.evict(LAZY, 257 * PAGE_SIZE).unwrap();
             for data in [NMI, RESOLVED] {
                 vm.signal_msi(&kvm_msi { address_lo: 0xfee0_0000, data, ..kvm_msi::default() }).unwrap();
             }
             thread::sleep(Duration::from_micros(300));
         });
-        assert_eq!(report.events(), report.resolutions());
-        assert!(report.events() > 100 && report.nmis() > 0, "{report:?}");
+        assert_eq!(report.events, report.resolutions);
+        assert!(report.events > 100 && report.nmis > 0, "{report:?}");
     }
 }
 
 /// A page that has failed kills the task that touches it, and no other.
 #[test]
 fn pnp_r7_a_failed_page_kills_only_the_task_that_touches_it() {
-    for protocol in [PROTOCOL, VE] {
-        let poison = Parameters { work: 3, protocol, pages: 4, ..DUET };
+    for protocol in [Protocol::NotPresent, Protocol::Ve] {
+        let poison = Parameters { work: Work::Poison, protocol, pages: 4, ..DUET };
         let report = run(poison, Some(1), |_| thread::yield_now());
-        assert_eq!((report.failed(), report.machine_checks()), (1, 0), "{report:?}");
-        assert_eq!(report.deaths(), 0, "it did not run again");
+        assert_eq!((report.failed, report.machine_checks), (1, 0), "{report:?}");
+        assert_eq!(report.deaths, 0, "it did not run again");
+    }
+}
+
+/// The same behind a userfaultfd, with memory that the host kernel says has failed.
+#[test]
+fn pnp_r7_a_poisoned_page_behind_a_userfaultfd() {
+    hypervisor::memory::catch_absence();
+    let lazy = match LazyMemory::new(2 << 20) {
+        Ok(lazy) => lazy,
+        Err(error) => return eprintln!("no userfaultfd: {error}"),
+    };
+    lazy.bring(0, &[0; PAGE]).unwrap();
+    if let Err(error) = lazy.poison(1) {
+        return eprintln!("memory cannot be made to fail on this host: {error}");
+    }
+    for protocol in [Protocol::NotPresent, Protocol::Ve] {
+        let poison = Parameters { work: Work::Poison, protocol, pages: 4, ..DUET };
+        let mut machine = pager::machine(&poison, lazy.host(), lazy.size(), |_| Ok(())).unwrap();
+        let report = pager::run(&mut machine.vcpus[0]);
+        assert_eq!(report.unwrap().failed, 1);
     }
 }
