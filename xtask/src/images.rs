@@ -52,7 +52,7 @@ impl Initramfs<'_> {
     /// Builds the archive for `kernel` and writes it to `path`.
     pub fn build(&self, kernel: &Kernel, path: &Path) -> Result<(), Error> {
         let mut archive = Archive::new();
-        for dir in ["bin", "dev", "proc", "sys", "modules", "root", "etc"] {
+        for dir in ["bin", "dev", "proc", "sys", "modules", "driver", "root", "etc"] {
             archive.directory(dir);
         }
         archive.device("dev/console", 5, 1).device("dev/null", 1, 3).device("dev/ttyS0", 4, 64);

@@ -4,6 +4,7 @@ mod bench;
 mod crate_tests;
 mod demo;
 mod fuzz;
+mod linux_driver;
 mod selftests;
 mod test;
 mod verdicts;
@@ -36,6 +37,8 @@ enum Task {
     KvmIoctls(crate_tests::Options),
     /// Build VMMs that Debian has no packages of from their source, and boot Debian's kernel on each under `ring3 run`.
     Vmms,
+    /// Build the Linux guest driver of the page-not-present protocol for Debian's kernel, and run it.
+    LinuxDriver,
 }
 
 fn main() -> ExitCode {
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Task::Selftests(options) => selftests::run(&options),
         Task::KvmIoctls(options) => crate_tests::run(&options),
         Task::Vmms => vmms::run(),
+        Task::LinuxDriver => linux_driver::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
