@@ -24,6 +24,7 @@
 #include <linux/interrupt.h>
 #include <linux/irq.h>
 #include <linux/irqdomain.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -77,6 +78,7 @@ struct token {
 	bool done;
 	bool nobody;			/* nobody sleeps for it */
 	unsigned long address;
+	unsigned long pfn;
 	struct swait_queue_head sleeper;
 	struct callback_head work;
 };
@@ -135,6 +137,16 @@ static void discard(struct token *token)
 	kfree(token);
 }
 
+/*
+ * The task's page is lost. The kernel does what it does where a machine check says so: it takes the page out of use, for nobody else may
+ * get it, and sends SIGBUS to whoever has it mapped, with the address.
+ */
+static void lose(unsigned long pfn, unsigned long address)
+{
+	if (memory_failure(pfn, MF_ACTION_REQUIRED))
+		send_sig_mceerr(BUS_MCEERR_AR, (void __user *)address, PAGE_SHIFT, current);
+}
+
 /* In the task whose access it was, on its way to user mode. */
 static void sleep_until_resolved(struct callback_head *work)
 {
@@ -152,13 +164,11 @@ static void sleep_until_resolved(struct callback_head *work)
 	finish_swait(&token->sleeper, &wait);
 	raw_spin_lock_irqsave(&lock, flags);
 	failed = token->result;
-	/* As the kernel does where memory fails under a task: the address is what the task knows. */
-	if (failed)
-		failures++;
+	failures += failed;
 	hash_del(&token->node);
 	raw_spin_unlock_irqrestore(&lock, flags);
 	if (failed)
-		send_sig_mceerr(BUS_MCEERR_AR, (void __user *)token->address, PAGE_SHIFT, current);
+		lose(token->pfn, token->address);
 	kfree(token);
 	if (atomic_dec_and_test(&asleep))
 		wake_up(&all_awake);
@@ -169,13 +179,14 @@ static irqreturn_t on_event(int irq, void *unused)
 	struct page_not_present_data *data = this_cpu_ptr(&shared)->data;
 	bool user = user_mode(get_irq_regs());
 	struct token *token;
-	unsigned long address;
+	unsigned long address, pfn;
 	u32 number;
 
 	if (!smp_load_acquire(&data->inuse))
 		return IRQ_NONE;
 	number = data->token;
 	address = data->flags & GVA_KNOWN ? data->gva : 0;
+	pfn = data->gpa >> PAGE_SHIFT;
 	/* All is read: the host may write again. */
 	smp_store_release(&data->inuse, 0);
 
@@ -183,25 +194,19 @@ static irqreturn_t on_event(int irq, void *unused)
 	events++;
 	in_kernel += !user;
 	token = find(number);
-	if (token && token->done) {
-		/*
-		 * Resolved before we have heard of it. If the page has come the access finds it; if it has failed the task, which makes the
-		 * access again, hears of it by another event.
-		 */
-		bool failed = token->result && user;
-
+	if (token && !token->result) {
+		/* It came before we have heard that it had gone. */
 		discard(token);
 		raw_spin_unlock(&lock);
-		if (failed) {
-			failures++;
-			send_sig_mceerr(BUS_MCEERR_AR, (void __user *)address, PAGE_SHIFT, current);
-		}
 		return IRQ_HANDLED;
 	}
-	token = add(number);
+	/* One that is known to be lost already is resolved, too: the task hears of that on its way to user mode. */
+	if (!token)
+		token = add(number);
 	/* Without memory nobody sleeps but the processor. */
 	if (token) {
 		token->address = address;
+		token->pfn = pfn;
 		token->nobody = true;
 		if (user) {
 			init_task_work(&token->work, sleep_until_resolved);
@@ -210,6 +215,8 @@ static irqreturn_t on_event(int irq, void *unused)
 				atomic_inc(&asleep);
 			}
 		}
+		if (token->nobody && token->done)
+			discard(token);
 	}
 	raw_spin_unlock(&lock);
 	return IRQ_HANDLED;

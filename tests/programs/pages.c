@@ -35,7 +35,7 @@ enum { EVICT = 1, EVICT_PART, POISON, POISON_TOLD, HOLD, RELEASE };
 /* What the tasks share. */
 static struct shared {
 	volatile uint64_t count;
-	volatile uint32_t release;
+	volatile uint32_t turn; /* which page is held: its release is the other task's, once */
 	volatile uint32_t stop;
 } *shared;
 
@@ -92,7 +92,7 @@ static void evict(const char *memory, unsigned long count)
 	free(frames);
 }
 
-/* The task that counts. With shared->release it lets pages come when it has counted on. */
+/* The task that counts. It lets each held page come when it has counted on. */
 static pid_t start_counting(void)
 {
 	pid_t pid = fork();
@@ -101,10 +101,13 @@ static pid_t start_counting(void)
 		fail("fork");
 	if (pid)
 		return pid;
-	while (!shared->stop) {
-		if (shared->release && inl(WANTED)) {
+	for (uint32_t released = 0; !shared->stop;) {
+		uint32_t turn = shared->turn;
+
+		if (turn != released && inl(WANTED)) {
 			for (int i = 0; i < COUNT_ON; i++)
 				shared->count++;
+			released = turn;
 			outl(RELEASE, COMMAND);
 		}
 		shared->count++;
@@ -125,7 +128,6 @@ static void stalls(unsigned long count, int hold)
 	unsigned long moved = 0, right = 0;
 	pid_t other;
 
-	shared->release = hold;
 	evict(memory, count);
 	other = start_counting();
 	if (sched_setscheduler(0, SCHED_FIFO, &parameters))
@@ -133,8 +135,10 @@ static void stalls(unsigned long count, int hold)
 	for (unsigned long i = 0; i < count; i++) {
 		uint64_t before;
 
-		if (hold)
+		if (hold) {
 			command(0, 0, HOLD);
+			shared->turn = i + 1;
+		}
 		before = shared->count;
 		right += *(volatile uint64_t *)(memory + i * SIZE) == i + 1;
 		moved += shared->count - before >= (hold ? COUNT_ON : 1);

@@ -43,7 +43,7 @@ const CASES: &[Case] = &[
         delay: 0,
         cpus: 1,
         says: &["stalls 32 moved 32 right 32"],
-        counts: |of| of("events") >= 32 && of("failures") == 0,
+        counts: |of| of("events") >= 32 && of("events") == of("resolutions") && of("failures") == 0,
     },
     Case {
         name: "the kernel's own accesses",
@@ -67,7 +67,7 @@ const CASES: &[Case] = &[
         delay: 0,
         cpus: 2,
         says: &["page 0 holds 1", "signal 7 code 4 page 1", "the other goes on"],
-        counts: |of| of("failures") == 1,
+        counts: |of| of("failures") >= 1,
     },
 ];
 
@@ -134,7 +134,8 @@ fn judge(case: &Case, outcome: &Outcome) -> Result<(), Error> {
         found.unwrap_or(u64::MAX)
     };
     let said = case.says.iter().chain(&["unloaded", "end"]).all(|text| lines.iter().any(|line| line == text));
-    let all = count("events") == count("resolutions") && count("hyp") == 0;
+    // The counters are read one after the other, and pages may come between: those read later may have counted more.
+    let all = count("events") <= count("resolutions") && count("hyp") == 0;
     if said && all && (case.counts)(&count) {
         return Ok(());
     }
