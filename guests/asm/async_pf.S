@@ -18,6 +18,11 @@
 #define WRITE(msr, value) mov ecx, msr; mov eax, value; xor edx, edx; wrmsr
 #define REFUSED(msr, value) TRY; WRITE(msr, value); FAULTS(GP, 0)
 #define BRING(n) mov eax, n; out 0xec, eax
+/* When the vCPU is held for it, or for another page. */
+#define BRING_WHEN_HELD(n) mov eax, (n) | 0x80000000; out 0xec, eax
+/* An access that is left out if it has to wait; three bytes. The address is in R10. */
+#define TOUCH mov eax, [r10]
+#define INTERRUPTS_IN sti; nop; cli
 #define ON(bits) mov eax, offset data; or eax, bits; mov ecx, ENABLE; xor edx, edx; wrmsr
 
 main:
@@ -123,7 +128,11 @@ not_present:
     REQUIRE(jnz)
     mov dword ptr [data], 0
     inc dword ptr [told]
-    /* Something else is done until it comes. */
+    cmp dword ptr [leave_out], 0
+    je 3f
+    add qword ptr [rsp + 24], 3
+    jmp return_from_exception
+3:  /* Something else is done until it comes. */
     mov eax, [came]
     mov [before], eax
     BRING([wanted])
@@ -137,9 +146,113 @@ not_present:
 
 user_done:
     cli
-    mov qword ptr [continue_at], 0
     REQUIRE_EQ(dword ptr [user_word], 6)
     REQUIRE_EQ(dword ptr [told], 2)
+
+    BEHAVIOUR(apf_t4_a_page_that_is_on_its_way_gets_no_second_token)
+    ON(ENABLED | BY_INTERRUPT | SEND_ALWAYS)
+    INTERRUPTS_IN
+    mov dword ptr [leave_out], 1
+    mov r10d, PAGE(8)
+    sti
+    nop
+    TOUCH
+    cli
+    REQUIRE_EQ(dword ptr [told], 3)
+    BRING_WHEN_HELD(8)
+    sti
+    nop
+    TOUCH
+    cli
+    REQUIRE_EQ(eax, 8)
+    REQUIRE_EQ(dword ptr [told], 3)
+    mov eax, [last_token]
+    REQUIRE_EQ(eax, [token])
+
+    BEHAVIOUR(apf_t5_sixty_four_pages_are_told_of_and_no_more)
+    mov r10d, PAGE(9)
+1:  sti
+    nop
+    TOUCH
+    cli
+    add r10d, 4096
+    cmp r10d, PAGE(73)
+    jne 1b
+    REQUIRE_EQ(dword ptr [told], 67)
+    BRING_WHEN_HELD(73)
+    sti
+    nop
+    TOUCH
+    cli
+    REQUIRE_EQ(eax, 73)
+    REQUIRE_EQ(dword ptr [told], 67)
+    mov eax, [came]
+    add eax, 64
+    mov [before], eax
+    mov r11d, 9
+1:  mov eax, r11d
+    out 0xec, eax
+    inc r11d
+    cmp r11d, 73
+    jne 1b
+    sti
+1:  mov eax, [came]
+    cmp eax, [before]
+    jne 1b
+    cli
+
+    BEHAVIOUR(apf_t6_the_next_page_waits_until_the_token_is_read_and_acknowledged)
+    mov dword ptr [unread], 1
+    mov r10d, PAGE(74)
+    sti
+    nop
+    TOUCH
+    cli
+    mov r10d, PAGE(75)
+    sti
+    nop
+    TOUCH
+    cli
+    REQUIRE_EQ(dword ptr [told], 69)
+    mov eax, [came]
+    mov [before], eax
+    BRING(74)
+    BRING(75)
+    mov eax, [PAGE(74)] /* both have come */
+    mov eax, [PAGE(75)]
+    INTERRUPTS_IN
+    inc dword ptr [before]
+    mov eax, [came]
+    REQUIRE_EQ(eax, [before])
+    mov dword ptr [data + 4], 0
+    out 0xed, al /* the host looks */
+    INTERRUPTS_IN
+    mov eax, [came]
+    REQUIRE_EQ(eax, [before])
+    WRITE(ACKNOWLEDGE, 1)
+    INTERRUPTS_IN
+    inc dword ptr [before]
+    mov eax, [came]
+    REQUIRE_EQ(eax, [before])
+    mov dword ptr [data + 4], 0
+    WRITE(ACKNOWLEDGE, 1)
+    mov dword ptr [unread], 0
+
+    BEHAVIOUR(apf_t7_nothing_comes_after_the_events_have_been_switched_off)
+    mov r10d, PAGE(76)
+    sti
+    nop
+    TOUCH
+    cli
+    REQUIRE_EQ(dword ptr [told], 70)
+    WRITE(ENABLE, 0)
+    BRING(76)
+    mov eax, [PAGE(76)]
+    REQUIRE_EQ(eax, 76)
+    INTERRUPTS_IN
+    mov eax, [came]
+    REQUIRE_EQ(eax, [before])
+    mov qword ptr [continue_at], 0
     PASS
 
 /* An interrupt: a page has come. Called with RAX free. */
@@ -151,9 +264,11 @@ page_came:
     inc dword ptr [came]
     mov ecx, APIC
     mov dword ptr [rcx + APIC_EOI], 0
+    cmp dword ptr [unread], 0
+    jne 1f
     mov dword ptr [data + 4], 0
     WRITE(ACKNOWLEDGE, 1)
-    pop rdx
+1:  pop rdx
     pop rcx
     ret
 
@@ -168,4 +283,6 @@ told: .long 0
 wanted: .long 0
 before: .long 0
 user_word: .long 0
+leave_out: .long 0
+unread: .long 0
 work: .quad 0

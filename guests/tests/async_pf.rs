@@ -1,12 +1,13 @@
 //! Asynchronous page faults on bare metal, by the numbers of their test plan. `asm/async_pf.S` touches pages that a userfaultfd of
 //! ours serves: some when the program asks for them, and the others at once.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use guests::lazy::{LazyMemory, PAGE};
 use guests::{ASYNC_PF, machine};
-use hypervisor::{HostParams, VcpuExit};
+use hypervisor::{HostParams, VcpuExit, VcpuHandle};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use silicon::model::CpuModel;
 
@@ -14,7 +15,13 @@ use silicon::model::CpuModel;
 const LAZY: u64 = 0x1000_0000;
 const SIZE: usize = 2 << 20;
 /// Pages that come only when the program asks.
-const ASKED: [u64; 2] = [1, 6];
+const ASKED: [std::ops::RangeInclusive<u64>; 3] = [1..=1, 6..=6, 8..=76];
+/// It asks for the page when the vCPU is held.
+const WHEN_HELD: u32 = 1 << 31;
+
+fn held(handle: &VcpuHandle) -> u64 {
+    handle.stats.async_pf_holds.load(Ordering::Relaxed)
+}
 
 /// The memory; `None` where nobody may have a userfaultfd.
 fn lazy() -> Option<LazyMemory> {
@@ -103,25 +110,37 @@ fn apf_events_of_pages_that_are_elsewhere() {
     let mut machine = machine::build(ASYNC_PF.image, 1, CpuModel::default(), HostParams::default()).unwrap();
     machine.vm.set_user_memory_region(slot(&lazy)).unwrap();
     let asked = Arc::new(Asked::default());
-    let server = {
+    {
+        // Until the end of the process: nobody says when the last page has been asked for.
         let (lazy, asked) = (lazy.clone(), asked.clone());
-        move || {
-            // Six pages; the program touches no other.
-            for _ in 0..6 {
-                let Ok(page) = lazy.next() else { return };
-                if ASKED.contains(&page) {
-                    asked.wait_for(page);
-                }
-                bring(&lazy, page);
+        thread::spawn(move || {
+            while let Ok(page) = lazy.next() {
+                let (lazy, asked) = (lazy.clone(), asked.clone());
+                thread::spawn(move || {
+                    if ASKED.iter().any(|pages| pages.contains(&page)) {
+                        asked.wait_for(page);
+                    }
+                    bring(&lazy, page);
+                });
             }
-        }
-    };
-    let server = thread::spawn(server);
+        });
+    }
     let vcpu = &mut machine.vcpus[0];
     let (mut console, mut behaviours) = (String::new(), Vec::new());
     loop {
         match vcpu.run().unwrap() {
+            VcpuExit::Io { port: 0xec, write: Some(page), .. } if page & WHEN_HELD != 0 => {
+                let (handle, asked) = (vcpu.handle(), asked.clone());
+                let seen = held(&handle);
+                thread::spawn(move || {
+                    while held(&handle) == seen {
+                        thread::yield_now();
+                    }
+                    asked.ask(u64::from(page & !WHEN_HELD));
+                });
+            }
             VcpuExit::Io { port: 0xec, write: Some(page), .. } => asked.ask(page.into()),
+            VcpuExit::Io { port: 0xed, .. } => {}
             VcpuExit::Io { port: 0xea, write: Some(line), .. } => behaviours.push(line as u16),
             VcpuExit::Io { port: 0x3f8, write: Some(value), .. } => console.push(char::from(value as u8)),
             VcpuExit::Io { port: 0xf4, .. } => break,
@@ -134,9 +153,8 @@ fn apf_events_of_pages_that_are_elsewhere() {
     let handle = vcpu.handle();
     let counted = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
     let stats = &handle.stats;
-    assert_eq!(counted(&stats.async_pf_not_present), 2, "pages 1 and 6");
-    assert_eq!(counted(&stats.async_pf_ready), 4, "those, and twice everybody");
+    assert_eq!(counted(&stats.async_pf_not_present), 70, "pages 1 and 6, 8 to 76 but 73");
+    assert_eq!(counted(&stats.async_pf_ready), 72, "those but 76, and three times everybody");
     assert_eq!(counted(&stats.async_pf_waits), 0);
     assert!(counted(&stats.async_pf_holds) >= 4, "pages 2 to 5");
-    server.join().unwrap();
 }

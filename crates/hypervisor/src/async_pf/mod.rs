@@ -22,8 +22,11 @@ use crate::vcpu::VcpuHandle;
 pub(crate) use source::{HostPages, why_absent};
 pub use source::{Outcome, PageSource};
 
-/// Workers of a VM: so many pages are waited for at a time.
-const WORKERS: usize = 8;
+/// Workers of a VM: so many pages are waited for at a time. More than a vCPU is told of ([`vcpu`](crate::vcpu)'s 64), so that a page that it is
+/// held for does not wait behind those.
+const WORKERS: usize = 128;
+/// Bytes of a worker's stack.
+const STACK: usize = 64 << 10;
 /// How often it is looked whether the host has taken pages away; and how often after it has.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -89,7 +92,8 @@ impl PageIns {
         }
         if queue.idle <= queue.waiting.len() && queue.workers < WORKERS {
             let shared = self.0.clone();
-            match thread::Builder::new().name("page-ins".into()).spawn(move || shared.work()) {
+            let worker = thread::Builder::new().name("page-ins".into()).stack_size(STACK);
+            match worker.spawn(move || shared.work()) {
                 Ok(_) => queue.workers += 1,
                 Err(error) if queue.workers == 0 => return Err(error),
                 Err(_) => {}
@@ -193,7 +197,7 @@ impl Shared {
 
 impl VcpuHandle {
     /// What has become of a page that the vCPU has asked for.
-    fn page_came(&self, page: u64, outcome: Outcome) {
+    pub(crate) fn page_came(&self, page: u64, outcome: Outcome) {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).push((page, outcome));
         self.pages_came.store(true, Ordering::SeqCst);
         self.kick();

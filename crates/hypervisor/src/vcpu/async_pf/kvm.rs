@@ -103,6 +103,7 @@ mod tests {
 
     use super::super::super::testing::{Program, vm};
     use super::*;
+    use crate::async_pf::Outcome;
 
     /// A guest that enables the events over and over, and takes no interrupt, once made the list longer each time.
     #[test]
@@ -122,5 +123,87 @@ mod tests {
         assert_eq!(vcpu.set_msrs(&enable(0)), 1);
         assert!(vcpu.async_pf.kvm.came.is_empty());
         assert_eq!((vcpu.set_msrs(&enable(0x8000_0009)), vcpu.msrs.async_pf_enable()), (0, 0));
+    }
+    /// A vCPU, in real mode with paging off, whose guest waits for a page by token 5.
+    fn waiting(code: &[u8]) -> Program {
+        let vm = vm();
+        vm.create_irqchip().unwrap();
+        let mut program = Program::on(vm, code);
+        let vcpu = &mut program.vcpu;
+        let table = vcpu.vm.system().supported_cpuid();
+        vcpu.set_cpuid2(&table).unwrap();
+        vcpu.lapic.as_ref().unwrap().mmio_write(0xf0, &0x1ffu32.to_le_bytes());
+        let write = |index, data| [kvm_msr_entry { index, data, ..Default::default() }];
+        assert_eq!(vcpu.set_msrs(&write(async_pf::INTERRUPT, 0xf3)), 1);
+        assert_eq!(vcpu.set_msrs(&write(async_pf::ENABLE, 0x2009)), 1);
+        vcpu.async_pf.kvm = Ready::default();
+        vcpu.add_wanted(0x5000, 5, Told::PageFault);
+        program
+    }
+
+    fn token(vcpu: &Vcpu) -> u32 {
+        let mut word = [0; 4];
+        assert!(vcpu.vm.memory().read(0x2004, &mut word));
+        u32::from_le_bytes(word)
+    }
+
+    #[test]
+    fn apf_t8_init_drops_what_is_on_its_way() {
+        let mut program = waiting(&[0xf4]);
+        let vcpu = &mut program.vcpu;
+        vcpu.lapic.as_ref().unwrap().post_init();
+        vcpu.take_apic_events();
+        assert_eq!((vcpu.msrs.async_pf_enable(), vcpu.async_pf.told()), (0, 0));
+        vcpu.handle.page_came(0x5000, Outcome::Came);
+        vcpu.take_pages();
+        assert_eq!((token(vcpu), vcpu.async_pf.wanted.len()), (0, 0));
+    }
+
+    /// Kernels before ab4e41eb9fab forgot the pages of a guest whose CR0.PG was cleared meanwhile, as system management mode does.
+    #[test]
+    fn apf_t9_a_page_comes_whatever_the_paging_mode() {
+        let mut program = waiting(&[0xf4]);
+        let vcpu = &mut program.vcpu;
+        vcpu.cpu.state.cr0 |= cr0::PG;
+        vcpu.take_pages();
+        vcpu.cpu.state.cr0 &= !cr0::PG;
+        vcpu.handle.page_came(0x5000, Outcome::Came);
+        vcpu.take_pages();
+        assert_eq!(token(vcpu), 5);
+        assert_eq!(vcpu.lapic.as_ref().unwrap().next_interrupt(), Some(0xf3));
+    }
+
+    /// G11: the kernel makes a vCPU that halts runnable when a page comes that the guest is not told of yet.
+    #[test]
+    fn apf_t11_a_page_that_comes_ends_no_halt() {
+        let mut program = waiting(&[0xf4]);
+        let vcpu = &mut program.vcpu;
+        vcpu.async_pf.kvm.unacknowledged = true;
+        let handle = vcpu.handle();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while handle.stats.blocking.load(std::sync::atomic::Ordering::Relaxed) == 0 {
+                    std::thread::yield_now();
+                }
+                handle.page_came(0x5000, Outcome::Came);
+                while handle.has_pages() {
+                    std::thread::yield_now();
+                }
+                handle.interrupt();
+            });
+            assert!(matches!(vcpu.run(), Err(crate::Error::Interrupted)));
+        });
+        assert_eq!(vcpu.mp_state().mp_state, kvm_bindings::KVM_MP_STATE_HALTED);
+        assert_eq!((token(vcpu), vcpu.async_pf.wanted.len()), (0, 0));
+    }
+
+    /// R11 of the protocol, too.
+    #[test]
+    fn pnp_r11_tokens_of_eight_vcpus_are_unique() {
+        let mut seen = std::collections::HashSet::new();
+        for vcpu in 0..8 {
+            let mut tokens = super::super::AsyncPf::default();
+            assert!((0..10_000).map(|_| tokens.token(vcpu)).all(|token| token != 0 && seen.insert(token)));
+        }
     }
 }
