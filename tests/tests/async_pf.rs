@@ -115,8 +115,9 @@ fn apf_l3_half_of_all_memory_goes() {
 /// The task that touches failed memory is told, and nobody else is harmed.
 #[test]
 fn apf_l4_failed_memory_is_a_signal_for_the_task() {
-    for cpus in [1, 2] {
-        let Some(outcome) = linux("", "pages poison", 0, cpus) else { return };
+    // Machine checks for one processor, and, as before there were such, for all.
+    for (parameters, cpus) in [("", 1), ("", 2), ("mce=no_lmce", 2)] {
+        let Some(outcome) = linux(parameters, "pages poison", 0, cpus) else { return };
         let expected = "page 0 holds 1\nsignal 7 code 4 page 1\nthe other goes on\n";
         assert_eq!(section(&outcome, "program"), expected, "{}", outcome.console);
         assert_eq!(logged(&outcome, "mce: Uncorrected hardware memory error in user-access"), 1);

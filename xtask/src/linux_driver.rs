@@ -94,14 +94,14 @@ pub(crate) fn run() -> Result<(), Error> {
 
 /// Builds the module; the path of `ring3_pnp.ko`.
 fn build(kernel: &Kernel) -> Result<PathBuf, Error> {
-    let tree = format!("/usr/src/linux-headers-{}", kernel.release);
-    let headers = format!("linux-headers-{}", kernel.release);
     packages::require(&[
-        (&format!("{tree}/Makefile"), &headers),
         ("make", "make"),
         ("cc", "gcc"),
         ("/usr/lib/x86_64-linux-gnu/libc.a", "libc6-dev"),
+        // What kernel modules are checked with.
+        ("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1"),
     ])?;
+    let tree = packages::kernel_headers(kernel)?;
     let dir = guest_dir().join("driver");
     at(&dir, std::fs::create_dir_all(&dir))?;
     for name in ["ring3_pnp.c", "Kbuild"] {
@@ -109,7 +109,7 @@ fn build(kernel: &Kernel) -> Result<PathBuf, Error> {
         at(&from, std::fs::copy(&from, dir.join(name)))?;
     }
     xtask::run(
-        Command::new("make").args(["-s", "-C", &tree]).arg(format!("M={}", dir.display())).arg("modules"),
+        Command::new("make").arg("-sC").arg(&tree).arg(format!("M={}", dir.display())).arg("modules"),
     )?;
     Ok(dir.join("ring3_pnp.ko"))
 }

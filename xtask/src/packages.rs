@@ -87,14 +87,19 @@ fn depends(package: &str) -> Vec<String> {
 
 /// Downloads `package` and unpacks it as the directory `into`, which appears complete or not at all.
 fn unpack(package: &str, into: &Path) -> Result<(), Error> {
+    unpack_all(&[package], into)
+}
+
+/// The same for several packages, which may be `NAME=VERSION`.
+fn unpack_all(packages: &[&str], into: &Path) -> Result<(), Error> {
     let (part, download) = (into.with_extension("part"), into.with_extension("download"));
     for dir in [&part, &download] {
         // An earlier try may have been cut short.
         let _ = std::fs::remove_dir_all(dir);
         at(dir, std::fs::create_dir_all(dir))?;
     }
-    eprintln!("fetching {package}");
-    run(Command::new("apt-get").args(["download", "-qq", package]).current_dir(&download))?;
+    eprintln!("fetching {}", packages.join(", "));
+    run(Command::new("apt-get").args(["download", "-qq"]).args(packages).current_dir(&download))?;
     for entry in at(&download, std::fs::read_dir(&download))?.flatten() {
         run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&part))?;
     }
@@ -150,6 +155,54 @@ fn kernel_package(name: &str) -> Result<String, Error> {
         update()?;
     }
     search().ok_or_else(|| Error::Package(candidates[0].to_string()))
+}
+
+/// The tree in which modules for `kernel` are built, of exactly its version, fetched on first use.
+pub fn kernel_headers(kernel: &Kernel) -> Result<PathBuf, Error> {
+    let headers = format!("linux-headers-{}", kernel.release);
+    let dir = guest_dir().join(&headers);
+    let tree = dir.join("usr/src").join(&headers);
+    // The last thing that is done to it.
+    let done = dir.join("moved");
+    let found = || Some(tree.clone()).filter(|_| done.is_file());
+    let fetch = || {
+        let version = debian_version(&kernel.image)?;
+        let fetch = || {
+            // What is the same for all flavours, and the programs that build.
+            let parts = depends(&headers).into_iter().filter(|name| {
+                name.starts_with("linux-headers-") && name.ends_with("-common")
+                    || name.starts_with("linux-kbuild-")
+            });
+            let all: Vec<String> =
+                parts.chain([headers.clone()]).map(|name| format!("{name}={version}")).collect();
+            unpack_all(&all.iter().map(String::as_str).collect::<Vec<_>>(), &dir)
+        };
+        match fetch() {
+            Err(_) if is_root() => update().and_then(|()| fetch())?,
+            result => result?,
+        }
+        // The tree is made to be in /usr/src.
+        let makefile = tree.join("Makefile");
+        let text = at(&makefile, std::fs::read_to_string(&makefile))?;
+        let moved = text.replace("include /usr/src", &format!("include {}", dir.join("usr/src").display()));
+        at(&makefile, std::fs::write(&makefile, moved))?;
+        at(&done, std::fs::write(&done, ""))
+    };
+    fetched(found, fetch, &headers)
+}
+
+/// The version of the package that a kernel image is from, as the kernel's banner has it: `#1 SMP Debian 6.12.117-1 (2026-11-14)`.
+fn debian_version(image: &Path) -> Result<String, Error> {
+    let bytes = at(image, std::fs::read(image))?;
+    // Linux's boot protocol: kernel_version, less 0x200.
+    let banner = (bytes.get(0x20e..0x210))
+        .map(|offset| usize::from(u16::from_le_bytes([offset[0], offset[1]])) + 0x200)
+        .and_then(|start| bytes.get(start..)?.split(|&byte| byte == 0).next())
+        .map(String::from_utf8_lossy)
+        .unwrap_or_default();
+    let mut words = banner.split_whitespace().skip_while(|&word| word != "Debian").skip(1);
+    let version = words.next().map(str::to_string);
+    version.ok_or_else(|| Error::Package(format!("of {}, whose version is not known,", image.display())))
 }
 
 fn unpacked_kernel(dir: &Path) -> Option<Kernel> {

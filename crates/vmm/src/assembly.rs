@@ -27,7 +27,7 @@ use crate::host::console::OutputHandle;
 use crate::host::events::Input;
 use crate::host::sys;
 use crate::machine::{StartError, duplicate};
-use crate::machine_check::Failures;
+use crate::machine_check::MachineChecks;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::paging::Paging;
 use crate::{layout, memory};
@@ -65,7 +65,7 @@ impl InterruptSink for Controllers {
 /// What the memory device has the hypervisor do.
 struct MemoryEffects {
     vm: Arc<Vm>,
-    failures: Arc<Failures>,
+    machine_checks: Arc<MachineChecks>,
 }
 
 impl Effects for MemoryEffects {
@@ -74,7 +74,7 @@ impl Effects for MemoryEffects {
     }
 
     fn failed(&mut self, page: u64) {
-        self.failures.push(page * PAGE_SIZE);
+        self.machine_checks.found(page * PAGE_SIZE);
     }
 }
 
@@ -139,14 +139,14 @@ impl Assembly {
         Ok(())
     }
 
-    /// The device that says which pages are elsewhere; what it makes fail is told to `failures`.
+    /// The device that says which pages are elsewhere; the guest hears of what it makes fail.
     pub(crate) fn attach_memory(
         &mut self,
         vm: &Arc<Vm>,
         paging: &Arc<Paging>,
-        failures: &Arc<Failures>,
+        machine_checks: &Arc<MachineChecks>,
     ) -> Result<(), StartError> {
-        let effects = MemoryEffects { vm: vm.clone(), failures: failures.clone() };
+        let effects = MemoryEffects { vm: vm.clone(), machine_checks: machine_checks.clone() };
         let device = shared(MemoryDevice::new(paging.clone(), effects));
         self.buses.ports.attach(layout::PORT_MEMORY.into(), memory_device::LENGTH, Width::Any, device)?;
         Ok(())

@@ -28,7 +28,7 @@ use crate::host::events::{EventLoop, HostEnd, Input, Signals};
 use crate::host::sys;
 use crate::host::terminal::RawMode;
 use crate::loader::{self, BootSource, Entry, Image, LoadError};
-use crate::machine_check::{self, Action, Failures};
+use crate::machine_check::{self, Action, MachineChecks};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::moving::Mover;
 use crate::paging::{Paging, PagingError};
@@ -164,7 +164,7 @@ pub struct Machine {
     pending: Arc<EventFd>,
     input: Option<Input>,
     paging: Option<Arc<Paging>>,
-    failures: Arc<Failures>,
+    machine_checks: Arc<MachineChecks>,
     // Declared after everything that may refer to it: the hypervisor holds its address.
     memory: GuestMemory,
 }
@@ -261,10 +261,10 @@ impl Machine {
         // Before there are slots: they are made of memory that can be elsewhere.
         let paging = config.paging.map(|paging| Paging::new(&memory, paging)).transpose()?;
         let vm = create_vm(&system, &memory)?;
-        let failures = Arc::default();
+        let machine_checks = Arc::<MachineChecks>::default();
         let mut assembly = Assembly::new(&config, &vm, &memory, &ender.event, ender.sink())?;
         if let Some(paging) = &paging {
-            assembly.attach_memory(&vm, paging, &failures)?;
+            assembly.attach_memory(&vm, paging, &machine_checks)?;
             ender.paging.get_or_init(|| paging.clone());
         }
         // Reading the kernel and making the CPUs take about the same time, and neither needs the other.
@@ -279,10 +279,11 @@ impl Machine {
             first.set_sregs(&sregs)?;
             first.set_regs(&regs);
         }
+        machine_checks.set_cpus(&vcpus);
         ender.cpus.get_or_init(|| vcpus.iter().map(Vcpu::handle).collect());
         let Assembly { buses, outputs, pending, input, .. } = assembly;
         let buses = Arc::new(buses);
-        Ok(Machine { config, ender, vcpus, buses, outputs, pending, input, paging, failures, memory })
+        Ok(Machine { config, ender, vcpus, buses, outputs, pending, input, paging, machine_checks, memory })
     }
 
     /// Runs the machine to its end. Every thread has ended and the terminal is as it was when this returns.
@@ -319,7 +320,7 @@ impl Machine {
                 buses: self.buses.clone(),
                 ender: self.ender.clone(),
                 mover: mover.clone(),
-                failures: self.failures.clone(),
+                machine_checks: self.machine_checks.clone(),
             };
             match start_vcpu(vcpu, surroundings) {
                 Ok(thread) => threads.push(thread),
@@ -380,7 +381,7 @@ struct Surroundings {
     buses: Arc<Buses>,
     ender: Arc<Ender>,
     mover: Arc<Mover>,
-    failures: Arc<Failures>,
+    machine_checks: Arc<MachineChecks>,
 }
 
 fn start_vcpu(vcpu: Vcpu, surroundings: Surroundings) -> io::Result<JoinHandle<()>> {
@@ -400,7 +401,7 @@ fn start_vcpu(vcpu: Vcpu, surroundings: Surroundings) -> io::Result<JoinHandle<(
 
 /// Runs a virtual CPU until the machine ends.
 fn run_vcpu(vcpu: &mut Vcpu, surroundings: &Surroundings) {
-    let Surroundings { buses, ender, mover, failures } = surroundings;
+    let Surroundings { buses, ender, mover, machine_checks } = surroundings;
     let cpu = vcpu.handle().id();
     let mut moved = 0;
     while !ender.ending() {
@@ -408,10 +409,10 @@ fn run_vcpu(vcpu: &mut Vcpu, surroundings: &Surroundings) {
             Ok(exit) => exit,
             Err(hypervisor::Error::Interrupted | hypervisor::Error::Again) => {
                 vcpu.handle().settle();
-                match mover.attend(vcpu, &mut moved) {
+                match mover.attend(vcpu, &mut moved).and_then(|()| machine_checks.attend(vcpu)) {
                     Ok(()) => continue,
                     Err(error) => {
-                        let reason = format!("its state cannot be restored: {error}");
+                        let reason = format!("its state cannot be set: {error}");
                         let registers = registers::dump(vcpu);
                         return ender.end(Outcome::InternalError { cpu, reason, registers });
                     }
@@ -420,7 +421,7 @@ fn run_vcpu(vcpu: &mut Vcpu, surroundings: &Surroundings) {
             Err(error) => {
                 let told = match error {
                     hypervisor::Error::MemoryFailed { gpa, .. } => {
-                        machine_check::tell(vcpu, gpa, Action::Required)
+                        machine_checks.tell(vcpu, gpa, Action::Required)
                     }
                     other => Err(other),
                 };
@@ -433,9 +434,7 @@ fn run_vcpu(vcpu: &mut Vcpu, surroundings: &Surroundings) {
             VcpuExit::Io { port, size, write } => {
                 let value = access(&buses.ports, port.into(), size, write.map(u64::from));
                 vcpu.complete(value);
-                if let Some(error) =
-                    failures.next().and_then(|gpa| machine_check::tell(vcpu, gpa, Action::Optional).err())
-                {
+                if let Err(error) = machine_checks.tell_found(vcpu) {
                     tracing::error!("the guest cannot be told of failed memory: {error}");
                 }
                 continue;

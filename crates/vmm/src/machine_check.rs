@@ -6,10 +6,10 @@
 //! first kind; the second is the memory device's ([`crate::devices::memory`]).
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use hypervisor::{Error, Vcpu};
+use hypervisor::{Error, Vcpu, VcpuHandle};
 use kvm_bindings::{kvm_msr_entry, kvm_x86_mce};
 
 use crate::devices::bus::lock;
@@ -68,22 +68,6 @@ pub(crate) fn set_up(vcpu: &mut Vcpu) -> Result<(), Error> {
     Ok(())
 }
 
-/// Somebody has been told.
-static TOLD: AtomicBool = AtomicBool::new(false);
-
-/// Tells the guest that its memory at `gpa` has failed.
-pub(crate) fn tell(vcpu: &mut Vcpu, gpa: u64, action: Action) -> Result<(), Error> {
-    // A guest that takes none touches it over and over.
-    if !TOLD.swap(true, Ordering::Relaxed) {
-        tracing::warn!(
-            "memory of the guest's has failed at {gpa:#x}, and it gets a machine check; further ones are not logged"
-        );
-    }
-    let mut control = [kvm_msr_entry { index: MCG_EXT_CTL, ..kvm_msr_entry::default() }];
-    let local = vcpu.get_msrs(&mut control) == 1 && control[0].data & LMCE_EN != 0;
-    vcpu.set_mce(&machine_check(gpa, action, local))
-}
-
 fn machine_check(gpa: u64, action: Action, local: bool) -> kvm_x86_mce {
     let (status, mcg) = match action {
         Action::Required => (status::AR | status::DATA_LOAD, mcg::EIPV),
@@ -99,18 +83,71 @@ fn machine_check(gpa: u64, action: Action, local: bool) -> kvm_x86_mce {
     }
 }
 
-/// Failures that a virtual CPU is to hear of when it leaves a device.
-#[derive(Debug, Default)]
-pub(crate) struct Failures(Mutex<VecDeque<u64>>);
+/// What the others are told of a machine check that is for all virtual CPUs.
+fn elsewhere() -> kvm_x86_mce {
+    let status = 1 << 63 | 1 << 61;
+    kvm_x86_mce { status, mcg_status: mcg::MCIP | mcg::RIPV, bank: 1, ..kvm_x86_mce::default() }
+}
 
-impl Failures {
-    /// The memory at `gpa` has failed.
-    pub(crate) fn push(&self, gpa: u64) {
-        lock(&self.0).push_back(gpa);
+/// A virtual CPU, and whether it is to take a machine check because another one does.
+type Bystander = (Arc<VcpuHandle>, AtomicBool);
+
+/// The machine checks of a machine.
+#[derive(Debug, Default)]
+pub(crate) struct MachineChecks {
+    /// Failures that a virtual CPU is to hear of when it leaves a device.
+    found: Mutex<VecDeque<u64>>,
+    cpus: OnceLock<Vec<Bystander>>,
+    /// Somebody has been told on the host.
+    logged: AtomicBool,
+}
+
+impl MachineChecks {
+    /// The machine's virtual CPUs are these.
+    pub(crate) fn set_cpus(&self, cpus: &[Vcpu]) {
+        self.cpus.get_or_init(|| cpus.iter().map(|cpu| (cpu.handle(), AtomicBool::new(false))).collect());
     }
 
-    pub(crate) fn next(&self) -> Option<u64> {
-        lock(&self.0).pop_front()
+    /// Tells the guest that its memory at `gpa` has failed, on this virtual CPU or, if it cannot have it otherwise, on all.
+    pub(crate) fn tell(&self, vcpu: &mut Vcpu, gpa: u64, action: Action) -> Result<(), Error> {
+        // A guest that takes no machine checks touches it over and over.
+        if !self.logged.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "memory of the guest's has failed at {gpa:#x}, and it gets a machine check; further ones are not logged"
+            );
+        }
+        let mut control = [kvm_msr_entry { index: MCG_EXT_CTL, ..kvm_msr_entry::default() }];
+        let local = vcpu.get_msrs(&mut control) == 1 && control[0].data & LMCE_EN != 0;
+        vcpu.set_mce(&machine_check(gpa, action, local))?;
+        let own = vcpu.handle().id();
+        for (cpu, due) in self.cpus.get().into_iter().flatten().filter(|(cpu, _)| !local && cpu.id() != own) {
+            due.store(true, Ordering::SeqCst);
+            cpu.interrupt();
+        }
+        Ok(())
+    }
+
+    /// Gives `vcpu`, which has been interrupted, the machine check of another one, if there is any.
+    pub(crate) fn attend(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
+        let own = vcpu.handle().id();
+        let mine = self.cpus.get().and_then(|cpus| cpus.iter().find(|(cpu, _)| cpu.id() == own));
+        match mine {
+            Some((_, due)) if due.swap(false, Ordering::SeqCst) && !vcpu.awaits_init() => {
+                vcpu.set_mce(&elsewhere())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Somebody has found that the memory at `gpa` has failed.
+    pub(crate) fn found(&self, gpa: u64) {
+        lock(&self.found).push_back(gpa);
+    }
+
+    /// Tells `vcpu` of what has been found.
+    pub(crate) fn tell_found(&self, vcpu: &mut Vcpu) -> Result<(), Error> {
+        let Some(gpa) = lock(&self.found).pop_front() else { return Ok(()) };
+        self.tell(vcpu, gpa, Action::Optional)
     }
 }
 

@@ -1,5 +1,6 @@
-//! `cargo xtask bench async-pf`: two tasks of a Debian guest on one processor, of which one touches memory that has gone, the other
-//! computes (`tests/programs/pages.c`).
+//! `cargo xtask bench async-pf`: two tasks of a guest on one processor, of which one touches memory that is elsewhere, the other computes. A Debian
+//! guest half of whose memory has gone (`tests/programs/pages.c`), and a bare-metal guest whose memory arrives for the first time
+//! (`guests/examples/lazy_restore.rs`), by each of the protocols.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -9,7 +10,7 @@ use std::process::Command;
 use xtask::guest::Boot;
 use xtask::images::Initramfs;
 use xtask::packages::{self, Kernel};
-use xtask::{Error, at, guest_dir, root};
+use xtask::{Error, at, guest_dir, root, target_dir};
 
 use super::{Options, median};
 
@@ -60,8 +61,56 @@ pub(super) fn run(options: &Options) -> Result<(), Error> {
             );
         }
     }
+    table += &restore(options.runs)?;
     println!("{table}");
     options.output.as_ref().map_or(Ok(()), |path| at(path, std::fs::write(path, &table)))
+}
+
+/// How a bare-metal guest hears of pages.
+const PROTOCOLS: [(&str, &str); 4] = [
+    ("none", "not at all: the processor waits"),
+    ("kvm", "the kernel's asynchronous page faults"),
+    ("protocol", "the page-not-present protocol"),
+    ("ve", "the same, by #VE"),
+];
+/// Memory that arrives, in MiB: for comparison, and as much as is asked for. A page takes a millisecond, and comes after the one before.
+const SMALL: u32 = 16;
+const LARGE: u32 = 1024;
+const PAGE_DELAY: u32 = 1_000;
+
+/// What a task keeps of its speed while the memory of another one arrives.
+fn restore(runs: u32) -> Result<String, Error> {
+    let example = ["build", "--release", "--package", "guests", "--example", "lazy_restore"];
+    xtask::run(Command::new("cargo").args(example).current_dir(root()))?;
+    let mut shares = [const { Vec::new() }; PROTOCOLS.len()];
+    for _ in 0..runs {
+        for ((protocol, _), shares) in PROTOCOLS.iter().zip(&mut shares) {
+            shares.push(arrive(protocol, SMALL)?.1);
+        }
+    }
+    let mut table = format!(
+        "\nBare metal, {SMALL} MiB arrive at {PAGE_DELAY} us a page, medians of {runs} interleaved runs.\n\n\
+         | the guest hears by | computing task's speed, of that alone |\n| --- | ---: |\n"
+    );
+    for ((_, title), shares) in PROTOCOLS.iter().zip(shares) {
+        let _ = writeln!(table, "| {title} | {:.3} |", median(shares.into_iter()));
+    }
+    eprintln!("{LARGE} MiB arrive: about five minutes");
+    let (seconds, share) = arrive("protocol", LARGE)?;
+    let _ = writeln!(table, "| the page-not-present protocol, {LARGE} MiB, in {seconds:.0} s | {share:.3} |");
+    Ok(table)
+}
+
+/// Seconds until all memory has arrived, and the share.
+fn arrive(protocol: &str, mebibytes: u32) -> Result<(f64, f64), Error> {
+    let program = target_dir().join("release/examples/lazy_restore");
+    let said =
+        xtask::run(Command::new(program).arg(protocol).args([mebibytes, PAGE_DELAY].map(|n| n.to_string())))?;
+    let words: Vec<f64> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    match words[..] {
+        [_, seconds, share, ..] => Ok((seconds, share)),
+        _ => Err(Error::Guest(format!("no figures: {said}"))),
+    }
 }
 
 fn initrd(kernel: &Kernel) -> Result<PathBuf, Error> {

@@ -122,14 +122,12 @@ impl Vcpu {
                 self.page_elsewhere(&Absence { address, host, lin, write });
             }
             Exit::MemoryAbsent { gpa, host, failed } => match self.msrs.page_not_present() {
-                Some(setup) if !self.cpu.state.smm && (failed || why_absent(host) != Outcome::Unmapped) => {
+                Some(setup) if !self.cpu.state.smm && (failed || why_absent(host) == Outcome::Failed) => {
                     self.requeue_vectored();
                     self.locks.forget_step();
+                    self.handle.stats.async_pf_failed.count();
                     let absence = Absence { address: gpa, host, lin: None, write: false };
-                    if failed || why_absent(host) == Outcome::Failed {
-                        self.handle.stats.async_pf_failed.count();
-                        self.tell_failed(&setup, &absence);
-                    }
+                    self.tell_failed(&setup, &absence);
                 }
                 _ => return Err(self.memory_absent(gpa, failed.then_some(host))),
             },

@@ -1,5 +1,6 @@
 //! The page-not-present protocol, by the numbers of its requirements and tests (R1 to R12, P2 to P14). Real-mode programs touch pages of a
 //! slot whose presence the test keeps; it also is who brings them.
+#![expect(unsafe_code, reason = "protects memory of the guest's")]
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex};
@@ -178,6 +179,11 @@ impl Guest {
             }
             self.out(0x91);
         }
+    }
+
+    fn protect(&self, page: u64, protection: libc::c_int) {
+        // SAFETY: a page of the slot's memory, which the guest alone reaches.
+        assert_eq!(unsafe { libc::mprotect(page as *mut libc::c_void, 4096, protection) }, 0);
     }
 
     fn counter(&self, of: impl Fn(&crate::stats::VcpuStats) -> &crate::stats::page::Counter) -> u64 {
@@ -466,4 +472,17 @@ fn pnp_a_restored_guest_hears_that_it_is_to_try_again() {
         guest.out(0x10);
         assert_eq!(guest.resolutions(4), [(0, u32::MAX)], "{order:x?}");
     }
+}
+
+/// Memory that may be read and not written is a mistake of the client's, and no failed page: once the vCPU tried again for ever.
+#[test]
+fn pnp_memory_that_cannot_be_written_is_the_clients_affair() {
+    // mov [0x1234], al; hlt
+    let mut guest = Guest::new(&[0xa2, 0x34, 0x12, 0xf4], ON, 2);
+    guest.vcpu().vm.set_lazy(LAZY, Lazy::No).unwrap();
+    let page = guest.vcpu().vm.memory().ept().find(LAZY).unwrap().host + 0x1000;
+    guest.protect(page, libc::PROT_READ);
+    assert!(matches!(guest.vcpu().run(), Err(Error::MemoryAbsent { gpa: 0x10_1000 })));
+    guest.protect(page, libc::PROT_READ | libc::PROT_WRITE);
+    assert_eq!(guest.word(EVENTS), 0);
 }
