@@ -190,7 +190,9 @@ pub fn wake_all() {
 pub fn prefer(frame: &mut Frame, task: Option<usize>) -> *mut Frame {
     let tasks = tasks();
     match task {
-        Some(task) if task != tasks.current && tasks.states[task] == State::Runnable => tasks.switch(frame, task),
+        Some(task) if task != tasks.current && tasks.states[task] == State::Runnable => {
+            tasks.switch(frame, task)
+        }
         _ if tasks.current == IDLE => {
             let next = tasks.next(IDLE);
             tasks.switch(frame, next)

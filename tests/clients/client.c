@@ -902,6 +902,61 @@ static void failed_memory(void)
     expect_halt(&m);
 }
 
+/* A counter of a vCPU, by its name (KVM_GET_STATS_FD). */
+static unsigned long counter_named(int vcpu, const char *wanted)
+{
+    struct { __u32 flags, name_size, count, id, descriptions, data; } header;
+    struct { __u32 flags; __s16 exponent; __u16 size; __u32 offset, bucket; char name[64]; } row;
+    int fd = ioctl(vcpu, KVM_GET_STATS_FD, 0);
+    unsigned long value = ~0UL;
+    CHECK(fd >= 0 && pread(fd, &header, sizeof header, 0) == sizeof header && header.name_size <= 64);
+    for (unsigned i = 0; i < header.count; i++) {
+        size_t size = 16 + header.name_size;
+        CHECK(pread(fd, &row, size, header.descriptions + i * size) == (ssize_t)size);
+        if (!strcmp(row.name, wanted))
+            CHECK(pread(fd, &value, 8, header.data + row.offset) == 8);
+    }
+    close(fd);
+    return value;
+}
+
+static unsigned char *later;
+static void *bring_later(void *fd)
+{
+    static unsigned char content[4096];
+    unsigned long message[4];
+    CHECK(read((int)(long)fd, message, 32) == 32 && (message[2] & ~4095UL) == (unsigned long)later);
+    memset(content, 0x41, sizeof content);
+    unsigned long copy[] = { (unsigned long)later, (unsigned long)content, 4096, 0, 0 };
+    CHECK(ioctl((int)(long)fd, 0xc028aa03, copy) == 0);
+    return NULL;
+}
+
+/* Post-copy migration: the memory of a slot that is there is registered with a userfaultfd. The vCPU does not wait in its access. */
+static void memory_registered_later(void)
+{
+    /* mov ax, 0xffff; mov ds, ax; mov al, [0x10]: at 1 MiB; out dx, al; hlt */
+    static const unsigned char code[] = { 0xb8, 0xff, 0xff, 0x8e, 0xd8, 0xa0, 0x10, 0x00, 0xee, 0xf4 };
+    enum { SIZE = 4 << 20 };
+    struct machine m = machine(code, sizeof code);
+    later = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(later != MAP_FAILED);
+    struct kvm_userspace_memory_region region = {
+        .slot = 1, .guest_phys_addr = 1 << 20, .memory_size = SIZE, .userspace_addr = (unsigned long)later
+    };
+    CHECK(ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+    unsigned long api[] = { 0xaa, 0, 0 }, where[] = { (unsigned long)later, SIZE, 1, 0 };
+    int fd = syscall(SYS_userfaultfd, 1 | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    CHECK(ioctl(fd, 0xc018aa3f, api) == 0 && ioctl(fd, 0xc020aa00, where) == 0);
+    pthread_t server;
+    CHECK(pthread_create(&server, NULL, bring_later, (void *)(long)fd) == 0);
+    expect_out(&m);
+    CHECK(pthread_join(server, NULL) == 0);
+    CHECK(counter_named(m.vcpu, "async_pf_faults") == 1);
+}
+
 /* lock inc word [0x203f]; hlt: the word's bytes lie in two cache lines. */
 static const unsigned char SPLIT_HLT[] = { 0xf0, 0xff, 0x06, 0x3f, 0x20, 0xf4 };
 #define SPLIT_BYTE 0x203f
@@ -1239,6 +1294,7 @@ static const struct {
     { "a_sent_fault_signal", a_sent_fault_signal },
     { "faults_without_handlers", faults_without_handlers },
     { "failed_memory", failed_memory },
+    { "memory_registered_later", memory_registered_later },
     { "split_lock_efault", split_lock_efault },
     { "split_lock_exit", split_lock_exit },
     { "split_lock_kill", split_lock_kill },

@@ -85,6 +85,7 @@ behaviours! {
     a_sent_fault_signal,
     faults_without_handlers,
     failed_memory,
+    memory_registered_later,
     files,
     system_calls,
     other_ioctls,

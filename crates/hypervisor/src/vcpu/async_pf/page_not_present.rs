@@ -3,6 +3,7 @@
 
 use kvm_bindings::kvm_x86_mce;
 use silicon::exception::{Exception, vector};
+use silicon::mmu::ept::SMM_SPACE;
 use silicon::state::cr4;
 
 use super::super::events::Acknowledged;
@@ -199,7 +200,7 @@ impl Vcpu {
         let flags = known | if absence.write { WRITE } else { 0 };
         let mut data = [0; DATA_SIZE];
         data[4..8].copy_from_slice(&token.to_le_bytes());
-        data[8..16].copy_from_slice(&(absence.address & !silicon::mmu::ept::SMM_SPACE).to_le_bytes());
+        data[8..16].copy_from_slice(&(absence.address & !SMM_SPACE).to_le_bytes());
         data[16..24].copy_from_slice(&absence.lin.unwrap_or(0).to_le_bytes());
         data[24..28].copy_from_slice(&flags.to_le_bytes());
         // P4: what is in use is complete.
@@ -264,7 +265,8 @@ impl Vcpu {
     fn answer_request(&mut self, page: u64) -> u64 {
         let Some(setup) = self.msrs.page_not_present() else { return NO_TOKEN };
         let ept = self.vm.memory().ept().clone();
-        let Some(region) = ept.find(page) else { return NO_MEMORY };
+        // (Above that is system management mode's own.)
+        let Some(region) = ept.find(page).filter(|_| page < SMM_SPACE) else { return NO_MEMORY };
         if let Some(wanted) =
             self.async_pf.wanted.iter().find(|wanted| wanted.page == page && wanted.told == Told::NotPresent)
         {
