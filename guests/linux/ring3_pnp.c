@@ -1,56 +1,67 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Linux guest driver of the page-not-present protocol (docs/features/page-not-present.md).
+ * The guest's side of the page-not-present protocol (docs/features/page-not-present.md).
  *
- * A task that touches a page which the host has elsewhere sleeps until the page comes, and the processor does something else. A task whose
- * page turns out to be lost gets SIGBUS; nobody else notices.
+ * The hypervisor interrupts this kernel in the place of an access to a page that is elsewhere, and interrupts it again when pages have come or are lost. What
+ * is done with that:
  *
- * The event is an ordinary interrupt that comes in the place of an access. Two cases:
+ * - A task that was in user mode sleeps before it returns there, and others have the processor. It makes its access again when the page has come.
+ * - A task whose page is lost has it taken away by the kernel's own code for memory failures, as after a machine check: SIGBUS, for it alone.
+ * - The kernel itself cannot sleep just anywhere. It makes its access again at once; the page has a token already, so that the hypervisor has the
+ *   processor sleep until the page comes, which is what would have happened without us. If the page is lost, a copy from or to user memory ends
+ *   with EFAULT; other accesses have no way out, and are a machine check, or the end of the guest.
  *
- *  - It has interrupted user mode. The task is made to sleep before it returns there, by a task work. When it goes on it makes the access
- *    again.
- *  - It has interrupted the kernel, which may hold locks. Nothing is done: the access is made again when the handler returns, and since its
- *    page has got a token already the host lets the processor sleep until the page comes, with interrupts if they are on. (tglx in the thread: the
- *    guest decides by its own state.)
- *
- * NMIs, and code that runs with interrupts off, never see the event, for it is an interrupt.
- *
- * Processors that come after the module was loaded are without.
+ * A processor has its own registers, data, ring and pair of interrupts, and its own tokens. Both interrupts of a token come to the processor that made the
+ * access; the task may be elsewhere by then.
  */
-#define pr_fmt(fmt) "ring3_pnp: " fmt
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
-#include <linux/cpu.h>
-#include <linux/hashtable.h>
+#include <linux/completion.h>
+#include <linux/cpuhotplug.h>
 #include <linux/interrupt.h>
 #include <linux/irq.h>
 #include <linux/irqdomain.h>
+#include <linux/kprobes.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/percpu.h>
+#include <linux/rcupdate.h>
+#include <linux/reboot.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
-#include <linux/smp.h>
-#include <linux/swait.h>
 #include <linux/task_work.h>
+#include <linux/wait.h>
+#include <asm/cpufeature.h>
 #include <asm/hw_irq.h>
 #include <asm/irq_regs.h>
 #include <asm/irqdomain.h>
 #include <asm/msr.h>
 #include <asm/processor.h>
+#include <asm/trapnr.h>
 
-#define CPUID_SIGNATURE	0x40000100
-#define CPUID_FEATURES	0x40000101
-#define LAYOUT_VERSION	1
-#define FEATURE_PNP	BIT(1)
+/* Enumeration. */
+#define RING3_CPUID_SIGNATURE		0x40000100
+#define RING3_CPUID_FEATURES		0x40000101
+#define RING3_LAYOUT			1
+#define RING3_FEATURE_PNP		BIT(1)
 
-#define MSR_PNP_VECTORS	0x52330100
-#define MSR_PNP_RING	0x52330101
-#define MSR_PNP_DATA	0x52330102
-#define PNP_ENABLED	BIT_ULL(0)
-#define PNP_MC		BIT_ULL(2)	/* #MC, which Linux knows how to handle, rather than be killed */
+/* Registers. */
+#define MSR_PNP_VECTORS			0x52330100
+#define MSR_PNP_RING			0x52330101
+#define MSR_PNP_DATA			0x52330102
+#define PNP_DATA_ENABLED		BIT(0)
+#define PNP_DATA_MC			BIT(2)
 
-#define ORDER		8
-#define TOKENS		BIT(ORDER)
-#define TOKEN_ALL	(~0u)
+/* The ring has this many tokens: all that the hypervisor hands out at a time. */
+#define RING_ORDER			6
+#define TOKENS				(1U << RING_ORDER)
+
+/* All tokens: the hypervisor does not know of them any more, for instance because the guest has been moved. */
+#define TOKEN_ALL			U32_MAX
+
+#define FLAG_GVA_KNOWN			BIT(0)
+
+#define RESULT_FAILED			1
 
 struct page_not_present_data {
 	u32 inuse;
@@ -59,362 +70,529 @@ struct page_not_present_data {
 	u64 gva;
 	u32 flags;
 	u32 reserved;
-};
-#define GVA_KNOWN	BIT(0)
+} __aligned(64);
 
 struct page_not_present_resolutions {
 	struct {
 		u32 result;
 		u32 token;
 	} events[TOKENS];
-	u32 head, tail;
-};
+	u32 head;
+	u32 tail;
+} __aligned(64);
 
-/* A token that the host has given, or has resolved before we have heard of it. */
-struct token {
-	struct hlist_node node;
-	u32 token;
-	u32 result;
-	bool done;
-	bool nobody;			/* nobody sleeps for it */
-	unsigned long address;
-	unsigned long pfn;
-	struct swait_queue_head sleeper;
+/* What is shared with the hypervisor. One page: the ring has to begin one, and neither structure may cross one. */
+struct pnp_shared {
+	struct page_not_present_resolutions ring;
+	struct page_not_present_data data;
+};
+static_assert(sizeof(struct pnp_shared) <= PAGE_SIZE);
+static_assert(sizeof(struct page_not_present_data) == 64);
+
+/* A task that waits for a page. It is the task's own, and freed by it: who resolves the token touches it no more after complete(). */
+struct pnp_wait {
 	struct callback_head work;
+	struct completion done;
+	struct pnp_cpu *cpu;
+	u64 gpa;
+	u32 result;
 };
 
-/* What a processor shares with the host. */
-struct shared {
-	struct page_not_present_data *data;
-	struct page_not_present_resolutions *ring;
-	int event, resolved;		/* irqs, 0: none */
-	u32 vectors;
+/*
+ * A token that we know of: one that was handed out and is not resolved, or (@resolved) one that is resolved and whose event has not been seen. The
+ * protocol allows the resolution to be first; a page that is known to be lost comes like that.
+ */
+struct pnp_token {
+	u32 token;		/* 0: this entry is free. */
+	u32 result;
+	bool resolved;
+	struct pnp_wait *wait;	/* Who sleeps. Nobody does after an access of the kernel's. */
 };
 
-static DEFINE_PER_CPU(struct shared, shared);
+struct pnp_cpu {
+	struct pnp_shared *shared;
+	raw_spinlock_t lock;	/* Of what follows: tasks that are killed give up their wait, wherever they run. */
+	/*
+	 * No more than TOKENS are out. One more may be resolved early, that of an event on its way. And one may have been forgotten by the hypervisor
+	 * (see broadcast) until the next TOKEN_ALL.
+	 */
+	struct pnp_token tokens[TOKENS + 2];
+	bool broadcast;		/* TOKEN_ALL has been read while an event was on its way, whose token it may have meant. */
+	bool enabled;
+	int event_irq;
+	int resolution_irq;
+};
 
-static DEFINE_HASHTABLE(tokens, 6);
-static DEFINE_RAW_SPINLOCK(lock);	/* of the table; taken in interrupts */
-static atomic_t asleep;			/* tasks that have our work to do */
-static DECLARE_WAIT_QUEUE_HEAD(all_awake);
+static DEFINE_PER_CPU(struct pnp_cpu, pnp_cpus);
 
-/* Read by tests: /sys/module/ring3_pnp/parameters. */
-static unsigned long events, resolutions, failures, in_kernel;
-module_param(events, ulong, 0444);
-MODULE_PARM_DESC(events, "pages that the host said are elsewhere");
-module_param(resolutions, ulong, 0444);
-MODULE_PARM_DESC(resolutions, "of which it said what has become");
-module_param(failures, ulong, 0444);
-MODULE_PARM_DESC(failures, "which were lost");
-module_param(in_kernel, ulong, 0444);
-MODULE_PARM_DESC(in_kernel, "events in the kernel, where nobody can sleep");
+/* Tasks that are to wait, wait, or have not left pnp_wait_work() yet. The module cannot go before them. */
+static atomic_t pnp_waiters = ATOMIC_INIT(0);
+static DECLARE_WAIT_QUEUE_HEAD(pnp_no_waiters);
 
-static struct token *find(u32 number)
+static enum cpuhp_state pnp_hotplug;
+
+/* The kernel's fixup_exception(), or NULL: see find_fixup_exception(). */
+static int (*pnp_fixup_exception)(struct pt_regs *regs, int trapnr, unsigned long error_code, unsigned long fault_addr);
+
+/* Counters, readable at /sys/module/ring3_pnp/parameters. */
+static atomic_long_t events, resolutions, failed, in_kernel;
+
+static int counter_get(char *buffer, const struct kernel_param *param)
 {
-	struct token *token;
+	return sysfs_emit(buffer, "%ld\n", atomic_long_read((atomic_long_t *)param->arg));
+}
 
-	hash_for_each_possible(tokens, token, node, number)
-		if (token->token == number)
-			return token;
+/* insmod calls it for `events=5`. */
+static int counter_set(const char *value, const struct kernel_param *param)
+{
+	return -EPERM;
+}
+
+static const struct kernel_param_ops counter_ops = { .get = counter_get, .set = counter_set };
+
+#define COUNTER(name, text)					\
+	module_param_cb(name, &counter_ops, &name, 0444);	\
+	MODULE_PARM_DESC(name, text)
+
+COUNTER(events, "pages that were elsewhere (read-only)");
+COUNTER(resolutions, "pages that have come or are lost (read-only)");
+COUNTER(failed, "pages that are lost, each time that somebody touched one (read-only)");
+COUNTER(in_kernel, "events that have interrupted the kernel: the processor slept (read-only)");
+
+/* The entry of @token; of 0, a free one. */
+static struct pnp_token *find_token(struct pnp_cpu *cpu, u32 token)
+{
+	for (int i = 0; i < ARRAY_SIZE(cpu->tokens); i++)
+		if (cpu->tokens[i].token == token)
+			return &cpu->tokens[i];
 	return NULL;
 }
 
-static struct token *add(u32 number)
+static struct pnp_token *add_token(struct pnp_cpu *cpu, u32 token)
 {
-	struct token *token = kzalloc(sizeof(*token), GFP_ATOMIC);
+	struct pnp_token *entry = find_token(cpu, 0);
 
-	if (token) {
-		token->token = number;
-		init_swait_queue_head(&token->sleeper);
-		hash_add(tokens, &token->node, number);
-	}
-	return token;
+	/* More tokens than the ring has. */
+	if (WARN_ON_ONCE(!entry))
+		return NULL;
+	*entry = (struct pnp_token) { .token = token };
+	return entry;
 }
 
-static void discard(struct token *token)
+static void wake(struct pnp_token *entry, u32 result)
 {
-	hash_del(&token->node);
-	kfree(token);
+	struct pnp_wait *wait = entry->wait;
+
+	if (wait) {
+		wait->result = result;
+		complete(&wait->done);
+	}
+	entry->token = 0;
+}
+
+/* Whoever waits makes the access again; if the page is still elsewhere, there is a new event. */
+static void wake_all(struct pnp_cpu *cpu)
+{
+	for (int i = 0; i < ARRAY_SIZE(cpu->tokens); i++)
+		if (cpu->tokens[i].token && !cpu->tokens[i].resolved)
+			wake(&cpu->tokens[i], 0);
+}
+
+static void resolve(struct pnp_cpu *cpu, u32 token, u32 result)
+{
+	struct pnp_token *entry;
+
+	if (token == TOKEN_ALL) {
+		wake_all(cpu);
+		cpu->broadcast = READ_ONCE(cpu->shared->data.inuse);
+		return;
+	}
+	atomic_long_inc(&resolutions);
+	if (result == RESULT_FAILED)
+		atomic_long_inc(&failed);
+	entry = find_token(cpu, token);
+	if (entry) {
+		wake(entry, result);
+		return;
+	}
+	entry = add_token(cpu, token);
+	if (entry) {
+		entry->resolved = true;
+		entry->result = result;
+	}
+}
+
+/* Reads what is in the ring. With the lock held and interrupts off, on the processor whose ring it is. */
+static void drain(struct pnp_cpu *cpu)
+{
+	struct page_not_present_resolutions *ring = &cpu->shared->ring;
+	u32 tail = ring->tail;
+
+	/* An entry is complete before head says that it is there, and ours until tail says that it has been read. */
+	while (tail != smp_load_acquire(&ring->head)) {
+		u32 result = READ_ONCE(ring->events[tail % TOKENS].result);
+		u32 token = READ_ONCE(ring->events[tail % TOKENS].token);
+
+		smp_store_release(&ring->tail, ++tail);
+		resolve(cpu, token, result);
+	}
 }
 
 /*
- * The task's page is lost. The kernel does what it does where a machine check says so: it takes the page out of use, for nobody else may
- * get it, and sends SIGBUS to whoever has it mapped, with the address.
+ * The page is lost, and current has touched it in user mode. The kernel's code for that unmaps the page from everybody, so that nobody gets it again, sends
+ * SIGBUS (BUS_MCEERR_AR and the address) to current, and to nobody else, or finds that the page can be read again from a file.
  */
-static void lose(unsigned long pfn, unsigned long address)
+static void lose_page(u64 gpa)
 {
-	if (memory_failure(pfn, MF_ACTION_REQUIRED))
-		send_sig_mceerr(BUS_MCEERR_AR, (void __user *)address, PAGE_SHIFT, current);
+	int error = -EOPNOTSUPP;
+
+#ifdef CONFIG_MEMORY_FAILURE
+	error = memory_failure(PHYS_PFN(gpa), MF_ACTION_REQUIRED);
+	/* Somebody else has lost it before: current has got its SIGBUS. */
+	if (error == -EHWPOISON)
+		return;
+#endif
+	/* It is none of the pages that a process can be without, a page table for instance. */
+	if (error)
+		force_sig(SIGBUS);
 }
 
-/* In the task whose access it was, on its way to user mode. */
-static void sleep_until_resolved(struct callback_head *work)
+static void put_waiter(void)
 {
-	struct token *token = container_of(work, struct token, work);
-	DECLARE_SWAITQUEUE(wait);
-	unsigned long flags;
-	bool failed;
+	if (atomic_dec_and_test(&pnp_waiters))
+		wake_up(&pnp_no_waiters);
+}
 
-	for (;;) {
-		prepare_to_swait_exclusive(&token->sleeper, &wait, TASK_UNINTERRUPTIBLE);
-		if (smp_load_acquire(&token->done))
-			break;
-		schedule();
+/*
+ * Runs in the task, on its way back to user mode. The task can be killed while it waits: it will not make the access again. Other signals wait as they
+ * do for any page that is read from a disk.
+ */
+static void pnp_wait_work(struct callback_head *work)
+{
+	struct pnp_wait *wait = container_of(work, struct pnp_wait, work);
+	struct pnp_cpu *cpu = wait->cpu;
+
+	if (wait_for_completion_killable(&wait->done)) {
+		unsigned long flags;
+
+		raw_spin_lock_irqsave(&cpu->lock, flags);
+		for (int i = 0; i < ARRAY_SIZE(cpu->tokens); i++)
+			if (cpu->tokens[i].wait == wait)
+				cpu->tokens[i].wait = NULL;
+		raw_spin_unlock_irqrestore(&cpu->lock, flags);
+	} else if (wait->result == RESULT_FAILED) {
+		lose_page(wait->gpa);
 	}
-	finish_swait(&token->sleeper, &wait);
-	raw_spin_lock_irqsave(&lock, flags);
-	failed = token->result;
-	failures += failed;
-	hash_del(&token->node);
-	raw_spin_unlock_irqrestore(&lock, flags);
-	if (failed)
-		lose(token->pfn, token->address);
-	kfree(token);
-	if (atomic_dec_and_test(&asleep))
-		wake_up(&all_awake);
+	kfree(wait);
+	put_waiter();
 }
 
-static irqreturn_t on_event(int irq, void *unused)
+/* A wait for a page, of the task that was interrupted in user mode. NULL: there is no memory, and nobody will wait. */
+static struct pnp_wait *new_wait(struct pnp_cpu *cpu, u64 gpa)
 {
-	struct page_not_present_data *data = this_cpu_ptr(&shared)->data;
-	bool user = user_mode(get_irq_regs());
-	struct token *token;
-	unsigned long address, pfn;
-	u32 number;
+	struct pnp_wait *wait = kmalloc(sizeof(*wait), GFP_ATOMIC | __GFP_NOWARN);
 
-	if (!smp_load_acquire(&data->inuse))
-		return IRQ_NONE;
-	number = data->token;
-	address = data->flags & GVA_KNOWN ? data->gva : 0;
-	pfn = data->gpa >> PAGE_SHIFT;
-	/* All is read: the host may write again. */
-	smp_store_release(&data->inuse, 0);
+	if (!wait)
+		return NULL;
+	init_task_work(&wait->work, pnp_wait_work);
+	init_completion(&wait->done);
+	wait->cpu = cpu;
+	wait->gpa = gpa;
+	wait->result = 0;
+	return wait;
+}
 
-	raw_spin_lock(&lock);
-	events++;
-	in_kernel += !user;
-	token = find(number);
-	if (token && !token->result) {
-		/* It came before we have heard that it had gone. */
-		discard(token);
-		raw_spin_unlock(&lock);
+/*
+ * The kernel has touched a page that is lost. Whatever can bear a fault there gets one: copies to and from user memory above all, whose system call then
+ * fails with EFAULT. False: there is no way out.
+ */
+static bool lose_page_in_kernel(struct pt_regs *regs, u64 gpa, u64 gva)
+{
+	if (!pnp_fixup_exception || !pnp_fixup_exception(regs, X86_TRAP_PF, 0, gva))
+		return false;
+#ifdef CONFIG_MEMORY_FAILURE
+	/* Nobody is to get it again. The task may get along without; if it touches it in user mode, it has its SIGBUS. */
+	memory_failure_queue(PHYS_PFN(gpa), 0);
+#endif
+	return true;
+}
+
+/* The event: a page is not present. Interrupts are off, so that there is no other until we return. */
+static irqreturn_t pnp_event(int irq, void *id)
+{
+	struct pnp_cpu *cpu = this_cpu_ptr(&pnp_cpus);
+	struct page_not_present_data *data = &cpu->shared->data;
+	struct pt_regs *regs = get_irq_regs();
+	bool user = user_mode(regs), resolved = false, lost = false, sleeps = false;
+	struct pnp_wait *wait = NULL;
+	struct pnp_token *entry;
+	u32 token;
+	u64 gpa, gva;
+
+	/* The rest is valid if inuse is set, and stays so until we clear it. */
+	if (!cpu->enabled || !smp_load_acquire(&data->inuse))
+		return IRQ_HANDLED;
+	token = data->token;
+	gpa = data->gpa;
+	gva = data->flags & FLAG_GVA_KNOWN ? data->gva : 0;
+	atomic_long_inc(&events);
+	if (user)
+		wait = new_wait(cpu, gpa);
+
+	raw_spin_lock(&cpu->lock);
+	/* The resolution may be there, with its interrupt behind ours. */
+	drain(cpu);
+	entry = find_token(cpu, token);
+	if (entry) {
+		resolved = true;
+		lost = entry->result == RESULT_FAILED;
+		entry->token = 0;
+	} else {
+		entry = add_token(cpu, token);
+	}
+	if (wait && (resolved ? lost : entry && !cpu->broadcast)) {
+		sleeps = !task_work_add(current, &wait->work, TWA_RESUME);
+		if (sleeps)
+			atomic_inc(&pnp_waiters);
+		if (sleeps && resolved) {
+			/* It does not sleep, but is where the page can be taken away from it. */
+			wait->result = RESULT_FAILED;
+			complete(&wait->done);
+		} else if (sleeps) {
+			entry->wait = wait;
+		}
+	}
+	cpu->broadcast = false;
+	raw_spin_unlock(&cpu->lock);
+
+	if (!sleeps)
+		kfree(wait);
+	if (lost && user && !sleeps)
+		/* There was no memory. It must not touch the page again, though. */
+		force_sig(SIGBUS);
+	if (!user)
+		atomic_long_inc(&in_kernel);
+	if (lost && !user && !lose_page_in_kernel(regs, gpa, gva)) {
+		/* With the data in use the next access cannot be told: it is a machine check, with PNP_DATA_MC, and the kernel's own code decides. */
+		pr_err("the kernel needs page %#llx, which is lost: %pS\n", gpa, (void *)instruction_pointer(regs));
 		return IRQ_HANDLED;
 	}
-	/* One that is known to be lost already is resolved, too: the task hears of that on its way to user mode. */
-	if (!token)
-		token = add(number);
-	/* Without memory nobody sleeps but the processor. */
-	if (token) {
-		token->address = address;
-		token->pfn = pfn;
-		token->nobody = true;
-		if (user) {
-			init_task_work(&token->work, sleep_until_resolved);
-			if (!task_work_add(current, &token->work, TWA_RESUME)) {
-				token->nobody = false;
-				atomic_inc(&asleep);
-			}
-		}
-		if (token->nobody && token->done)
-			discard(token);
-	}
-	raw_spin_unlock(&lock);
+	smp_store_release(&data->inuse, 0);
 	return IRQ_HANDLED;
 }
 
-static void resolve(struct token *token, u32 result)
+/* Tokens have been resolved. There may be none: one interrupt can stand for many, and pnp_event() reads the ring as well. */
+static irqreturn_t pnp_resolution(int irq, void *id)
 {
-	token->result = result;
-	smp_store_release(&token->done, true);
-	swake_up_one(&token->sleeper);
-}
+	struct pnp_cpu *cpu = this_cpu_ptr(&pnp_cpus);
 
-static irqreturn_t on_resolved(int irq, void *unused)
-{
-	struct page_not_present_resolutions *ring = this_cpu_ptr(&shared)->ring;
-	struct hlist_node *next;
-	struct token *token;
-	u32 tail, number, result;
-	int bucket;
-
-	raw_spin_lock(&lock);
-	for (tail = ring->tail; tail != smp_load_acquire(&ring->head); tail++) {
-		number = ring->events[tail % TOKENS].token;
-		result = ring->events[tail % TOKENS].result;
-		/* The entry is read: the host may write another one in its place. */
-		smp_store_release(&ring->tail, tail + 1);
-		if (number == TOKEN_ALL) {
-			/* We have been restored: whoever waits tries again. */
-			hash_for_each_safe(tokens, bucket, next, token, node) {
-				if (token->nobody)
-					discard(token);
-				else
-					resolve(token, 0);
-			}
-			continue;
-		}
-		resolutions++;
-		token = find(number);
-		if (!token) {
-			/* Its event is still to come. */
-			token = add(number);
-			if (token) {
-				token->nobody = token->done = true;
-				token->result = result;
-			}
-		} else if (token->nobody) {
-			discard(token);
-		} else {
-			resolve(token, result);
-		}
-	}
-	raw_spin_unlock(&lock);
+	raw_spin_lock(&cpu->lock);
+	if (cpu->enabled)
+		drain(cpu);
+	raw_spin_unlock(&cpu->lock);
 	return IRQ_HANDLED;
 }
 
-/* An interrupt that nobody but the host sends: a vector of this processor's, without any other controller in front of it. */
-static int allocate(unsigned int cpu, irq_handler_t handler, const char *name, u8 *vector)
+/*
+ * A vector of processor @cpu, with an interrupt of the kernel's behind it. No device stands behind that: the hypervisor raises the vector in
+ * the local APIC. So the interrupt is one of the domain of the vectors itself, below which those of IOAPICs and MSIs are. The vector must stay
+ * where it is: the mask has it allocated there, now, and IRQF_NOBALANCING keeps everybody from moving it.
+ */
+static int request_vector(unsigned int cpu, irq_handler_t handler, const char *name, int *irq, u8 *vector)
 {
+	struct irq_affinity_desc affinity = { .mask = *cpumask_of(cpu) };
 	struct irq_alloc_info info = { .mask = cpumask_of(cpu) };
-	int irq = irq_domain_alloc_irqs(x86_vector_domain, 1, cpu_to_node(cpu), &info);
+	struct irq_cfg *config;
 	int error;
 
-	if (irq < 0)
-		return irq;
-	irq_set_handler(irq, handle_edge_irq);
-	error = request_irq(irq, handler, IRQF_NOBALANCING | IRQF_NO_THREAD, name, &shared);
-	if (error) {
-		irq_dispose_mapping(irq);
+	*irq = __irq_domain_alloc_irqs(x86_vector_domain, -1, 1, cpu_to_node(cpu), &info, false, &affinity);
+	if (*irq < 0) {
+		error = *irq;
+		*irq = 0;
 		return error;
 	}
-	*vector = irqd_cfg(irq_get_irq_data(irq))->vector;
-	return irq;
-}
-
-static void deallocate(int irq)
-{
-	if (irq > 0) {
-		free_irq(irq, &shared);
-		irq_dispose_mapping(irq);
+	/* With it the EOI is sent before the handler runs. */
+	irq_set_handler(*irq, handle_edge_irq);
+	error = request_irq(*irq, handler, IRQF_NOBALANCING | IRQF_NO_THREAD, name, &pnp_cpus);
+	if (error) {
+		irq_dispose_mapping(*irq);
+		*irq = 0;
+		return error;
 	}
+	config = irqd_cfg(irq_get_irq_data(*irq));
+	*vector = config->vector;
+	return 0;
 }
 
-static void enable(void *result)
+static void release_vector(int *irq)
 {
-	struct shared *mine = this_cpu_ptr(&shared);
-	int error = wrmsrl_safe(MSR_PNP_VECTORS, mine->vectors);
-
-	if (!error)
-		error = wrmsrl_safe(MSR_PNP_RING, __pa(mine->ring) | ORDER);
-	if (!error)
-		error = wrmsrl_safe(MSR_PNP_DATA, __pa(mine->data) | PNP_ENABLED | PNP_MC);
-	*(int *)result = error;
+	if (*irq) {
+		free_irq(*irq, &pnp_cpus);
+		irq_dispose_mapping(*irq);
+	}
+	*irq = 0;
 }
 
+/* After this the hypervisor resolves nothing: nobody may wait for it. On the processor itself. */
 static void disable(void *unused)
 {
-	wrmsrl_safe(MSR_PNP_DATA, 0);
+	struct pnp_cpu *cpu = this_cpu_ptr(&pnp_cpus);
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&cpu->lock, flags);
+	if (cpu->enabled) {
+		wrmsrl(MSR_PNP_DATA, 0);
+		cpu->enabled = false;
+		drain(cpu);
+		wake_all(cpu);
+	}
+	raw_spin_unlock_irqrestore(&cpu->lock, flags);
 }
 
-static int set_up(unsigned int cpu)
+static int pnp_offline(unsigned int id)
 {
-	struct shared *its = per_cpu_ptr(&shared, cpu);
-	u8 event, resolved;
+	struct pnp_cpu *cpu = per_cpu_ptr(&pnp_cpus, id);
+
+	disable(NULL);
+	release_vector(&cpu->event_irq);
+	release_vector(&cpu->resolution_irq);
+	return 0;
+}
+
+/* On the processor itself: now, on all that are online, and on others when they come. */
+static int pnp_online(unsigned int id)
+{
+	struct pnp_cpu *cpu = per_cpu_ptr(&pnp_cpus, id);
+	phys_addr_t shared = virt_to_phys(cpu->shared);
+	u8 event, resolution;
+	unsigned long flags;
 	int error;
 
-	its->data = (void *)get_zeroed_page(GFP_KERNEL);
-	its->ring = (void *)get_zeroed_page(GFP_KERNEL);
-	if (!its->data || !its->ring)
-		return -ENOMEM;
-	its->event = allocate(cpu, on_event, "page not present", &event);
-	if (its->event < 0)
-		return its->event;
-	its->resolved = allocate(cpu, on_resolved, "page resolved", &resolved);
-	if (its->resolved < 0)
-		return its->resolved;
-	its->vectors = resolved << 8 | event;
-	smp_call_function_single(cpu, enable, &error, true);
-	return error;
+	error = request_vector(id, pnp_event, "ring3_pnp event", &cpu->event_irq, &event);
+	if (!error)
+		error = request_vector(id, pnp_resolution, "ring3_pnp resolution", &cpu->resolution_irq, &resolution);
+	if (error) {
+		pnp_offline(id);
+		return error;
+	}
+	raw_spin_lock_irqsave(&cpu->lock, flags);
+	memset(cpu->shared, 0, sizeof(*cpu->shared));
+	memset(cpu->tokens, 0, sizeof(cpu->tokens));
+	cpu->broadcast = false;
+	cpu->enabled = true;
+	error = wrmsrl_safe(MSR_PNP_VECTORS, resolution << 8 | event);
+	if (!error)
+		error = wrmsrl_safe(MSR_PNP_RING, (shared + offsetof(struct pnp_shared, ring)) | RING_ORDER);
+	if (!error)
+		error = wrmsrl_safe(MSR_PNP_DATA,
+				    (shared + offsetof(struct pnp_shared, data)) | PNP_DATA_MC | PNP_DATA_ENABLED);
+	if (error)
+		cpu->enabled = false;
+	raw_spin_unlock_irqrestore(&cpu->lock, flags);
+	if (error) {
+		pr_err("the hypervisor does not take the registers of processor %u\n", id);
+		pnp_offline(id);
+		return -EIO;
+	}
+	return 0;
 }
 
-static void tear_down(unsigned int cpu)
+/* The next kernel must not find that memory of its own is our data. */
+static int pnp_reboot(struct notifier_block *block, unsigned long action, void *data)
 {
-	struct shared *its = per_cpu_ptr(&shared, cpu);
+	on_each_cpu(disable, NULL, 1);
+	return NOTIFY_DONE;
+}
 
-	smp_call_function_single(cpu, disable, NULL, true);
-	deallocate(its->event);
-	deallocate(its->resolved);
-	free_page((unsigned long)its->data);
-	free_page((unsigned long)its->ring);
-	memset(its, 0, sizeof(*its));
+static struct notifier_block pnp_reboot_block = { .notifier_call = pnp_reboot };
+
+/*
+ * fixup_exception() is not exported. A kprobe knows where a function is, and this one is never armed: the way of modules outside the kernel since
+ * kallsyms_lookup_name() is not exported either. What it gives is behind the function's ENDBR, where nobody can call it if the kernel enforces that
+ * calls go to one; the ENDBR itself is gone then, because the kernel never takes the function's address. We can do without.
+ */
+static void find_fixup_exception(void)
+{
+	struct kprobe probe = { .symbol_name = "fixup_exception", .flags = KPROBE_FLAG_DISABLED };
+
+	if (cpu_feature_enabled(X86_FEATURE_IBT) || register_kprobe(&probe)) {
+		pr_info("system calls with pages that are lost are machine checks\n");
+		return;
+	}
+	pnp_fixup_exception = (void *)probe.addr;
+	unregister_kprobe(&probe);
 }
 
 static bool offered(void)
 {
-	u32 eax, signature[3];
+	u32 max, signature[3], features, unused;
 
-	if (!boot_cpu_has(X86_FEATURE_HYPERVISOR))
+	cpuid(RING3_CPUID_SIGNATURE, &max, &signature[0], &signature[1], &signature[2]);
+	if (memcmp(signature, "ring3ring3\0\0", sizeof(signature)) || max < RING3_CPUID_FEATURES)
 		return false;
-	cpuid(CPUID_SIGNATURE, &eax, &signature[0], &signature[1], &signature[2]);
-	if (memcmp(signature, "ring3ring3\0", sizeof(signature)))
-		return false;
-	return cpuid_eax(CPUID_FEATURES) == LAYOUT_VERSION && cpuid_ebx(CPUID_FEATURES) & FEATURE_PNP;
+	cpuid(RING3_CPUID_FEATURES, &max, &features, &unused, &unused);
+	return max == RING3_LAYOUT && features & RING3_FEATURE_PNP;
 }
 
-static void stop(void)
+static void free_shared(void)
 {
-	struct hlist_node *next;
-	struct token *token;
-	unsigned long flags;
-	unsigned int cpu;
-	int bucket;
+	unsigned int id;
 
-	for_each_online_cpu(cpu)
-		tear_down(cpu);
-	/* Nobody resolves what is left: whoever waits makes the access again, and waits as without us. */
-	raw_spin_lock_irqsave(&lock, flags);
-	hash_for_each_safe(tokens, bucket, next, token, node) {
-		if (token->nobody)
-			discard(token);
-		else
-			resolve(token, 0);
-	}
-	raw_spin_unlock_irqrestore(&lock, flags);
-	wait_event(all_awake, !atomic_read(&asleep));
+	for_each_possible_cpu(id)
+		free_page((unsigned long)per_cpu_ptr(&pnp_cpus, id)->shared);
 }
 
-static int __init ring3_pnp_init(void)
+/*
+ * Nobody waits any more, but some may not have run since. Then there is who has called put_waiter() and has not returned from our code: it does so
+ * before it next sleeps or is in user mode, which is what synchronize_rcu_tasks() waits for.
+ */
+static void wait_for_waiters(void)
 {
-	unsigned int cpu;
-	int error = 0;
+	wait_event(pnp_no_waiters, !atomic_read(&pnp_waiters));
+	synchronize_rcu_tasks();
+}
 
-	BUILD_BUG_ON(sizeof(struct page_not_present_resolutions) > PAGE_SIZE);
+static int __init pnp_init(void)
+{
+	unsigned int id;
+	int state;
+
 	if (!offered()) {
-		pr_info("not offered by the hypervisor\n");
+		pr_info("not offered: this hypervisor has no page-not-present protocol\n");
 		return -ENODEV;
 	}
-	cpus_read_lock();
-	for_each_online_cpu(cpu) {
-		error = set_up(cpu);
-		if (error)
-			break;
+	for_each_possible_cpu(id) {
+		struct pnp_cpu *cpu = per_cpu_ptr(&pnp_cpus, id);
+
+		raw_spin_lock_init(&cpu->lock);
+		cpu->shared = (void *)get_zeroed_page(GFP_KERNEL);
+		if (!cpu->shared) {
+			free_shared();
+			return -ENOMEM;
+		}
 	}
-	if (error)
-		stop();
-	cpus_read_unlock();
-	if (!error)
-		pr_info("enabled on %u processors\n", num_online_cpus());
-	return error;
+	find_fixup_exception();
+	state = cpuhp_setup_state(CPUHP_AP_ONLINE_DYN, "ring3_pnp:online", pnp_online, pnp_offline);
+	if (state < 0) {
+		wait_for_waiters();
+		free_shared();
+		return state;
+	}
+	pnp_hotplug = state;
+	register_reboot_notifier(&pnp_reboot_block);
+	pr_info("on %u processors, %u tokens each\n", num_online_cpus(), TOKENS);
+	return 0;
 }
 
-static void __exit ring3_pnp_exit(void)
+static void __exit pnp_exit(void)
 {
-	cpus_read_lock();
-	stop();
-	cpus_read_unlock();
+	unregister_reboot_notifier(&pnp_reboot_block);
+	cpuhp_remove_state(pnp_hotplug);
+	wait_for_waiters();
+	free_shared();
 }
 
-module_init(ring3_pnp_init);
-module_exit(ring3_pnp_exit);
-MODULE_DESCRIPTION("Pages that the host has elsewhere: the page-not-present protocol");
+module_init(pnp_init);
+module_exit(pnp_exit);
+MODULE_DESCRIPTION("Guest driver of ring3's page-not-present protocol");
 MODULE_LICENSE("GPL");
