@@ -6,11 +6,18 @@
  * pages copy COUNT            read(2) and write(2) with buffers whose pages are elsewhere
  * pages poison                a task touches failed memory, another one counts on
  * pages told                  a task hears of failed memory that it has not touched
+ * pages shared                of two tasks that have failed memory mapped one touches it
+ * pages fault                 write(2) and read(2) with buffers that are failed memory
+ * pages killed                a task is killed while it waits for a page that is held
+ * pages wait                  touches a page that is held
+ * pages wanted                how many pages somebody waits for
+ * pages release               lets pages that are held come
  * pages bench MILLISECONDS COUNT
  *                             what a task that computes gets done beside one that touches COUNT pages, of which, as of all memory, a part
  *                             has gone, over and over
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
@@ -217,6 +224,89 @@ static void poison(int told)
 	printf("the other goes on\n");
 }
 
+/* Both have the page mapped. One is killed, the other has not touched it. */
+static void shared_page(void)
+{
+	volatile uint64_t *page = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	pid_t other, victim;
+	int status;
+
+	if (page == MAP_FAILED)
+		fail("mmap");
+	*page = 1;
+	other = fork();
+	if (!other) {
+		/* Mapped here as well. */
+		shared->count = *page;
+		pause();
+	}
+	while (!shared->count)
+		;
+	victim = fork();
+	if (!victim) {
+		if (*page != 1 || command(frame((char *)page), 1, POISON) != 1)
+			fail("poison");
+		_exit(*page != 0);
+	}
+	waitpid(victim, &status, 0);
+	printf("who touches it: signal %d\n", WTERMSIG(status));
+	printf("the other: %s\n", waitpid(other, &status, WNOHANG) ? "has gone" : "goes on");
+	kill(other, SIGKILL);
+	waitpid(other, &status, 0);
+}
+
+static void fault(void)
+{
+	char *memory = pages(2);
+	long written, got;
+	int ends[2];
+
+	if (pipe(ends))
+		fail("pipe");
+	for (int i = 0; i < 2; i++)
+		if (command(frame(memory + i * SIZE), 1, POISON) != 1)
+			fail("poison");
+	written = write(ends[1], memory, SIZE);
+	printf("write %ld %s\n", written, written < 0 ? strerror(errno) : "");
+	if (write(ends[1], "abc", 3) != 3)
+		fail("write");
+	got = read(ends[0], memory + SIZE, SIZE);
+	printf("read %ld %s\n", got, got < 0 ? strerror(errno) : "");
+}
+
+static void killed(void)
+{
+	/* Ours as well: what a task leaves behind somebody else gets, and would wait for it. */
+	char *page = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	pid_t victim;
+	int status;
+
+	if (page == MAP_FAILED)
+		fail("mmap");
+	*page = 1;
+	evict(page, 1);
+	victim = fork();
+	if (!victim) {
+		command(0, 0, HOLD);
+		_exit(*(volatile char *)page);
+	}
+	while (!inl(WANTED))
+		;
+	kill(victim, SIGKILL);
+	waitpid(victim, &status, 0);
+	printf("signal %d, pages wanted %u\n", WTERMSIG(status), inl(WANTED));
+	outl(RELEASE, COMMAND);
+}
+
+static void wait_for_held(void)
+{
+	char *memory = pages(1);
+
+	evict(memory, 1);
+	command(0, 0, HOLD);
+	printf("came with %lu\n", *(volatile uint64_t *)memory);
+}
+
 static double seconds(void)
 {
 	struct timespec now;
@@ -276,6 +366,18 @@ int main(int argc, char **argv)
 		copy(number);
 	else if (!strcmp(what, "poison") || !strcmp(what, "told"))
 		poison(!strcmp(what, "told"));
+	else if (!strcmp(what, "shared"))
+		shared_page();
+	else if (!strcmp(what, "fault"))
+		fault();
+	else if (!strcmp(what, "killed"))
+		killed();
+	else if (!strcmp(what, "wait"))
+		wait_for_held();
+	else if (!strcmp(what, "wanted"))
+		printf("%u\n", inl(WANTED));
+	else if (!strcmp(what, "release"))
+		outl(RELEASE, COMMAND);
 	else if (!strcmp(what, "bench") && argc > 3)
 		bench((double)number / 1000, strtoul(argv[3], NULL, 0));
 	else

@@ -1,4 +1,4 @@
-//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`, `kvm-ioctls`, `vmms`.
+//! Project tasks: `cargo xtask demo`, `test`, `bench`, `fuzz`, `selftests`, `kvm-ioctls`, `vmms`, `linux-driver`.
 
 mod bench;
 mod crate_tests;
