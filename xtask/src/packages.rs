@@ -194,15 +194,18 @@ pub fn kernel_headers(kernel: &Kernel) -> Result<PathBuf, Error> {
 /// The version of the package that a kernel image is from, as the kernel's banner has it: `#1 SMP Debian 6.12.117-1 (2026-11-14)`.
 fn debian_version(image: &Path) -> Result<String, Error> {
     let bytes = at(image, std::fs::read(image))?;
+    let unknown = || Error::Package(format!("of {}, whose version is not known,", image.display()));
+    version_in_banner(&bytes).ok_or_else(unknown)
+}
+
+fn version_in_banner(image: &[u8]) -> Option<String> {
     // Linux's boot protocol: kernel_version, less 0x200.
-    let banner = (bytes.get(0x20e..0x210))
-        .map(|offset| usize::from(u16::from_le_bytes([offset[0], offset[1]])) + 0x200)
-        .and_then(|start| bytes.get(start..)?.split(|&byte| byte == 0).next())
-        .map(String::from_utf8_lossy)
-        .unwrap_or_default();
+    let [low, high] = image.get(0x20e..0x210)? else { return None };
+    let start = usize::from(u16::from_le_bytes([*low, *high])) + 0x200;
+    let banner = image.get(start..)?.split(|&byte| byte == 0).next()?;
+    let banner = String::from_utf8_lossy(banner);
     let mut words = banner.split_whitespace().skip_while(|&word| word != "Debian").skip(1);
-    let version = words.next().map(str::to_string);
-    version.ok_or_else(|| Error::Package(format!("of {}, whose version is not known,", image.display())))
+    words.next().map(str::to_string)
 }
 
 fn unpacked_kernel(dir: &Path) -> Option<Kernel> {
@@ -288,5 +291,17 @@ mod tests {
         };
         std::thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(ask))));
         assert_eq!(fetches.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_kernel_image_says_which_package_it_is_from() {
+        let mut image = vec![0; 0x400];
+        image[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());
+        assert_eq!(version_in_banner(&image), None);
+        let banner =
+            b"6.12.1+deb12-amd64 (x@debian.org) #1 SMP Debian 6.12.1-1~deb12u1 (2026-11-14)\0Debian 7";
+        image[0x300..0x300 + banner.len()].copy_from_slice(banner);
+        assert_eq!(version_in_banner(&image).as_deref(), Some("6.12.1-1~deb12u1"));
+        assert_eq!(version_in_banner(&image[..0x20f]), None);
     }
 }
