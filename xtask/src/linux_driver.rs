@@ -132,6 +132,8 @@ fn build_module(kernel: &Kernel) -> Result<PathBuf, Error> {
         ("cc", "gcc"),
         ("/usr/include/stdio.h", "libc6-dev"),
         ("make", "make"),
+        // What kernel modules are checked with.
+        ("/usr/lib/x86_64-linux-gnu/libelf.so.1", "libelf1"),
     ])?;
     let dir = guest_dir().join("linux-driver");
     at(&dir, std::fs::create_dir_all(&dir))?;
