@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guest::{CODE, Guest};
+use hypervisor::cpuid::own;
 use hypervisor::split_lock::{Policy, VmPolicy};
 use hypervisor::time::HostTime;
 use hypervisor::vcpu::{RunRequest, SplitLockExit};
@@ -541,7 +542,11 @@ fn sl_e1_a_control_per_thread_is_offered_with_smt() {
 #[test]
 fn sl_b15_forced_on_handshake() {
     let leaf = system(FATAL).supported_cpuid().iter().find(|e| e.function == 0x4000_0101).copied().unwrap();
-    assert_eq!((leaf.eax, leaf.ebx), (1, 1), "SL-H1");
+    assert_eq!(
+        (leaf.eax, leaf.ebx & own::SPLIT_LOCK_FORCED_ON),
+        (own::VERSION, own::SPLIT_LOCK_FORCED_ON),
+        "SL-H1"
+    );
     let run = |program: &[&[u8]]| {
         let mut machine = Machine::of(system(FATAL), program, &[COUNT, HLT]);
         let result = machine.run();
