@@ -39,8 +39,8 @@ fn run(protocol: &str, mebibytes: u64, delay: Duration) -> Result<String, String
     })?;
     let memory = Arc::new(memory);
     let pages = memory.size() / PAGE as u64;
-    // The computing task is alone for a second or so.
-    let alone = 2_500_000_000;
+    // The computing task is alone for about as long as sixteen mebibytes take at a millisecond a page.
+    let alone = 12_500_000_000;
     let parameters =
         Parameters { work: Work::Duet, protocol, order: 6, pages, tasks: 0, touches: 0, seed: 0, alone };
     let mut machine = pager::machine(&parameters, memory.host(), memory.size(), |_| Ok(()))
