@@ -230,6 +230,11 @@ build_idt:
     mov byte ptr [idt + FAIL_VECTOR * 16 + 5], 0xee
     ret
 
+/* Where all vectors lead: a program may have a handler of its own for them. */
+#ifndef CAUGHT
+#define CAUGHT caught
+#endif
+
     .balign 16
 stubs:
     .set vector_number, 0
@@ -243,7 +248,7 @@ stubs:
     .endif
     push vector_number
     .byte 0xe9
-    .long caught - . - 4
+    .long CAUGHT - . - 4
     .set vector_number, vector_number + 1
     .endr
 

@@ -1,44 +1,15 @@
-/* Into long mode as all guest programs, then vectors that save everything on the stack of the task that runs, and `kernel` in Rust. */
+/* Into long mode as all guest programs; vectors save everything on the stack of the task that runs, for `interrupted` in Rust. */
+#define CAUGHT entered
 #include "../asm/guest.h"
 
 main:
-    /* The handlers of guest.h note exceptions; these switch tasks. */
-    mov rdi, offset idt
-    mov rsi, offset entries
-    mov ecx, 256
-1:  mov rax, rsi
-    mov [rdi], ax
-    shr rax, 16
-    mov [rdi + 6], ax
-    shr rax, 16
-    mov [rdi + 8], eax
-    mov byte ptr [rdi + 4], 0
-    add rdi, 16
-    add rsi, 16
-    loop 1b
     mov rax, cr4
     or rax, 1 << 6 /* CR4.MCE */
     mov cr4, rax
     jmp kernel
 
-    .balign 16
-entries:
-    .set vector_number, 0
-    .rept 256
-    .balign 16
-    .if vector_number == 8 || (vector_number >= 10 && vector_number <= 14) || vector_number == 17 || vector_number == 21
-    nop
-    nop
-    .else
-    push 0
-    .endif
-    push vector_number
-    .byte 0xe9
-    .long entered - . - 4
-    .set vector_number, vector_number + 1
-    .endr
-
-/* The processor has aligned the stack and pushed SS, RSP, RFLAGS, CS, RIP; with what follows it is aligned again. */
+/* The processor has aligned the stack and pushed SS, RSP, RFLAGS, CS, RIP, the vector's entry an error code or zero, and the vector; with what
+   follows the stack is aligned again. */
 entered:
     push rax
     push rbx

@@ -1,27 +1,20 @@
-//! Memory whose pages somebody has to bring, behind a userfaultfd (include/uapi/linux/userfaultfd.h): for tests and benchmarks that are the
-//! client of their machine.
-#![expect(unsafe_code, reason = "maps memory, and serves its faults")]
+//! Memory whose pages somebody has to bring, behind a userfaultfd: for tests and benchmarks that are the client of their machine.
+#![expect(unsafe_code, reason = "maps memory")]
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::io;
+
+use vmm::host::sys::{self, Waiter};
+use vmm::host::userfaultfd::UserFaults;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
-
-const USER_MODE_ONLY: libc::c_int = 1;
-const API: libc::c_ulong = 0xc018_aa3f;
-const REGISTER: libc::c_ulong = 0xc020_aa00;
-const COPY: libc::c_ulong = 0xc028_aa03;
-const POISON: libc::c_ulong = 0xc020_aa08;
-const MODE_MISSING: u64 = 1;
 
 /// The memory.
 #[derive(Debug)]
 pub struct LazyMemory {
     host: u64,
     size: usize,
-    faults: File,
+    faults: UserFaults,
 }
 
 impl LazyMemory {
@@ -31,26 +24,17 @@ impl LazyMemory {
     ///
     /// Nobody may have a userfaultfd, or there is no memory.
     pub fn new(size: usize) -> io::Result<LazyMemory> {
-        let (rw, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        );
-        // SAFETY: a new mapping, and a descriptor that is nobody else's.
-        let (host, faults) = unsafe {
-            let fd = libc::syscall(libc::SYS_userfaultfd, USER_MODE_ONLY | libc::O_CLOEXEC) as libc::c_int;
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            let faults = File::from_raw_fd(fd);
-            let host = libc::mmap(std::ptr::null_mut(), size, rw, flags, -1, 0);
-            if host == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error());
-            }
-            (host as u64, faults)
+        let faults = UserFaults::new()?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping.
+        let host = unsafe {
+            libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
         };
-        let memory = LazyMemory { host, size, faults };
-        memory.call(API, &mut [0xaa, 0, 0])?;
-        memory.call(REGISTER, &mut [host, size as u64, MODE_MISSING, 0])?;
+        if host == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let memory = LazyMemory { host: host as u64, size, faults };
+        memory.faults.register(memory.host, size as u64)?;
         Ok(memory)
     }
 
@@ -64,12 +48,8 @@ impl LazyMemory {
         self.size as u64
     }
 
-    fn call(&self, number: libc::c_ulong, structure: &mut [u64]) -> io::Result<()> {
-        // SAFETY: each structure has the length that its number says.
-        match unsafe { libc::ioctl(self.faults.as_raw_fd(), number, structure.as_mut_ptr()) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+    fn address(&self, page: u64) -> u64 {
+        self.host + page * PAGE as u64
     }
 
     /// Waits until somebody waits for a page: its number.
@@ -78,10 +58,12 @@ impl LazyMemory {
     ///
     /// The descriptor cannot be read.
     pub fn next(&self) -> io::Result<u64> {
-        let mut message = [0; 32];
-        (&self.faults).read_exact(&mut message)?;
-        let address = u64::from_le_bytes(std::array::from_fn(|i| message[16 + i]));
-        Ok((address - self.host) / PAGE as u64)
+        loop {
+            if let Some(address) = self.faults.next()? {
+                return Ok((address - self.host) / PAGE as u64);
+            }
+            sys::poll(&mut [Waiter::read(&self.faults)], None)?;
+        }
     }
 
     /// Brings a page. One that is there already stays.
@@ -90,11 +72,7 @@ impl LazyMemory {
     ///
     /// It cannot be had.
     pub fn bring(&self, page: u64, content: &[u8; PAGE]) -> io::Result<()> {
-        let to = self.host + page * PAGE as u64;
-        match self.call(COPY, &mut [to, content.as_ptr() as u64, PAGE as u64, 0, 0]) {
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-            result => result,
-        }
+        self.faults.bring(self.address(page), Some(content))
     }
 
     /// From now on whoever touches the page gets SIGBUS, as where memory has failed.
@@ -103,7 +81,7 @@ impl LazyMemory {
     ///
     /// The host is older than Linux 6.6.
     pub fn poison(&self, page: u64) -> io::Result<()> {
-        self.call(POISON, &mut [self.host + page * PAGE as u64, PAGE as u64, 0, 0])
+        self.faults.poison(self.address(page))
     }
 }
 

@@ -88,7 +88,7 @@ fn loops(program: Program, vectoring: u32, mend: impl Fn(&mut Vcpu)) {
     assert_eq!(run(vcpu, &mut report), None);
     assert_eq!(report.console, "PASS\n");
     assert_eq!(report.behaviours.len(), program.behaviours().count());
-    assert_eq!(vcpu.handle().stats.notify_window_exits.load(Ordering::Relaxed), ROUNDS.into());
+    assert_eq!(vcpu.handle().stats.notify_window_exits.load(Ordering::Relaxed), u64::from(ROUNDS));
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The page-not-present protocol on bare metal: the kernel in `pager/`, whose tasks touch pages that this test keeps, and brings when and
 //! as it wants.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -24,6 +24,8 @@ const RESOLVED: u32 = 0x51;
 struct Source {
     fails: Option<u64>,
     asked: AtomicU64,
+    /// Gets an NMI, and an interrupt that nobody has sent for, with every eighth page.
+    disturbed: OnceLock<Weak<Vm>>,
 }
 
 impl PageSource for Source {
@@ -33,6 +35,13 @@ impl PageSource for Source {
             0 => thread::sleep(Duration::from_micros(turn % 50)),
             1 | 2 => thread::yield_now(),
             _ => {}
+        }
+        if turn % 8 == 3
+            && let Some(vm) = self.disturbed.get().and_then(Weak::upgrade)
+        {
+            for data in [NMI, RESOLVED] {
+                vm.signal_msi(&kvm_msi { address_lo: 0xfee0_0000, data, ..kvm_msi::default() }).unwrap();
+            }
         }
         let failed = self.fails == Some((gpa - LAZY) / PAGE_SIZE);
         if failed { Outcome::Failed } else { Outcome::Came }
@@ -61,28 +70,29 @@ impl Pages {
     }
 }
 
-/// Runs the kernel; `disturb` is told of the VM while it runs, from another thread.
-fn run(parameters: Parameters, fails: Option<u64>, disturb: impl Fn(&Vm) + Sync) -> Report {
+/// Runs the kernel. `disturb`: with NMIs, and pages that go over and over.
+fn run(parameters: Parameters, fails: Option<u64>, disturb: bool) -> Report {
     hypervisor::memory::catch_absence();
     // One more, which NMIs touch.
     let pages = Pages::new(parameters.pages + 1);
-    let source = Arc::new(Source { fails, asked: AtomicU64::new(0) });
-    let prepare = |vm: &Arc<Vm>| vm.set_page_source(source.clone());
+    let source = Arc::new(Source { fails, asked: AtomicU64::new(0), disturbed: OnceLock::new() });
+    let prepare = |vm: &Arc<Vm>| {
+        if disturb {
+            source.disturbed.get_or_init(|| Arc::downgrade(vm));
+        }
+        vm.set_page_source(source.clone())
+    };
     let size = (parameters.pages + 1) * PAGE_SIZE;
     let mut machine = pager::machine(&parameters, pages.host(), size, prepare).unwrap();
     machine.vm.set_lazy(LAZY, Lazy::Own).unwrap();
     let vcpu = &mut machine.vcpus[0];
     vcpu.setup_mce(1 << 24 | 1 << 8 | 10).unwrap();
-    let (over, vm) = (AtomicBool::new(false), machine.vm.clone());
+    let (over, vm) = (AtomicBool::new(!disturb), machine.vm.clone());
     thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
-                // Before it touches pages the kernel is not ready for NMIs.
-                if source.asked.load(Ordering::Relaxed) == 0 {
-                    thread::yield_now();
-                } else {
-                    disturb(&vm);
-                }
+                vm.evict(LAZY, size).unwrap();
+                thread::sleep(Duration::from_micros(300));
             }
         });
         let report = pager::run(vcpu);
@@ -106,7 +116,7 @@ const DUET: Parameters = Parameters {
 #[test]
 fn pnp_r3_a_task_goes_on_while_another_waits() {
     for protocol in [Protocol::NotPresent, Protocol::Ve, Protocol::Kvm] {
-        let report = run(Parameters { protocol, ..DUET }, None, |_| thread::yield_now());
+        let report = run(Parameters { protocol, ..DUET }, None, false);
         assert_eq!((report.events, report.resolutions), (500, 500), "{report:?}");
         assert_ne!(report.beside[0], 0, "it has got on");
     }
@@ -121,13 +131,7 @@ fn pnp_r4_r5_r9_r12_many_tasks_with_few_tokens() {
     {
         let work = Work::Wander;
         let many = Parameters { work, protocol, order, pages: 256, tasks: 16, touches: 400, seed: 7, ..DUET };
-        let report = run(many, None, |vm| {
-            vm.evict(LAZY, 257 * PAGE_SIZE).unwrap();
-            for data in [NMI, RESOLVED] {
-                vm.signal_msi(&kvm_msi { address_lo: 0xfee0_0000, data, ..kvm_msi::default() }).unwrap();
-            }
-            thread::sleep(Duration::from_micros(300));
-        });
+        let report = run(many, None, true);
         assert_eq!(report.events, report.resolutions);
         assert!(report.events > 100 && report.nmis > 0, "{report:?}");
     }
@@ -138,7 +142,7 @@ fn pnp_r4_r5_r9_r12_many_tasks_with_few_tokens() {
 fn pnp_r7_a_failed_page_kills_only_the_task_that_touches_it() {
     for protocol in [Protocol::NotPresent, Protocol::Ve] {
         let poison = Parameters { work: Work::Poison, protocol, pages: 4, ..DUET };
-        let report = run(poison, Some(1), |_| thread::yield_now());
+        let report = run(poison, Some(1), false);
         assert_eq!((report.failed, report.machine_checks), (1, 0), "{report:?}");
         assert_eq!(report.deaths, 0, "it did not run again");
     }

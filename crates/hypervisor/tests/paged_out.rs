@@ -77,7 +77,7 @@ fn apf_a_file_that_the_host_pages_out_is_found_to_be_gone() {
         libc::madvise(host as *mut libc::c_void, SIZE as usize, libc::MADV_PAGEOUT)
     };
     assert_eq!(paged_out, 0);
-    if vm.memory().ept().find_gone() == 0 {
+    if vm.find_gone() == 0 {
         return eprintln!("the host pages nothing out");
     }
     let (value, after) = run(&mut vcpu);

@@ -70,7 +70,7 @@ struct MemoryEffects {
 
 impl Effects for MemoryEffects {
     fn gone(&mut self) {
-        self.vm.memory().ept().find_gone();
+        self.vm.find_gone();
     }
 
     fn failed(&mut self, page: u64) {

@@ -110,14 +110,9 @@ impl PageIns {
         self.0.queue().failed.contains(&page)
     }
 
-    /// The processor's own access has found that out, or that they are not.
-    pub(crate) fn set_failed(&self, page: u64, failed: bool) {
-        let mut queue = self.0.queue();
-        if failed {
-            queue.failed.insert(page);
-        } else {
-            queue.failed.remove(&page);
-        }
+    /// Whoever touches the page next has it looked at again: it may have been repaired.
+    pub(crate) fn forget_failure(&self, page: u64) {
+        self.0.queue().failed.remove(&page);
     }
 
     /// Looks, from now on, from time to time, whether the host has taken pages away.

@@ -23,7 +23,8 @@ const DATA_RESERVED: u64 = 0b111 << 3;
 const DATA_ADDRESS: u64 = !0x3f;
 /// Bits of PNP_RING.
 const RING_ORDER: u64 = 0xf;
-const RING_ORDER_MAX: u64 = 8;
+/// 64 tokens: so many pages a vCPU is told of at most.
+const RING_ORDER_MAX: u64 = 6;
 const RING_RESERVED: u64 = 0xff0;
 const RING_ADDRESS: u64 = !0xfff;
 /// Vectors below are no interrupts'.

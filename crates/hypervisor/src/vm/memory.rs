@@ -51,6 +51,12 @@ impl Vm {
         }
     }
 
+    /// Looks at once which pages of lazy slots the host has taken away, as the VM does from time to time; how many. When this returns no vCPU
+    /// takes them to be there.
+    pub fn find_gone(&self) -> usize {
+        self.memory().ept().find_gone()
+    }
+
     /// Who brings pages that are elsewhere, in the place of the host kernel. EEXIST once somebody has been asked for one.
     pub fn set_page_source(&self, source: Arc<dyn PageSource>) -> Result<(), Error> {
         let page_ins = PageIns::new(self.memory().ept().clone(), source);

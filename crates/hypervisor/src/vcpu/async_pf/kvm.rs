@@ -124,6 +124,7 @@ mod tests {
         assert!(vcpu.async_pf.kvm.came.is_empty());
         assert_eq!((vcpu.set_msrs(&enable(0x8000_0009)), vcpu.msrs.async_pf_enable()), (0, 0));
     }
+
     /// A vCPU, in real mode with paging off, whose guest waits for a page by token 5.
     fn waiting(code: &[u8]) -> Program {
         let vm = vm();

@@ -229,8 +229,7 @@ impl Vcpu {
         let page = absence.page();
         let token = self.async_pf.token(self.handle.id());
         if self.deliver(setup, token, absence, true) {
-            // Whoever touches it again has it looked at again: it may have been repaired.
-            self.vm.page_ins().set_failed(page, false);
+            self.vm.page_ins().forget_failure(page);
         } else if self.async_pf.protocol.crash.is_none() && !(setup.mc && self.machine_check(page)) {
             self.crash(CrashReason::Failed, page);
         }
@@ -276,7 +275,7 @@ impl Vcpu {
             return THERE;
         }
         if self.vm.page_ins().has_failed(page) {
-            self.vm.page_ins().set_failed(page, false);
+            self.vm.page_ins().forget_failure(page);
             return FAILED;
         }
         let has_token = self.has_token(&setup);

@@ -439,7 +439,7 @@ fn pnp_the_registers_take_what_they_may() {
     guest.write(DATA, 0).unwrap();
     let mut refused = |index, value| guest.write(index, value).is_err();
     assert!(refused(VECTORS, 0x0f20) && refused(VECTORS, 0x200f) && refused(VECTORS, 0x1_2020));
-    assert!(refused(RING, PNP_RING | 9) && refused(RING, PNP_RING | 0x10));
+    assert!(refused(RING, PNP_RING | 7) && refused(RING, PNP_RING | 0x10));
     assert!(refused(DATA, PNP_DATA | 0x9) && refused(DATA, PNP_DATA | 0x20));
     assert!(refused(DATA, 0x8000_0001), "no memory there");
     assert!(guest.vcpu().msrs.page_not_present().is_none());
