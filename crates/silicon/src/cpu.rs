@@ -19,6 +19,7 @@ use crate::state::{CodeSize, CpuState, reg};
 use crate::system::deliver::Event;
 use crate::system::window::EventWindow;
 use crate::tiles::TileData;
+use crate::translate::{Engine, Translator};
 use crate::vmx::{BusAccess, Controls, Exit, Injection, Space};
 
 /// Why the current instruction did not complete.
@@ -36,6 +37,7 @@ pub enum Pending {
 
 /// Things that a CPU looks at between blocks. Other threads set bits; see [`Requests::post`].
 #[derive(Debug, Default)]
+#[repr(transparent)]
 pub struct Requests(AtomicU32);
 
 impl Requests {
@@ -93,6 +95,8 @@ pub struct Counters {
     pub interrupts: u64,
     /// Basic blocks decoded.
     pub blocks_decoded: u64,
+    /// Blocks translated to host code.
+    pub blocks_translated: u64,
     /// Blocks dropped because their bytes changed.
     pub blocks_invalidated: u64,
     /// Software-TLB refills by a page walk.
@@ -192,6 +196,8 @@ pub struct Cpu {
     pub(crate) code: CodeCache,
     pub(crate) mmu: Mmu,
     pub(crate) hostexec: HostExec,
+    /// Host code for guest code.
+    pub(crate) translator: Translator,
     /// AMX's tiles, once there is room for them.
     pub(crate) tiles: TileData,
 }
@@ -236,6 +242,7 @@ impl Cpu {
             code: CodeCache::new(),
             mmu,
             hostexec: HostExec::default(),
+            translator: Translator::new(Engine::configured()),
             tiles: TileData::default(),
         };
         cpu.refresh_mode();

@@ -57,7 +57,9 @@ impl Cpu {
         self.refused_lock = None;
         self.refresh_local();
         self.hostexec_enter();
+        self.translator_enter();
         let exit = self.run_guest();
+        self.translator_leave();
         self.hostexec_leave();
         self.exit_bus_lock = std::mem::take(&mut self.bus_lock_taken) && self.controls.bus_lock_detection;
         self.mmu_leave();

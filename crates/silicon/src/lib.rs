@@ -19,6 +19,7 @@ pub mod state;
 pub mod system;
 pub mod tiles;
 pub mod topology;
+pub mod translate;
 pub mod vmx;
 
 pub use code::make_tables;

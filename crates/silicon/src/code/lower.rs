@@ -67,6 +67,7 @@ pub(crate) fn op_base(ins: &Instruction, ctx: &LowerCtx, handler: Handler) -> Op
         size: 0,
         extra: 0,
         body: handler,
+        translation: Cell::new(0),
     };
     if ins.has_lock_prefix() {
         op.flags |= Op::LOCK;

@@ -12,6 +12,7 @@ pub(crate) mod thread;
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::ptr::NonNull;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Encoder, FlowControl, Instruction};
@@ -30,21 +31,24 @@ const BLOCK_MAX: usize = 48;
 /// Operations in all blocks of a CPU at most; past that the cache is emptied (about 30 MiB).
 const CACHE_OPS_MAX: usize = 400_000;
 /// Entries of the jump cache.
-const JUMP_ENTRIES: usize = 1 << 14;
+pub(crate) const JUMP_ENTRIES: usize = 1 << 14;
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 
 /// A run of decoded instructions that ends at a control transfer, a page end, or an instruction that needs a
 /// fresh look at the machine.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Block {
+    /// Epoch in which `source` was last compared.
+    pub(crate) checked: Cell<u64>,
+    /// Where the host code for the whole block is ([`crate::translate`]); 0: there is none.
+    pub(crate) translation: Cell<u64>,
     ops: Box<[Op]>,
     /// The bytes that were decoded.
     source: Box<[u8]>,
     /// Where those bytes are in host memory (the part in the first page).
     host: u64,
-    /// Epoch in which `source` was last compared.
-    checked: Cell<u64>,
     /// The last instruction reaches into the next page: never cached in the jump cache, compared at each use.
     crossing: bool,
 }
@@ -55,7 +59,6 @@ pub(crate) struct BlockRef(NonNull<Block>);
 
 impl BlockRef {
     /// Its operations.
-    #[cfg(test)]
     pub(crate) fn ops(&self) -> &[Op] {
         // SAFETY: blocks are freed only in `reclaim`, which the engine calls while it holds no `BlockRef`.
         unsafe { &self.0.as_ref().ops }
@@ -66,6 +69,25 @@ impl BlockRef {
     pub(crate) fn first(&self) -> &Op {
         // SAFETY: as above; and `decode_block` makes no block without a `fall_through` at its end.
         unsafe { self.0.as_ref().ops.get_unchecked(0) }
+    }
+
+    /// The bytes that it was decoded from.
+    pub(crate) fn source(&self) -> &[u8] {
+        // SAFETY: as above.
+        unsafe { &self.0.as_ref().source }
+    }
+
+    /// Where the host code for all of it is, if there is any.
+    #[inline(always)]
+    pub(crate) fn translation(&self) -> Option<NonZeroU64> {
+        // SAFETY: as above.
+        NonZeroU64::new(unsafe { self.0.as_ref().translation.get() })
+    }
+
+    /// There is host code for all of it.
+    pub(crate) fn set_translation(&self, at: u64) {
+        // SAFETY: as above.
+        unsafe { self.0.as_ref().translation.set(at) };
     }
 
     /// Epoch in which its bytes were last compared.
@@ -82,13 +104,15 @@ impl BlockRef {
     }
 }
 
+/// Entry of the jump cache. Translated code looks at it, too.
 #[derive(Clone, Copy)]
-struct JumpEntry {
-    lin: u64,
-    context: u64,
+#[repr(C)]
+pub(crate) struct JumpEntry {
+    pub(crate) lin: u64,
+    pub(crate) context: u64,
     /// [`CodeCache::generation`] when the entry was made: the block has not been dropped as long as it is the same.
-    generation: u64,
-    block: Option<BlockRef>,
+    pub(crate) generation: u64,
+    pub(crate) block: Option<BlockRef>,
 }
 
 #[derive(Default)]
@@ -147,10 +171,10 @@ impl std::hash::Hasher for Mixer {
 /// All decoded code of one CPU.
 pub(crate) struct CodeCache {
     pages: HashMap<u64, CodePage, BuildMixer>,
-    jump: Box<[JumpEntry; JUMP_ENTRIES]>,
-    epoch: u64,
+    pub(crate) jump: Box<[JumpEntry; JUMP_ENTRIES]>,
+    pub(crate) epoch: u64,
     /// Counts what makes entries of the jump cache void: blocks dropped, pages become unstable.
-    generation: u64,
+    pub(crate) generation: u64,
     ops: usize,
     #[expect(clippy::vec_box, reason = "a block that is running is pointed to, so it must not move")]
     graveyard: Vec<Box<Block>>,
@@ -348,9 +372,19 @@ impl Cpu {
 
     /// Identifies the address space and mode that instruction fetches from `lin` use.
     #[inline(always)]
-    fn fetch_context(&self, lin: u64) -> u64 {
+    pub(crate) fn fetch_context(&self, lin: u64) -> u64 {
         let user = u64::from(self.state.cpl == 3);
         (self.mmu.address_space(lin) << 3) | ((self.state.code_size as u64) << 1) | user
+    }
+
+    /// The block that begins with `first`, an operation at RIP that is about to run, if it lies within its page.
+    pub(crate) fn block_of(&mut self, first: &Op) -> Option<BlockRef> {
+        let lin = self.ip_of(first);
+        let page = self.mmu.tlb.exec_hit(self.state.cpl == 3, lin)?.0;
+        let key = first.page_offset | ((self.state.code_size as u16) << 12);
+        let block = self.code.pages.get_mut(&page)?.blocks.get_mut(&key)?;
+        let whole = !block.crossing && std::ptr::eq(block.ops.as_ptr(), first);
+        whole.then(|| BlockRef(NonNull::from(&mut **block)))
     }
 
     /// A block from here might reach beyond the limit of CS: instructions are taken one by one, and each is
@@ -533,6 +567,9 @@ impl Cpu {
                 break;
             }
         }
+        if !single && !crossing {
+            self.watch_block(&ops);
+        }
         let mut tail = op_base(
             &Instruction::default(),
             &LowerCtx { code_size, features: &self.features, stubs: &self.hostexec.stubs },
@@ -545,6 +582,7 @@ impl Cpu {
             source: bytes[start..at].into(),
             host: page.host + u64::from(offset),
             checked: Cell::new(0),
+            translation: Cell::new(0),
             crossing,
         })
     }
@@ -565,7 +603,7 @@ pub fn make_tables() {
 }
 
 /// Decodes one instruction; true if only missing bytes kept it from being decoded.
-fn decode_one(bytes: &[u8], at: usize, ctx: &LowerCtx) -> (Instruction, bool) {
+pub(crate) fn decode_one(bytes: &[u8], at: usize, ctx: &LowerCtx) -> (Instruction, bool) {
     let bytes = &bytes[..bytes.len().min(15)];
     let options = ctx.features.decoder_options();
     let mut decoder = Decoder::with_ip(ctx.code_size.bits(), bytes, at as u64, options);

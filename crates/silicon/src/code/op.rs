@@ -54,8 +54,11 @@ pub(crate) struct Op {
     pub size: u8,
     /// A handler's own extra payload.
     pub extra: u32,
-    /// What [`crate::code::thread::plain`] calls.
+    /// What the interpreter executes: what [`crate::code::thread::plain`] calls, or the threaded handler itself.
     pub body: Handler,
+    /// Of the first operation of a block or of a translated run: how often it was met, then where its host code is
+    /// ([`crate::translate`]).
+    pub translation: Cell<u64>,
 }
 
 impl Op {

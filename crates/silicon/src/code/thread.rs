@@ -10,7 +10,7 @@
 #![expect(unsafe_code, reason = "the next operation is reached by pointer")]
 
 use crate::code::BlockRef;
-use crate::code::op::{Flow, Op};
+use crate::code::op::{Flow, Handler, Op};
 use crate::cpu::Cpu;
 use crate::exception::Abort;
 use crate::state::reg;
@@ -35,10 +35,14 @@ pub(crate) fn plain(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
 
 /// Makes `op`, as lowering gave it, fit to stand in a block.
 pub(crate) fn thread(op: &mut Op) {
-    if !op.has(Op::THREADED) {
-        op.body = op.handler.get();
-        op.handler.set(plain);
-    }
+    op.body = op.handler.get();
+    op.handler.set(interpreted(op));
+}
+
+/// The handler with which the interpreter executes `op`, an operation in a block.
+#[inline(always)]
+pub(crate) fn interpreted(op: &Op) -> Handler {
+    if op.has(Op::THREADED) { op.body } else { plain }
 }
 
 /// Ends the block of `op`, a control transfer that has set RIP in 64-bit mode, and goes on with the block there
@@ -75,7 +79,7 @@ impl Cpu {
 
     /// The block that begins with `first` runs now, and the current operation is one of its own.
     #[inline(always)]
-    fn enter_block(&mut self, first: &Op) {
+    pub(crate) fn enter_block(&mut self, first: &Op) {
         self.at(first);
         self.block_start = self.current_op;
     }
@@ -107,7 +111,7 @@ impl Cpu {
 
     /// The block came to its end: its instructions are counted.
     #[inline(always)]
-    fn count_block(&mut self) {
+    pub(crate) fn count_block(&mut self) {
         self.counters.instructions = self.counters.instructions.wrapping_add(self.done_before() + 1);
     }
 

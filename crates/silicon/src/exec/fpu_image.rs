@@ -14,7 +14,7 @@ use crate::state::X87;
 /// The longest image: 28 bytes of environment, eight registers.
 const LONGEST: usize = 108;
 
-pub(super) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
+pub(crate) fn handler(mnemonic: Mnemonic) -> Option<Handler> {
     match mnemonic {
         Mnemonic::Fnstenv => Some(store_environment),
         Mnemonic::Fldenv => Some(load_environment),

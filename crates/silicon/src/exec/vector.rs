@@ -60,7 +60,7 @@ pub(crate) fn lower(ins: &Instruction, ctx: &LowerCtx) -> Option<Op> {
 }
 
 /// The classes of a vector or MMX instruction, `None` for any other.
-fn classify(ins: &Instruction) -> Option<u32> {
+pub(crate) fn classify(ins: &Instruction) -> Option<u32> {
     let operand = |is: fn(Register) -> bool| {
         (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && is(ins.op_register(i)))
     };
@@ -110,7 +110,7 @@ pub(super) fn is_store(ins: &Instruction, operand: u32) -> bool {
 
 /// Address bits that must be zero, else #GP (SDM vol. 2A, 2.4 and 2.7: exception types 1, 2, 4 of legacy
 /// instructions, type 1 and E1 of VEX and EVEX ones).
-pub(super) fn alignment(ins: &Instruction) -> u8 {
+pub(crate) fn alignment(ins: &Instruction) -> u8 {
     use Mnemonic::*;
     let size = ins.memory_size().size();
     let aligned = match ins.encoding() {

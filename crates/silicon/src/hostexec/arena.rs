@@ -1,4 +1,4 @@
-//! Memory that stubs are written to and run from.
+//! Memory that machine code is written to and run from.
 //!
 //! One anonymous file is mapped twice: readable and writable at one address, readable and executable at another.
 //! No page is ever writable and executable at the same address.
@@ -9,16 +9,28 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
-/// Stubs begin at multiples of this.
+/// Pieces of code begin at multiples of this.
 const ALIGN: usize = 16;
 
-/// A bounded, append-only store of machine code.
+/// A bounded, append-only store of machine code, and of data that the code reads.
 #[derive(Debug)]
 pub(crate) struct Arena {
     writable: NonNull<u8>,
     executable: NonNull<u8>,
     size: usize,
+    /// Bytes of code, from the start.
     used: usize,
+    /// Bytes of data, at the end.
+    data: usize,
+}
+
+/// Data in an arena.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Data {
+    /// Where code reads it.
+    pub(crate) address: u64,
+    /// Where it is written.
+    pub(crate) writable: NonNull<u8>,
 }
 
 // SAFETY: the mappings belong to the arena alone and are not tied to a thread.
@@ -47,14 +59,14 @@ impl Arena {
                 return Err(error);
             }
         };
-        Ok(Arena { writable, executable, size, used: 0 })
+        Ok(Arena { writable, executable, size, used: 0, data: 0 })
     }
 
     /// Adds `code`; the address to call, or `None` when the arena is full.
     pub(crate) fn add(&mut self, code: &[u8]) -> Option<u64> {
         let start = self.used.next_multiple_of(ALIGN);
         let end = start.checked_add(code.len())?;
-        if end > self.size {
+        if end > self.size - self.data {
             return None;
         }
         // SAFETY: `start..end` lies within the writable view, and no reference to it exists.
@@ -63,15 +75,38 @@ impl Arena {
         Some(self.executable.as_ptr() as u64 + start as u64)
     }
 
+    /// Where the next code that is added will be.
+    pub(crate) fn next(&self) -> u64 {
+        self.executable.as_ptr() as u64 + self.used.next_multiple_of(ALIGN) as u64
+    }
+
+    /// Room for `size` bytes of data, a multiple of eight, far from all code; `None` when the arena is full.
+    pub(crate) fn data(&mut self, size: usize) -> Option<Data> {
+        let data = self.data.checked_add(size)?;
+        if data > self.size - self.used {
+            return None;
+        }
+        self.data = data;
+        self.data_at(self.executable.as_ptr() as u64 + (self.size - data) as u64)
+    }
+
+    /// The data that code reads at `address`.
+    pub(crate) fn data_at(&self, address: u64) -> Option<Data> {
+        let offset = address.wrapping_sub(self.executable.as_ptr() as u64) as usize;
+        let is_data = (self.size - self.data..self.size).contains(&offset);
+        // SAFETY: within the writable view.
+        is_data.then(|| Data { address, writable: unsafe { self.writable.add(offset) } })
+    }
+
     /// Addresses that code has.
     pub(crate) fn range(&self) -> Range<u64> {
         let start = self.executable.as_ptr() as u64;
         start..start + self.size as u64
     }
 
-    /// Forgets all code. Nobody may call any of it afterwards.
+    /// Forgets everything. Nobody may call any of the code afterwards.
     pub(crate) fn clear(&mut self) {
-        self.used = 0;
+        (self.used, self.data) = (0, 0);
     }
 }
 

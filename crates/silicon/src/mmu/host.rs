@@ -18,6 +18,9 @@
 //! the stubs of the running CPU lie; it ends the stub, which keeps nothing on the stack, and goes on where the
 //! entry for the return address says. The call is an `asm!` block with that label.
 //!
+//! Translated code ([`crate::translate`]) is recognized by where it lies, too, and has a table of its own ([`Recovery`]).
+//! Its accesses go on in code of the same block that gives the instruction to the interpreter.
+//!
 //! Nothing is recovered, and signals do what they did, unless somebody installs a handler: [`install`], or a client's
 //! trampoline that calls [`recover`].
 #![expect(
@@ -109,6 +112,24 @@ fn fixup(rip: u64) -> Option<u64> {
     entries.iter().find(|entry| absolute(&entry.from) == rip).map(|entry| absolute(&entry.to))
 }
 
+/// Where translated code goes on after accesses that fault. Both addresses of an entry are of the code.
+#[derive(Debug, Default)]
+pub(crate) struct Recovery(Vec<(u64, u64)>);
+
+impl Recovery {
+    /// If the instruction at `from` faults, go on at `to`. Entries come in the order of `from`.
+    pub(crate) fn add(&mut self, from: u64, to: u64) {
+        self.0.push((from, to));
+    }
+    /// Forgets all of them.
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+    fn find(&self, rip: u64) -> Option<u64> {
+        self.0.binary_search_by_key(&rip, |entry| entry.0).ok().map(|at| self.0[at].1)
+    }
+}
+
 /// The last fault that was recovered from on this thread.
 #[derive(Clone, Copy)]
 struct Fault {
@@ -157,11 +178,21 @@ thread_local! {
     // Constant values without destructors: there whenever a signal handler asks, with nothing allocated.
     static LAST: Cell<Fault> = const { Cell::new(Fault { address: 0, cause: Cause::Absent }) };
     static STUBS: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+    static TRANSLATED: Cell<(u64, u64, *const Recovery)> = const { Cell::new((0, 0, ptr::null())) };
 }
 
 /// The CPU that runs on this thread has its stubs at these addresses.
 pub(crate) fn stubs_lie_at(range: Range<u64>) {
     STUBS.set((range.start, range.end));
+}
+
+/// The CPU that runs on this thread has translated code at these addresses.
+///
+/// # Safety
+///
+/// While code there runs on this thread, `recovery` is valid and nobody changes it.
+pub(crate) unsafe fn translated_code_lies_at(range: Range<u64>, recovery: *const Recovery) {
+    TRANSLATED.set((range.start, range.end, recovery));
 }
 
 /// Codes of the signals that stand for memory that is not there or may not be used so: si_code of SIGSEGV
@@ -189,7 +220,11 @@ pub unsafe fn recover(signal: c_int, info: *const siginfo_t, context: *mut c_voi
     let [rip, rsp] = [libc::REG_RIP, libc::REG_RSP].map(|register| register as usize);
     let at = registers[rip] as u64;
     let (stubs, stubs_end) = STUBS.get();
-    let next = if (stubs..stubs_end).contains(&at) {
+    let (translated, translated_end, recovery) = TRANSLATED.get();
+    let next = if (translated..translated_end).contains(&at) {
+        // SAFETY: the promise of whoever said so: code there runs, for it is what faulted.
+        unsafe { (*recovery).find(at) }
+    } else if (stubs..stubs_end).contains(&at) {
         // SAFETY: stubs use no stack, so that the return address is on top of it.
         let next = fixup(unsafe { *(registers[rsp] as *const u64) });
         registers[rsp] += if next.is_some() { 8 } else { 0 };

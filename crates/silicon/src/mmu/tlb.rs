@@ -7,11 +7,15 @@
 //!
 //! **Second level.** Translations with their rights, independent of the access class, set-associative.
 //!
+//! **In front of it**, for translated code: the page that was accessed last by way of each base register ([`Recent`]).
+//! It holds for what is current, and is forgotten when anything of that changes.
+//!
 //! **Address spaces.** The low 12 bits of a tag hold a number that stands for the address space. Each PCID has
 //! one, and global pages have one of their own in the second level. Flushing gives out a new number: entries
 //! with the old one can no longer match. When the numbers are used up everything is cleared.
 #![expect(unsafe_code, reason = "the current first-level table is reached by pointer")]
 
+use std::hash::{BuildHasher, RandomState};
 use std::ptr::NonNull;
 
 /// log2 of the page size.
@@ -22,7 +26,7 @@ pub(crate) const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 pub(crate) const PAGE_MASK: u64 = PAGE_SIZE - 1;
 
 /// Slots of one first-level table.
-const L1_SLOTS: usize = 1024;
+pub(crate) const L1_SLOTS: usize = 1024;
 /// First-level tables: one per [`Class`].
 const L1_TABLES: usize = 4;
 /// Sets of the second level.
@@ -117,6 +121,31 @@ impl Entry {
     }
 }
 
+/// The page that translated code accessed last in one way: an access at `lin` is to it if `lin ^ page` is less than the
+/// page's size, and goes to that plus `host`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Recent {
+    /// Linear address of the page.
+    pub(crate) page: u64,
+    /// Host address of the page.
+    pub(crate) host: u64,
+}
+
+impl Recent {
+    /// Ways of access: by each general register as base (their numbers), relative to RIP, without a base, by FS and by GS.
+    pub(crate) const WAYS: usize = 20;
+
+    /// No page. Every number is the address of some page, so this has one that is not canonical, at a host address that is
+    /// the kernel's: the access faults, and is made again by the interpreter ([`super::host::recover`]). Which of them is
+    /// random, so that where nobody recovers from faults no guest can find it.
+    fn none() -> Recent {
+        let random = RandomState::new().hash_one(0);
+        let page = (random & !PAGE_MASK | 1 << 63) & !(1 << 56);
+        Recent { page, host: 0xffff_8000_0000_0000 }
+    }
+}
+
 /// Second-level entry.
 #[derive(Clone, Copy, Debug, Default)]
 struct Wide {
@@ -164,9 +193,13 @@ impl Filter {
 #[derive(Debug)]
 pub(crate) struct Tlb {
     /// The first-level table of the current access class.
-    table: NonNull<Entry>,
+    pub(crate) table: NonNull<Entry>,
     /// Number of the current address space.
-    space: u64,
+    pub(crate) space: u64,
+    /// Pages that were loaded from last, and stored to.
+    pub(crate) recent: [[Recent; Recent::WAYS]; 2],
+    /// What stands there for no page.
+    no_recent: Recent,
     /// What [`Tlb::code_space`] returns for the lower and the upper half of the address space.
     code_spaces: [u64; 2],
     /// A fetch from the upper half has been translated by an entry that is not global.
@@ -200,10 +233,13 @@ unsafe impl Send for Tlb {}
 impl Default for Tlb {
     fn default() -> Tlb {
         let mut l1 = vec![Entry::default(); L1_SLOTS * L1_TABLES].into_boxed_slice();
+        let no_recent = Recent::none();
         let table = NonNull::from(&mut l1[Class::Supervisor as usize * L1_SLOTS]);
         let mut tlb = Tlb {
             table,
             space: 1,
+            recent: [[no_recent; Recent::WAYS]; 2],
+            no_recent,
             code_spaces: [0; 2],
             upper_is_private: false,
             class: Class::Supervisor,
@@ -274,8 +310,18 @@ impl Tlb {
     /// Selects the first-level table for what follows.
     #[inline]
     pub(crate) fn set_class(&mut self, class: Class) {
+        if class == self.class {
+            return;
+        }
         self.class = class;
+        self.forget_recent();
         self.table = NonNull::from(&mut self.l1[class as usize * L1_SLOTS]);
+    }
+
+    /// Forgets which pages were accessed last.
+    #[inline]
+    fn forget_recent(&mut self) {
+        self.recent = [[self.no_recent; Recent::WAYS]; 2];
     }
 
     /// A number that stands for the linear-to-physical mapping of code around `lin`: while it is the same, so is
@@ -377,7 +423,11 @@ impl Tlb {
             let space = self.new_space();
             self.spaces[pcid] = space as u16;
         }
-        self.space = u64::from(self.spaces[pcid]);
+        let space = u64::from(self.spaces[pcid]);
+        if space != self.space {
+            self.space = space;
+            self.forget_recent();
+        }
         let upper = if self.upper_is_private { self.space } else { self.global_space };
         self.code_spaces = [self.space, upper].map(|space| (self.code_flushes << PAGE_SHIFT) | space);
     }
@@ -424,6 +474,7 @@ impl Tlb {
             // Any page of a large page may be cached; they all go.
             return self.flush_all(false);
         }
+        self.forget_recent();
         let page = lin & !PAGE_MASK;
         let index = (lin >> PAGE_SHIFT) as usize & (L1_SLOTS - 1);
         for table in 0..L1_TABLES {
@@ -446,12 +497,14 @@ impl Tlb {
 
     /// Empties the first level: what may be cached there has changed, the translations have not.
     pub(crate) fn clear_first_level(&mut self) {
+        self.forget_recent();
         self.l1.fill(Entry::default());
         self.keys = 0;
     }
 
     /// Takes back all permissions to store without looking.
     pub(crate) fn drop_writes(&mut self) {
+        self.forget_recent();
         for entry in &mut self.l1 {
             entry.write = 0;
         }
@@ -459,6 +512,7 @@ impl Tlb {
 
     /// Takes back the permissions to store to page `gfn` without looking.
     pub(crate) fn drop_writes_to(&mut self, gfn: u64) {
+        self.forget_recent();
         for entry in &mut self.l1 {
             if entry.gfn() == gfn {
                 entry.write = 0;

@@ -1,0 +1,288 @@
+//! The translation of one run of instructions under way: what is emitted, where the flags are, what comes behind it.
+
+use std::mem::offset_of;
+
+use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, dword_ptr, r14d};
+use iced_x86::{
+    BlockEncoderOptions, Code, IcedError, Instruction, InstructionInfoFactory, MemoryOperand, Register,
+};
+
+use super::Failure;
+use super::link::Link;
+use super::registers::{ADDRESS, VALUE, field, slot};
+use super::routines::Routines;
+use super::vector::Live;
+use crate::code::op::Op;
+use crate::cpu::Cpu;
+use crate::hostexec::arena::Arena;
+use crate::mmu::host::Recovery;
+use crate::mmu::tlb::{PAGE_MASK, Recent};
+use crate::state::reg;
+
+/// Why there is no translation: see [`super::Failure`].
+pub(super) type Result<T> = std::result::Result<T, Failure>;
+
+impl From<IcedError> for Failure {
+    fn from(_: IcedError) -> Self {
+        Failure::Unsuited
+    }
+}
+
+/// Where the guest's status flags are. At the start and the end of every run they are in RAX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flags {
+    /// In the host's RFLAGS.
+    Host,
+    /// In RAX.
+    Saved,
+    /// In both.
+    Both,
+}
+
+/// Code that lies behind that of the run.
+enum Cold {
+    /// The access at `back` is not to the page accessed last.
+    LookUp { at: CodeLabel, back: CodeLabel, recent: usize, routine: u64, index: usize },
+    /// The instruction is the interpreter's.
+    Interpret { at: CodeLabel, index: usize },
+    /// A link is not valid.
+    Unlinked { at: CodeLabel, link: u64 },
+    /// Vector registers have to be loaded.
+    Raise { at: CodeLabel, back: CodeLabel, routine: u64 },
+}
+
+/// A run being translated.
+pub(super) struct Emitter<'a> {
+    pub(super) a: CodeAssembler,
+    pub(super) flags: Flags,
+    pub(super) info: InstructionInfoFactory,
+    /// Classes of instructions ([`crate::hostexec::class`]) that are known to be allowed.
+    pub(super) admitted: u32,
+    /// Vector registers that are known to be live.
+    pub(super) live: Live,
+    arena: &'a mut Arena,
+    routines: Routines,
+    /// The operations of the block.
+    ops: &'a [Op],
+    cold: Vec<Cold>,
+    /// Instructions that may fault: which they are among the assembler's, and the operation.
+    faulting: Vec<(usize, usize)>,
+    /// For each operation the label where it is given to the interpreter.
+    interpret: Vec<Option<CodeLabel>>,
+}
+
+impl<'a> Emitter<'a> {
+    /// A run of the block with these operations, in `arena`.
+    pub(super) fn new(arena: &'a mut Arena, routines: Routines, ops: &'a [Op]) -> Result<Emitter<'a>> {
+        Ok(Emitter {
+            a: CodeAssembler::new(64)?,
+            flags: Flags::Saved,
+            info: InstructionInfoFactory::new(),
+            admitted: 0,
+            live: Live::Nothing,
+            arena,
+            routines,
+            ops,
+            cold: Vec::new(),
+            faulting: Vec::new(),
+            interpret: vec![None; ops.len()],
+        })
+    }
+
+    /// Instructions of the block.
+    fn length(&self) -> usize {
+        self.ops.len() - 1
+    }
+
+    /// The flags are in RAX; they may be in RFLAGS as well.
+    pub(super) fn save_flags(&mut self) -> Result<()> {
+        if self.flags == Flags::Host {
+            self.a.lahf()?;
+            self.a.seto(al)?;
+            self.flags = Flags::Both;
+        }
+        Ok(())
+    }
+
+    /// RFLAGS may be overwritten: the flags are in RAX alone.
+    pub(super) fn free_host_flags(&mut self) -> Result<()> {
+        self.save_flags()?;
+        self.flags = Flags::Saved;
+        Ok(())
+    }
+
+    /// The flags are in RFLAGS; they may be in RAX as well.
+    pub(super) fn load_flags(&mut self) -> Result<()> {
+        if self.flags == Flags::Saved {
+            // AL is one or nothing: less -127 it overflows, or it does not. SAHF sets the others.
+            self.a.cmp(al, -127)?;
+            self.a.sahf()?;
+            self.flags = Flags::Both;
+        }
+        Ok(())
+    }
+
+    /// RAX may be overwritten: the flags are in RFLAGS alone.
+    pub(super) fn free_rax(&mut self) -> Result<()> {
+        self.load_flags()?;
+        self.flags = Flags::Host;
+        Ok(())
+    }
+
+    /// Emits an instruction made by hand.
+    pub(super) fn put(&mut self, ins: Instruction) -> Result<()> {
+        Ok(self.a.add_instruction(ins)?)
+    }
+
+    /// Notes that the next instruction emitted is the access of operation `index`: if it faults, nothing has happened.
+    pub(super) fn may_fault(&mut self, index: usize) {
+        debug_assert_ne!(self.flags, Flags::Host);
+        self.faulting.push((self.a.instructions().len(), index));
+        self.interpreter_label(index);
+    }
+
+    /// Where operation `index` is given to the interpreter; the flags have to be in RAX.
+    pub(super) fn interpreter_label(&mut self, index: usize) -> CodeLabel {
+        if let Some(label) = self.interpret[index] {
+            return label;
+        }
+        let at = self.a.create_label();
+        self.interpret[index] = Some(at);
+        self.cold.push(Cold::Interpret { at, index });
+        at
+    }
+
+    /// [`ADDRESS`] holds a linear address XOR the page at `recent`: goes on with the host address there.
+    pub(super) fn check(&mut self, recent: usize, write: bool, size: usize, index: usize) -> Result<()> {
+        let routine = self.routines.look_up(write, size).ok_or(Failure::Unsuited)?;
+        let (at, mut back) = (self.a.create_label(), self.a.create_label());
+        self.a.cmp(ADDRESS, 4096 - size as i32)?;
+        self.a.ja(at)?;
+        self.a.add(ADDRESS, field(recent + offset_of!(Recent, host)))?;
+        self.a.set_label(&mut back)?;
+        self.a.zero_bytes()?;
+        self.interpreter_label(index);
+        self.cold.push(Cold::LookUp { at, back, recent, routine, index });
+        Ok(())
+    }
+
+    /// Where operation `index` begins in its page.
+    pub(super) fn page_offset(&self, index: usize) -> u16 {
+        self.ops[index].page_offset
+    }
+
+    /// At `at`, has vector registers be live, and goes on at `back`.
+    pub(super) fn raise_vectors(&mut self, at: CodeLabel, back: CodeLabel, live: Live) {
+        let routine = self.routines.raise(live);
+        self.cold.push(Cold::Raise { at, back, routine });
+    }
+
+    /// Ends the run: the interpreter goes on with operation `index`.
+    pub(super) fn interpret(&mut self, index: usize) -> Result<()> {
+        self.save_flags()?;
+        let label = self.interpreter_label(index);
+        Ok(self.a.jmp(label)?)
+    }
+
+    /// All instructions of the block are done.
+    fn count(&mut self) -> Result<()> {
+        let length = self.length() as i32;
+        Ok(self.a.add(field(offset_of!(Cpu, counters.instructions)), length)?)
+    }
+
+    /// Ends the block: goes on at `target`, relative to the start of its page.
+    pub(super) fn go_to(&mut self, target: i64) -> Result<()> {
+        self.free_host_flags()?;
+        self.count()?;
+        let link = Link::make(self.arena, target).ok_or(Failure::Full)?;
+        let at = self.a.create_label();
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
+        self.a.cmp(dword_ptr(ADDRESS), 0)?;
+        self.a.jne(at)?;
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
+        let valid = self.rip_relative(link + Link::VALIDITY);
+        self.put(Instruction::with2(Code::Cmp_r64_rm64, Register::from(ADDRESS), valid)?)?;
+        self.a.jne(at)?;
+        let pages = target & !(PAGE_MASK as i64);
+        if pages != 0 {
+            let pages = i32::try_from(pages).map_err(|_| Failure::Unsuited)?;
+            self.a.add(slot(reg::IP_BASE), pages)?;
+        }
+        let code = self.rip_relative(link + Link::CODE);
+        self.put(Instruction::with1(Code::Jmp_rm64, code)?)?;
+        self.cold.push(Cold::Unlinked { at, link });
+        Ok(())
+    }
+
+    fn rip_relative(&self, address: u64) -> MemoryOperand {
+        MemoryOperand::with_base_displ(Register::RIP, address as i64)
+    }
+
+    /// Ends the block with operation `index`: goes on at the address in [`ADDRESS`]. If nothing can be there, RSP less
+    /// `taken` is what it was before, and the interpreter has the instruction.
+    pub(super) fn go_to_address(&mut self, index: usize, taken: i16) -> Result<()> {
+        self.free_host_flags()?;
+        self.count()?;
+        let op = std::ptr::from_ref(&self.ops[index]) as u64;
+        self.a.mov(VALUE, (op & super::POINTER) | (taken as u16 as u64) << 48)?;
+        let indirect = self.routines.indirect;
+        Ok(self.a.jmp(indirect)?)
+    }
+
+    /// Emits what lies behind the run.
+    fn put_cold(&mut self) -> Result<()> {
+        // Looking up comes first: it refers to what the others are.
+        let cold = std::mem::take(&mut self.cold);
+        let leave = self.routines.leave;
+        for piece in cold {
+            match piece {
+                Cold::LookUp { mut at, back, recent, routine, index } => {
+                    self.a.set_label(&mut at)?;
+                    self.a.mov(r14d, recent as u32)?;
+                    self.a.call(routine)?;
+                    self.a.je(back)?;
+                    let interpreter = self.interpreter_label(index);
+                    self.a.jmp(interpreter)?;
+                }
+                Cold::Interpret { mut at, index } => {
+                    self.a.set_label(&mut at)?;
+                    self.interpret[index] = Some(at);
+                    self.a.mov(ADDRESS, std::ptr::from_ref(&self.ops[index]) as u64)?;
+                    self.a.mov(r14d, index as u32)?;
+                    self.a.jmp(leave)?;
+                }
+                Cold::Raise { mut at, back, routine } => {
+                    self.a.set_label(&mut at)?;
+                    self.a.call(routine)?;
+                    self.a.jmp(back)?;
+                }
+                Cold::Unlinked { mut at, link } => {
+                    self.a.set_label(&mut at)?;
+                    self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
+                    self.a.jmp(leave)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the run is now, with what is to be done about faults in it.
+    pub(super) fn finish(mut self, recovery: &mut Recovery) -> Result<u64> {
+        self.put_cold()?;
+        let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+        let at = self.arena.next();
+        let code = self.a.assemble_options(at, options)?;
+        let offsets = &code.inner.new_instruction_offsets;
+        let mut entries = Vec::with_capacity(self.faulting.len());
+        for (instruction, index) in self.faulting {
+            let label = self.interpret[index].ok_or(Failure::Unsuited)?;
+            let from = offsets.get(instruction).copied().filter(|&offset| offset != u32::MAX);
+            let from = from.ok_or(Failure::Unsuited)?;
+            entries.push((at + u64::from(from), code.label_ip(&label)?));
+        }
+        let start = self.arena.add(&code.inner.code_buffer).ok_or(Failure::Full)?;
+        debug_assert_eq!(start, at);
+        entries.into_iter().for_each(|(from, to)| recovery.add(from, to));
+        Ok(start)
+    }
+}

@@ -1,0 +1,511 @@
+//! Instructions that go on to the next one: copied, with their registers redirected and their memory accesses checked.
+
+use std::mem::offset_of;
+
+use iced_x86::code_asm::{
+    AsmRegister64, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, rax, rbp,
+    word_ptr,
+};
+use iced_x86::{
+    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpCodeOperandKind,
+    OpKind, Register, RflagsBits,
+};
+
+use super::Failure;
+use super::emit::{Emitter, Flags, Result};
+use super::registers::{
+    ADDRESS, At, GUEST_RAX, GUEST_RSP, Place, VALUE, field, is_high_byte, place_of, set_memory, sized, slot,
+    slot_offset,
+};
+use crate::cpu::Cpu;
+use crate::exec::operand::{is_immediate, is_memory};
+use crate::hostexec::stub::writes;
+use crate::mmu::tlb::Recent;
+use crate::state::{Seg, reg};
+
+/// The six status flags.
+pub(super) const STATUS: u32 =
+    RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// The host executes the same on other operands.
+    Copy,
+    /// Nothing is to be done.
+    Nothing,
+    Lea,
+    Push,
+    Pop,
+    Leave,
+    /// MUL and IMUL with one operand.
+    Multiply,
+    /// CBW, CWDE, CDQE.
+    ExtendRax,
+    /// CWD, CDQ, CQO.
+    ExtendIntoRdx,
+}
+
+/// How the instruction is translated, judged by what it is; `None`: it is the interpreter's.
+fn how(ins: &Instruction) -> Option<How> {
+    use Mnemonic::*;
+    if ins.is_invalid() || ins.has_lock_prefix() || ins.has_rep_prefix() || ins.has_repne_prefix() {
+        return matches!(ins.mnemonic(), Endbr32 | Endbr64).then_some(How::Nothing);
+    }
+    Some(match ins.mnemonic() {
+        Nop | Endbr32 | Endbr64 => How::Nothing,
+        Lea => How::Lea,
+        Push => How::Push,
+        Pop => How::Pop,
+        Leave => How::Leave,
+        Mul => How::Multiply,
+        Imul if ins.op_count() == 1 => How::Multiply,
+        Cbw | Cwde | Cdqe => How::ExtendRax,
+        Cwd | Cdq | Cqo => How::ExtendIntoRdx,
+        Xchg if is_memory(ins, 0) || is_memory(ins, 1) => return None,
+        Bt | Btc | Btr | Bts if is_memory(ins, 0) && !is_immediate(ins, 1) => return None,
+        Bswap if ins.op0_register().size() == 2 => return None,
+        Mov | Movzx | Movsx | Movsxd | Movbe | Xchg | Bswap | Add | Or | Adc | Sbb | And | Sub | Xor
+        | Cmp | Test | Neg | Not | Inc | Dec | Imul | Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr
+        | Shld | Shrd | Bt | Btc | Btr | Bts | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt | Andn | Bextr | Blsi
+        | Blsmsk | Blsr | Bzhi | Mulx | Pdep | Pext | Rorx | Sarx | Shlx | Shrx | Adcx | Adox | Crc32 => {
+            How::Copy
+        }
+        _ if is_conditional(ins) => How::Copy,
+        _ => return None,
+    })
+}
+
+/// CMOVcc and SETcc.
+fn is_conditional(ins: &Instruction) -> bool {
+    let conditional = ins.condition_code() != ConditionCode::None;
+    conditional && ins.flow_control() == FlowControl::Next && ins.encoding() == EncodingKind::Legacy
+}
+
+/// Whether the instruction can be translated, and goes on to the next one if it is.
+pub(super) fn suits(ins: &Instruction) -> bool {
+    let operands_suit = ins.op_kinds().enumerate().all(|(operand, kind)| match kind {
+        OpKind::Register => {
+            let register = ins.op_register(operand as u32);
+            register.is_gpr() && !is_high_byte(register)
+        }
+        OpKind::Memory => suits_memory(ins),
+        _ => is_immediate(ins, operand as u32),
+    });
+    match how(ins) {
+        None => false,
+        Some(How::Nothing) => true,
+        Some(How::Push | How::Pop) => suits_stack(ins),
+        Some(How::Leave) => ins.code() == Code::Leaveq,
+        Some(_) => operands_suit,
+    }
+}
+
+/// 64-bit addresses whose displacement fits.
+pub(super) fn suits_memory(ins: &Instruction) -> bool {
+    let wide = |register: Register| register == Register::None || register.size() == 8;
+    let (base, index) = (ins.memory_base(), ins.memory_index());
+    let absolute = base == Register::None && index == Register::None;
+    wide(base)
+        && wide(index)
+        && !(absolute && ins.memory_displ_size() != 8)
+        && i32::try_from(ins.memory_displacement64() as i64).is_ok()
+}
+
+/// PUSH and POP of eight bytes, to and from registers other than RSP, and PUSH of immediates.
+fn suits_stack(ins: &Instruction) -> bool {
+    match ins.op0_kind() {
+        OpKind::Register => ins.op0_register().is_gpr64() && ins.op0_register() != Register::RSP,
+        OpKind::Immediate8to64 | OpKind::Immediate32to64 => true,
+        _ => false,
+    }
+}
+
+/// The form of `code` that does not have AL, AX, EAX or RAX for its operand.
+fn general_form(code: Code) -> Code {
+    macro_rules! forms {
+        ($($short:ident $long:ident)*) => {
+            match code { $(Code::$short => Code::$long,)* _ => code }
+        };
+    }
+    forms! {
+        Add_AL_imm8 Add_rm8_imm8 Add_AX_imm16 Add_rm16_imm16 Add_EAX_imm32 Add_rm32_imm32 Add_RAX_imm32 Add_rm64_imm32
+        Or_AL_imm8 Or_rm8_imm8 Or_AX_imm16 Or_rm16_imm16 Or_EAX_imm32 Or_rm32_imm32 Or_RAX_imm32 Or_rm64_imm32
+        Adc_AL_imm8 Adc_rm8_imm8 Adc_AX_imm16 Adc_rm16_imm16 Adc_EAX_imm32 Adc_rm32_imm32 Adc_RAX_imm32 Adc_rm64_imm32
+        Sbb_AL_imm8 Sbb_rm8_imm8 Sbb_AX_imm16 Sbb_rm16_imm16 Sbb_EAX_imm32 Sbb_rm32_imm32 Sbb_RAX_imm32 Sbb_rm64_imm32
+        And_AL_imm8 And_rm8_imm8 And_AX_imm16 And_rm16_imm16 And_EAX_imm32 And_rm32_imm32 And_RAX_imm32 And_rm64_imm32
+        Sub_AL_imm8 Sub_rm8_imm8 Sub_AX_imm16 Sub_rm16_imm16 Sub_EAX_imm32 Sub_rm32_imm32 Sub_RAX_imm32 Sub_rm64_imm32
+        Xor_AL_imm8 Xor_rm8_imm8 Xor_AX_imm16 Xor_rm16_imm16 Xor_EAX_imm32 Xor_rm32_imm32 Xor_RAX_imm32 Xor_rm64_imm32
+        Cmp_AL_imm8 Cmp_rm8_imm8 Cmp_AX_imm16 Cmp_rm16_imm16 Cmp_EAX_imm32 Cmp_rm32_imm32 Cmp_RAX_imm32 Cmp_rm64_imm32
+        Test_AL_imm8 Test_rm8_imm8 Test_AX_imm16 Test_rm16_imm16 Test_EAX_imm32 Test_rm32_imm32
+        Test_RAX_imm32 Test_rm64_imm32
+        Xchg_r16_AX Xchg_rm16_r16 Xchg_r32_EAX Xchg_rm32_r32 Xchg_r64_RAX Xchg_rm64_r64
+        Mov_AL_moffs8 Mov_r8_rm8 Mov_AX_moffs16 Mov_r16_rm16 Mov_EAX_moffs32 Mov_r32_rm32 Mov_RAX_moffs64 Mov_r64_rm64
+        Mov_moffs8_AL Mov_rm8_r8 Mov_moffs16_AX Mov_rm16_r16 Mov_moffs32_EAX Mov_rm32_r32 Mov_moffs64_RAX Mov_rm64_r64
+    }
+}
+
+/// Whether the flags after it may depend on those before it.
+fn needs_flags(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    let modified = ins.rflags_modified() & STATUS;
+    let partly = modified != 0 && modified != STATUS;
+    let shifts = matches!(
+        ins.mnemonic(),
+        Shl | Sal
+            | Shr
+            | Sar
+            | Rol
+            | Ror
+            | Rcl
+            | Rcr
+            | Shld
+            | Shrd
+            | Bsf
+            | Bsr
+            | Tzcnt
+            | Lzcnt
+            | Bextr
+            | Bzhi
+    );
+    let by_count = shifts && {
+        let last = ins.op_count() - 1;
+        // A count of nothing changes no flags.
+        !is_immediate(ins, last) || ins.immediate(last) & 0x1f == 0
+    };
+    ins.rflags_read() & STATUS != 0 || partly || by_count
+}
+
+impl Emitter<'_> {
+    /// Translates operation `index`, an instruction that [`suits`].
+    pub(super) fn instruction(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        match how(ins).ok_or(Failure::Unsuited)? {
+            How::Copy => self.copy(ins, index),
+            How::Nothing => Ok(()),
+            How::Lea => self.lea(ins),
+            How::Push => self.push(ins, index),
+            How::Pop => self.pop(ins, index),
+            How::Leave => self.leave(index),
+            How::Multiply => self.multiply(ins, index),
+            How::ExtendRax => self.extend_rax(ins),
+            How::ExtendIntoRdx => self.extend_into_rdx(ins),
+        }
+    }
+
+    fn copy(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let memory = ins.op_kinds().any(|kind| kind == OpKind::Memory);
+        let mut host = *ins;
+        host.set_ip(0);
+        host.set_code(general_form(ins.code()));
+        let access: [OpAccess; 4] = {
+            let info = self.info.info(ins);
+            [0, 1, 2, 3].map(|operand| info.op_access(operand))
+        };
+        if memory {
+            let operand = ins.op_kinds().position(|kind| kind == OpKind::Memory).unwrap_or(0);
+            let size = ins.memory_size().size();
+            self.access(ins, writes(access[operand]), size, index)?;
+            set_memory(&mut host, operand as u32, At::Address);
+        }
+        if needs_flags(ins) {
+            self.load_flags()?;
+        }
+        let stored = self.redirect(ins, &mut host, &access, memory)?;
+        if memory {
+            self.may_fault(index);
+        }
+        self.put(host)?;
+        if ins.rflags_modified() & STATUS != 0 {
+            self.flags = Flags::Host;
+        }
+        for (scratch, guest) in stored.into_iter().flatten() {
+            self.a.mov(slot(guest), scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Redirects the general-register operands of `host`, and loads those that are in the state. `memory`: one operand is
+    /// memory, or none may become it. Returns which scratch registers are to be stored afterwards, and where.
+    pub(super) fn redirect(
+        &mut self,
+        ins: &Instruction,
+        host: &mut Instruction,
+        access: &[OpAccess],
+        memory: bool,
+    ) -> Result<[Option<(AsmRegister64, u8)>; 2]> {
+        let scratch = if memory { &[VALUE][..] } else { &[VALUE, ADDRESS][..] };
+        let mut used: [Option<(AsmRegister64, u8)>; 2] = [None; 2];
+        let mut written = [false; 2];
+        let mut in_place = memory;
+        for operand in 0..ins.op_count() {
+            if ins.op_kind(operand) != OpKind::Register || !ins.op_register(operand).is_gpr() {
+                continue;
+            }
+            let (register, access) = (ins.op_register(operand), access[operand as usize]);
+            let number = match place_of(register) {
+                Place::Host(full) => {
+                    let part = sized(full.into(), register).ok_or(Failure::Unsuited)?;
+                    if part != host.op_register(operand) {
+                        host.set_op_register(operand, part);
+                    }
+                    continue;
+                }
+                Place::State(number) => number,
+            };
+            if !in_place && can_be_memory(host, operand, writes(access)) {
+                set_memory(host, operand, At::Field(slot_offset(number)));
+                in_place = true;
+                continue;
+            }
+            let known = used.iter().position(|u| u.is_some_and(|(_, guest)| guest == number));
+            let at = match known {
+                Some(at) => at,
+                None => {
+                    let at = used.iter().position(Option::is_none).filter(|&at| at < scratch.len());
+                    let at = at.ok_or(Failure::Unsuited)?;
+                    used[at] = Some((scratch[at], number));
+                    self.a.mov(scratch[at], slot(number))?;
+                    at
+                }
+            };
+            written[at] |= writes(access);
+            host.set_op_register(operand, sized(scratch[at].into(), register).ok_or(Failure::Unsuited)?);
+        }
+        Ok([0, 1].map(|at| used[at].filter(|_| written[at])))
+    }
+
+    fn lea(&mut self, ins: &Instruction) -> Result<()> {
+        let to = ins.op0_register();
+        let mut host = *ins;
+        host.set_ip(0);
+        self.offset(ins)?;
+        set_memory(&mut host, 1, At::Address);
+        match place_of(to) {
+            Place::Host(full) => {
+                host.set_op0_register(sized(full.into(), to).ok_or(Failure::Unsuited)?);
+                self.put(host)
+            }
+            Place::State(number) => {
+                if to.size() < 4 {
+                    self.a.mov(VALUE, slot(number))?;
+                }
+                host.set_op0_register(sized(VALUE.into(), to).ok_or(Failure::Unsuited)?);
+                self.put(host)?;
+                Ok(self.a.mov(slot(number), VALUE)?)
+            }
+        }
+    }
+
+    /// Loads [`ADDRESS`] with the offset part of the memory operand. Changes [`VALUE`], and no flags.
+    fn offset(&mut self, ins: &Instruction) -> Result<()> {
+        let displacement = ins.memory_displacement64() as i64;
+        let displacement = i32::try_from(displacement).map_err(|_| Failure::Unsuited)?;
+        let (base, index) = (ins.memory_base(), ins.memory_index());
+        let base = match base {
+            Register::None => None,
+            Register::RIP => {
+                self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
+                Some(ADDRESS)
+            }
+            base => Some(self.in_register(base, ADDRESS)?),
+        };
+        let index = match index {
+            Register::None => None,
+            index => Some((self.in_register(index, VALUE)?, ins.memory_index_scale() as i32)),
+        };
+        match (base, index) {
+            (None, None) => self.a.mov(ADDRESS, i64::from(displacement))?,
+            (Some(base), None) => self.a.lea(ADDRESS, qword_ptr(base + displacement))?,
+            (None, Some((index, scale))) => self.a.lea(ADDRESS, qword_ptr(index * scale + displacement))?,
+            (Some(base), Some((index, scale))) => {
+                self.a.lea(ADDRESS, qword_ptr(base + index * scale + displacement))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The host register that holds a guest register: its own, or `scratch`, which it is loaded into.
+    pub(super) fn in_register(
+        &mut self,
+        register: Register,
+        scratch: AsmRegister64,
+    ) -> Result<AsmRegister64> {
+        match place_of(register) {
+            Place::Host(host) => Ok(host),
+            Place::State(number) => {
+                self.a.mov(scratch, slot(number))?;
+                Ok(scratch)
+            }
+        }
+    }
+
+    /// Has [`ADDRESS`] be the host address of the memory operand. [`VALUE`] is lost, and the flags are in RAX.
+    pub(super) fn access(&mut self, ins: &Instruction, write: bool, size: usize, index: usize) -> Result<()> {
+        self.free_host_flags()?;
+        self.offset(ins)?;
+        let way = match ins.memory_segment() {
+            Register::FS => {
+                self.a.add(ADDRESS, field(segment_base(Seg::Fs)))?;
+                FS
+            }
+            Register::GS => {
+                self.a.add(ADDRESS, field(segment_base(Seg::Gs)))?;
+                GS
+            }
+            _ => match ins.memory_base() {
+                Register::RIP => IP,
+                Register::None => NO_BASE,
+                base => base.number(),
+            },
+        };
+        self.check_page(way, write, size, index)
+    }
+
+    /// [`ADDRESS`] holds a linear address: has it be the host address.
+    fn check_page(&mut self, way: usize, write: bool, size: usize, index: usize) -> Result<()> {
+        let recent =
+            offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (usize::from(write) * Recent::WAYS + way);
+        self.a.xor(ADDRESS, field(recent + offset_of!(Recent, page)))?;
+        self.check(recent, write, size, index)
+    }
+
+    /// Has [`ADDRESS`] be the host address of the word at RSP plus `offset`.
+    pub(super) fn stack(&mut self, offset: i32, write: bool, index: usize) -> Result<()> {
+        self.free_host_flags()?;
+        self.a.lea(ADDRESS, qword_ptr(GUEST_RSP + offset))?;
+        self.check_page(usize::from(reg::RSP), write, 8, index)
+    }
+
+    fn push(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        self.stack(-8, true, index)?;
+        if ins.op0_kind() == OpKind::Register {
+            let value = self.in_register(ins.op0_register(), VALUE)?;
+            self.may_fault(index);
+            self.a.mov(qword_ptr(ADDRESS), value)?;
+        } else {
+            self.may_fault(index);
+            self.a.mov(qword_ptr(ADDRESS), ins.immediate(0) as i32)?;
+        }
+        Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
+    }
+
+    fn pop(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        self.stack(0, false, index)?;
+        self.may_fault(index);
+        match place_of(ins.op0_register()) {
+            Place::Host(host) => self.a.mov(host, qword_ptr(ADDRESS))?,
+            Place::State(number) => {
+                self.a.mov(VALUE, qword_ptr(ADDRESS))?;
+                self.a.mov(slot(number), VALUE)?;
+            }
+        }
+        Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP + 8))?)
+    }
+
+    fn leave(&mut self, index: usize) -> Result<()> {
+        self.free_host_flags()?;
+        self.a.mov(ADDRESS, rbp)?;
+        self.check_page(usize::from(reg::RBP), false, 8, index)?;
+        self.may_fault(index);
+        self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
+        self.a.lea(GUEST_RSP, qword_ptr(rbp + 8))?;
+        Ok(self.a.mov(rbp, ADDRESS)?)
+    }
+
+    fn multiply(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let mut host = *ins;
+        host.set_ip(0);
+        let factor = match ins.op0_kind() {
+            OpKind::Memory => {
+                let size = ins.memory_size().size();
+                self.access(ins, false, size, index)?;
+                self.may_fault(index);
+                match size {
+                    1 => self.a.mov(r14b, byte_ptr(ADDRESS))?,
+                    2 => self.a.mov(r14w, word_ptr(ADDRESS))?,
+                    4 => self.a.mov(r14d, dword_ptr(ADDRESS))?,
+                    _ => self.a.mov(VALUE, qword_ptr(ADDRESS))?,
+                }
+                part(VALUE, size)?
+            }
+            _ => {
+                let register = ins.op0_register();
+                let full = self.in_register(register, VALUE)?;
+                sized(full.into(), register).ok_or(Failure::Unsuited)?
+            }
+        };
+        host.set_op0_kind(OpKind::Register);
+        host.set_op0_register(factor);
+        // All flags are written: those in RAX are not wanted any more.
+        self.a.mov(rax, GUEST_RAX)?;
+        self.put(plain(host))?;
+        self.a.mov(GUEST_RAX, rax)?;
+        self.flags = Flags::Host;
+        Ok(())
+    }
+
+    fn extend_rax(&mut self, ins: &Instruction) -> Result<()> {
+        let extended = match ins.mnemonic() {
+            Mnemonic::Cbw => self.a.movsx(r11w, r11b),
+            Mnemonic::Cwde => self.a.movsx(r11d, r11w),
+            _ => self.a.movsxd(r11, r11d),
+        };
+        Ok(extended?)
+    }
+
+    fn extend_into_rdx(&mut self, ins: &Instruction) -> Result<()> {
+        self.free_rax()?;
+        self.a.mov(rax, GUEST_RAX)?;
+        let mut host = *ins;
+        host.set_ip(0);
+        self.put(host)
+    }
+}
+
+/// The low `size` bytes of `full`.
+fn part(full: AsmRegister64, size: usize) -> Result<Register> {
+    let like = match size {
+        1 => Register::AL,
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
+    };
+    sized(full.into(), like).ok_or(Failure::Unsuited)
+}
+
+/// The instruction without a memory operand's traces.
+fn plain(mut ins: Instruction) -> Instruction {
+    ins.set_memory_base(Register::None);
+    ins.set_memory_index(Register::None);
+    ins.set_segment_prefix(Register::None);
+    ins.set_memory_displ_size(0);
+    ins.set_memory_displacement64(0);
+    ins
+}
+
+/// Whether the register operand can be memory instead, and what is written there is what the register would hold: 32-bit
+/// results clear the upper half of a register.
+fn can_be_memory(ins: &Instruction, operand: u32, written: bool) -> bool {
+    let kind = ins.op_code().op_kind(operand);
+    let suits = matches!(
+        kind,
+        OpCodeOperandKind::r8_or_mem
+            | OpCodeOperandKind::r16_or_mem
+            | OpCodeOperandKind::r32_or_mem
+            | OpCodeOperandKind::r64_or_mem
+    );
+    suits
+        && !(written && ins.op_register(operand).size() == 4)
+        && ins.mnemonic() != Mnemonic::Xchg
+        && !matches!(ins.mnemonic(), Mnemonic::Bt | Mnemonic::Btc | Mnemonic::Btr | Mnemonic::Bts)
+}
+
+/// Ways of access besides those by a general register: see [`Recent::WAYS`].
+const IP: usize = 16;
+const NO_BASE: usize = 17;
+const FS: usize = 18;
+const GS: usize = 19;
+
+fn segment_base(seg: Seg) -> usize {
+    offset_of!(Cpu, state.ea_base) + 8 * seg as usize
+}

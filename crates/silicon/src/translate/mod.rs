@@ -1,0 +1,332 @@
+//! The same-ISA translator: guest code of 64-bit mode as host code.
+//!
+//! Guest and host are both x86-64, so most instructions are copied: [`instruction`] redirects their registers
+//! ([`registers`]) and checks their memory accesses, [`vector`] does that for vector and x87 instructions, [`branch`] ends
+//! blocks. What is not translated is the interpreter's.
+//!
+//! # Where it meets the interpreter
+//!
+//! What is translated are blocks of decoded code ([`crate::code`]), once they have run often enough. A block is cut into
+//! *runs* of instructions that can be translated; the first operation of each gets the handler [`enter`]. So the interpreter,
+//! which goes from operation to operation by handlers, comes into host code by itself; and host code gives an operation
+//! that it cannot do, or whose access needs a closer look (a page not at hand, a page with code, no memory at all),
+//! back to the interpreter, which executes it and goes on. Whatever invalidates a block replaces its handlers, and so this one.
+//!
+//! # How blocks follow each other
+//!
+//! By [`link`]s, or by the jump cache ([`routines`]) where the target is computed. Each time, requests of other threads are
+//! looked for, so nothing is noticed later than by the interpreter.
+//!
+//! # Flags
+//!
+//! Checks change the host's flags. Before one the guest's are saved in RAX, and from there loaded again where an instruction
+//! reads them, so that they are exact whenever the interpreter takes over.
+//!
+//! # What keeps the guest out of host memory
+//!
+//! Every access is to `host + (lin ^ page)` of a [`Recent`](crate::mmu::tlb::Recent) page with `lin ^ page` not above the last
+//! place in the page where the access fits, checked right before it. Pages get there from the TLB alone, and leave when
+//! anything about them changes ([`crate::mmu::tlb`]). Besides that, code writes only its own [`Cpu`], at offsets that are
+//! constants, and jumps only to what the translator has emitted: links and entries of the jump cache are written by it alone.
+#![expect(unsafe_code, reason = "sets the GS base")]
+
+mod branch;
+mod choice;
+mod emit;
+mod instruction;
+mod link;
+mod registers;
+mod routines;
+mod run;
+#[cfg(test)]
+mod tests;
+mod vector;
+
+use std::arch::asm;
+use std::sync::Arc;
+
+use iced_x86::{FlowControl, Instruction};
+
+pub use self::choice::Engine;
+use self::emit::Emitter;
+use self::routines::Routines;
+use self::run::{count, enter};
+use crate::code::BlockRef;
+use crate::code::lower::LowerCtx;
+use crate::code::op::{Flow, Op};
+use crate::code::thread::interpreted;
+use crate::cpu::{Cpu, Requests};
+use crate::exception::Abort;
+use crate::hostexec::arena::Arena;
+use crate::mmu::host::{self, Recovery};
+use crate::model::Features;
+use crate::state::CodeSize;
+
+/// Runs of fewer instructions are not worth the way in and out, unless they are whole blocks.
+const SHORTEST: usize = 4;
+/// Blocks that a CPU may have translated whatever it has executed so far.
+const FREE_BLOCKS: u64 = 20_000;
+/// Instructions that it must have executed for each further block. Translating a block takes about as long as interpreting
+/// half as many.
+const INSTRUCTIONS_PER_BLOCK: u64 = 10_000;
+/// Bytes of host code, and links, of one CPU at most.
+const ARENA: usize = 64 << 20;
+/// The bits of RAX that are flags: see [`crate::flags::Status`].
+const STATUS_MASK: u32 = 0xd501;
+
+/// Host code leaves with a link's address and this bit, if the link does not hold.
+const LEAVE_LINK: u64 = 1;
+/// Host code leaves with this, if there is no code at hand for RIP.
+const LEAVE_INDIRECT: u64 = 2;
+/// What a pointer can be; there is other information above it.
+const POINTER: u64 = (1 << 48) - 1;
+
+/// Why a block is not translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// It is the interpreter's.
+    Unsuited,
+    /// There is no room: all translations have to go first.
+    Full,
+}
+
+/// What a validity number stands for: see [`Translator::validity`].
+type Conditions = [u64; 3];
+
+/// Host code of one CPU.
+pub(crate) struct Translator {
+    /// The requests of the CPU, for host code to look at.
+    requests: *const Requests,
+    /// Links hold if they have this number: it stands for the current epoch, block generation and context of fetches.
+    validity: u64,
+    /// The context of fetches, in RIP's half of the address space.
+    context: u64,
+    /// Where an indirect call goes while its return address is stored.
+    target: u64,
+    /// How often a block runs before it is translated.
+    after: u32,
+    /// What of the guest's vector registers is in the host's: a [`vector::Live`]. Nothing, when host code does not run.
+    vectors: u32,
+    code: Option<Code>,
+    /// Conditions that were in force lately, with their numbers, and the number given out last.
+    known: [(Conditions, u64); 8],
+    last: u64,
+    /// The GS base of the host.
+    host_gs: u64,
+}
+
+struct Code {
+    arena: Arena,
+    routines: Routines,
+    recovery: Box<Recovery>,
+}
+
+// SAFETY: the pointer is to requests that the CPU shares, set anew whenever it enters guest mode.
+unsafe impl Send for Translator {}
+
+impl Translator {
+    /// For a CPU with this engine.
+    pub(crate) fn new(engine: Engine) -> Translator {
+        Translator::with_room(engine, ARENA)
+    }
+
+    /// With room for so many bytes of code and links.
+    fn with_room(engine: Engine, bytes: usize) -> Translator {
+        let (code, after) = match engine {
+            Engine::Interpret => (None, 0),
+            Engine::Translate(after) => (Code::new(bytes), after),
+        };
+        Translator {
+            requests: std::ptr::null(),
+            validity: 0,
+            context: 0,
+            target: 0,
+            after,
+            vectors: 0,
+            code,
+            known: [([0; 3], 0); 8],
+            last: 0,
+            host_gs: 0,
+        }
+    }
+
+    /// The number that stands for these conditions. Going back to some brings their number back.
+    fn number(&mut self, conditions: Conditions) -> u64 {
+        if let Some(at) = self.known.iter().position(|(known, number)| *known == conditions && *number != 0) {
+            self.known[..=at].rotate_right(1);
+            return self.known[0].1;
+        }
+        self.last += 1;
+        self.known.rotate_right(1);
+        self.known[0] = (conditions, self.last);
+        self.last
+    }
+}
+
+impl Code {
+    fn new(bytes: usize) -> Option<Code> {
+        let arena = Arena::new(bytes).inspect_err(|error| {
+            tracing::error!("no executable memory, guest code is interpreted: {error}");
+        });
+        let mut arena = arena.ok()?;
+        let routines = Routines::new(&mut arena)?;
+        Some(Code { arena, routines, recovery: Box::default() })
+    }
+
+    /// Forgets all translations.
+    fn clear(&mut self) -> Option<()> {
+        self.arena.clear();
+        self.recovery.clear();
+        self.routines = Routines::new(&mut self.arena)?;
+        Some(())
+    }
+}
+
+impl Cpu {
+    /// Entry to guest mode: GS belongs to translated code.
+    pub(crate) fn translator_enter(&mut self) {
+        if let Some(code) = &self.translator.code {
+            // SAFETY: the table is changed by `translate_block` alone, which no translated code calls.
+            unsafe { host::translated_code_lies_at(code.arena.range(), &raw const *code.recovery) };
+            self.translator.requests = Arc::as_ptr(&self.requests);
+            // SAFETY: `Engine::configured` has found that programs may use the instructions; libraries do not use GS.
+            unsafe {
+                asm!("rdgsbase {}", out(reg) self.translator.host_gs, options(nomem, nostack, preserves_flags));
+                asm!("wrgsbase {}", in(reg) &raw mut *self, options(nostack, preserves_flags));
+            }
+        }
+    }
+
+    /// Exit from guest mode.
+    pub(crate) fn translator_leave(&mut self) {
+        if self.translator.code.is_some() {
+            // SAFETY: as above.
+            unsafe {
+                asm!("wrgsbase {}", in(reg) self.translator.host_gs, options(nomem, nostack, preserves_flags));
+            }
+        }
+    }
+
+    /// A block with these operations is about to be made: has it counted how often it runs, if it may be translated.
+    pub(crate) fn watch_block(&self, ops: &[Op]) {
+        if self.translator.code.is_some() && self.state.code_size == CodeSize::Bits64 {
+            ops[0].handler.set(count);
+        }
+    }
+
+    /// Translates the block that begins with `first`, and has it run as translated from now on.
+    fn translate_block(&mut self, first: &Op) -> Result<(), Failure> {
+        let block = self.block_of(first).ok_or(Failure::Unsuited)?;
+        let instructions = self.decode_again(block);
+        let ops = block.ops();
+        // Whoever does not want to wait wants to see everything translated.
+        let shortest = if self.translator.after == 0 { 1 } else { SHORTEST };
+        let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
+        first.handler.set(interpreted(first));
+        self.counters.blocks_translated += 1;
+        for run in runs(&instructions, &self.features) {
+            let whole = run.start == 0 && run.end == instructions.len();
+            if run.len() < shortest && !whole {
+                continue;
+            }
+            let mut emitter = Emitter::new(&mut code.arena, code.routines, ops)?;
+            for index in run.clone() {
+                let ins = &instructions[index];
+                match Kind::of(ins, &self.features).ok_or(Failure::Unsuited)? {
+                    Kind::Integer => emitter.instruction(ins, index)?,
+                    Kind::Vector => emitter.vector(ins, index)?,
+                    Kind::Branch => emitter.branch(ins, index)?,
+                }
+            }
+            match instructions.get(run.end) {
+                Some(_) => emitter.interpret(run.end)?,
+                None if instructions[run.end - 1].flow_control() != FlowControl::Next => {}
+                None => emitter.go_to(i64::from(ops[run.end].page_offset))?,
+            }
+            let at = emitter.finish(&mut code.recovery)?;
+            if run.start == 0 {
+                block.set_translation(at);
+            }
+            ops[run.start].translation.set(at);
+            ops[run.start].handler.set(enter);
+        }
+        Ok(())
+    }
+
+    /// Whether translating one more block leaves most of the time to the guest, however its code changes.
+    fn affords_translation(&self) -> bool {
+        let earned = FREE_BLOCKS + self.counters.instructions / INSTRUCTIONS_PER_BLOCK;
+        self.translator.after == 0 || self.counters.blocks_translated < earned
+    }
+
+    /// The instructions of a block.
+    fn decode_again(&self, block: BlockRef) -> Vec<Instruction> {
+        let ctx = LowerCtx {
+            code_size: self.state.code_size,
+            features: &self.features,
+            stubs: &self.hostexec.stubs,
+        };
+        let (ops, source) = (block.ops(), block.source());
+        let start = usize::from(ops[0].page_offset);
+        ops[..ops.len() - 1]
+            .iter()
+            .map(|op| {
+                let at = usize::from(op.page_offset);
+                let (ins, _) = crate::code::decode_one(&source[at - start..], at, &ctx);
+                if self.features.offers(&ins) { ins } else { Instruction::default() }
+            })
+            .collect()
+    }
+
+    /// What host code goes by is up to date for code in RIP's half of the address space.
+    #[inline(always)]
+    fn prepare(&mut self, rip: u64) {
+        let context = self.fetch_context(rip);
+        let conditions = [self.code.epoch, self.code.generation, context];
+        self.translator.context = context;
+        self.translator.validity = self.translator.number(conditions);
+    }
+
+    /// RIP is where the guest goes on; all that it has done is counted. `at` is any operation.
+    fn end_at_rip(&mut self, at: &Op) -> Result<Flow, Abort> {
+        self.enter_block(at);
+        // The engine counts one more.
+        self.counters.instructions = self.counters.instructions.wrapping_sub(1);
+        Ok(Flow::End)
+    }
+}
+
+/// What translates an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Integer,
+    Vector,
+    Branch,
+}
+
+impl Kind {
+    /// `None`: nothing does.
+    fn of(ins: &Instruction, features: &Features) -> Option<Kind> {
+        match () {
+            () if instruction::suits(ins) => Some(Kind::Integer),
+            () if branch::suits(ins) => Some(Kind::Branch),
+            () if vector::suits(ins, features) => Some(Kind::Vector),
+            () => None,
+        }
+    }
+}
+
+/// The runs of instructions that can be translated.
+fn runs(instructions: &[Instruction], features: &Features) -> Vec<std::ops::Range<usize>> {
+    let suits = |ins: &Instruction| Kind::of(ins, features).is_some();
+    let mut runs = Vec::new();
+    let mut start = 0;
+    while start < instructions.len() {
+        let length = instructions[start..].iter().take_while(|ins| suits(ins)).count();
+        if length != 0 {
+            runs.push(start..start + length);
+        }
+        start += length + 1;
+    }
+    runs
+}

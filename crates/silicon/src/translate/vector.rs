@@ -1,0 +1,306 @@
+//! Vector and x87 instructions: the host executes them as they are.
+//!
+//! Vector registers are loaded when a run first needs them, as far as it needs them ([`Live`]), and stored when host code
+//! leaves: the interpreter's handlers work on the state. x87 registers are the host's FPU's while
+//! [`HostExec::gate`](crate::hostexec::HostExec) says so, and MXCSR is the host's in guest mode anyway. The gate is asked once
+//! in a run for each class of instructions; what it holds back is the interpreter's.
+
+use std::mem::offset_of;
+
+use iced_x86::code_asm::{
+    AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm, CodeAssembler, get_xmm, get_ymm, get_zmm, k0, k1, k2, k3,
+    k4, k5, k6, k7, qword_ptr, r15b, xmmword_ptr, ymmword_ptr, zmmword_ptr,
+};
+use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
+
+use super::Failure;
+use super::emit::{Emitter, Flags, Result};
+use super::instruction::{STATUS, suits_memory};
+use super::registers::{ADDRESS, At, field, field32, set_memory, slot};
+use crate::cpu::Cpu;
+use crate::exec::operand::is_immediate;
+use crate::exec::{fpu, fpu_image, vector};
+use crate::hostexec::class;
+use crate::hostexec::stub::writes;
+use crate::model::{Feature, Features};
+use crate::state::reg;
+
+/// What the assembler says.
+type Emitted = std::result::Result<(), IcedError>;
+
+/// How much of the guest's vector registers is in the host's. Each includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub(super) enum Live {
+    /// Nothing.
+    Nothing = 0,
+    /// XMM0 to XMM15, not what is above them: legacy instructions leave that alone.
+    Xmm = 1,
+    /// Registers 0 to 15 in full.
+    Full = 2,
+    /// All registers, and the mask registers.
+    All = 3,
+}
+
+impl Live {
+    /// All but nothing, in order.
+    pub(super) const SOME: [Live; 3] = [Live::Xmm, Live::Full, Live::All];
+}
+
+/// What a vector or x87 instruction needs: its classes, and what must be live.
+struct Needs {
+    classes: u32,
+    live: Live,
+}
+
+fn needs(ins: &Instruction) -> Option<Needs> {
+    if fpu::is_x87(ins) {
+        return Some(Needs { classes: class::X87, live: Live::Nothing });
+    }
+    let classes = vector::classify(ins)?;
+    let live = match () {
+        () if classes & class::MMX != 0 => return None,
+        () if classes & class::AVX512 != 0 => Live::All,
+        () if classes & class::AVX != 0 => Live::Full,
+        () => Live::Xmm,
+    };
+    Some(Needs { classes, live })
+}
+
+/// Whether this is a vector or x87 instruction that can be translated.
+pub(super) fn suits(ins: &Instruction, features: &Features) -> bool {
+    let Some(needs) = needs(ins) else { return false };
+    let operands_suit = ins.op_kinds().enumerate().all(|(operand, kind)| match kind {
+        OpKind::Register => true,
+        OpKind::Memory => suits_memory(ins) && !ins.memory_index().is_vector_register(),
+        _ => is_immediate(ins, operand as u32),
+    });
+    operands_suit && if needs.classes & class::X87 != 0 { suits_x87(ins, features) } else { !is_special(ins) }
+}
+
+/// Vector instructions with operands that are not named, or that change more than registers.
+fn is_special(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(ins.mnemonic(), Ldmxcsr | Vldmxcsr | Stmxcsr | Vstmxcsr | Maskmovdqu | Vmaskmovdqu | Maskmovq)
+        || matches!(
+            ins.mnemonic(),
+            Pcmpestri
+                | Pcmpestrm
+                | Pcmpestri64
+                | Pcmpestrm64
+                | Vpcmpestri
+                | Vpcmpestrm
+                | Vpcmpestri64
+                | Vpcmpestrm64
+        )
+}
+
+/// x87 instructions that change neither the control word nor whether exceptions are pending without computing, of
+/// processors that note no data pointers and selectors.
+fn suits_x87(ins: &Instruction, features: &Features) -> bool {
+    use Mnemonic::*;
+    let control =
+        matches!(ins.mnemonic(), Fninit | Fnclex | Fneni | Fndisi | Fnsetpm | Fnstsw | Fnstcw | Fldcw | Wait);
+    !control
+        && fpu_image::handler(ins.mnemonic()).is_none()
+        && features.has(Feature::FdpExceptionOnly)
+        && features.has(Feature::ZeroFcsFds)
+}
+
+impl Emitter<'_> {
+    /// Translates operation `index`, an instruction that [`suits`].
+    pub(super) fn vector(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let needs = needs(ins).ok_or(Failure::Unsuited)?;
+        self.admit(&needs, index)?;
+        let memory = ins.op_kinds().position(|kind| kind == OpKind::Memory);
+        let mut host = *ins;
+        host.set_ip(0);
+        let access = {
+            let info = self.info.info(ins);
+            [0, 1, 2, 3, 4].map(|operand| info.op_access(operand))
+        };
+        if let Some(operand) = memory {
+            self.access(ins, writes(access[operand]), ins.memory_size().size(), index)?;
+            let mask = if needs.classes & class::X87 == 0 { vector::alignment(ins) } else { 0 };
+            if mask != 0 {
+                self.a.test(r15b, i32::from(mask))?;
+                let unaligned = self.interpreter_label(index);
+                self.a.jne(unaligned)?;
+            }
+            set_memory(&mut host, operand as u32, At::Address);
+        }
+        if ins.rflags_read() & STATUS != 0 || !matches!(ins.rflags_modified() & STATUS, 0 | STATUS) {
+            self.load_flags()?;
+        }
+        let stored = self.redirect(ins, &mut host, &access, true)?;
+        if memory.is_some() {
+            self.save_flags()?;
+            self.may_fault(index);
+        }
+        self.put(host)?;
+        if ins.rflags_modified() & STATUS != 0 {
+            self.flags = Flags::Host;
+        }
+        for (scratch, guest) in stored.into_iter().flatten() {
+            self.a.mov(slot(guest), scratch)?;
+        }
+        if needs.classes & class::X87 != 0 {
+            self.note_pointer(index)?;
+        }
+        Ok(())
+    }
+
+    /// Sees that instructions of these classes may run, and that their registers are live; not twice in a run.
+    fn admit(&mut self, needs: &Needs, index: usize) -> Result<()> {
+        let classes = needs.classes & !self.admitted;
+        if classes != 0 {
+            self.free_host_flags()?;
+            self.a.test(field32(offset_of!(Cpu, hostexec.gate)), classes)?;
+            let held_back = self.interpreter_label(index);
+            self.a.jne(held_back)?;
+            self.admitted |= classes;
+        }
+        if needs.live > self.live {
+            self.free_host_flags()?;
+            self.a.cmp(field32(offset_of!(Cpu, translator.vectors)), needs.live as i32)?;
+            let (at, mut back) = (self.a.create_label(), self.a.create_label());
+            self.a.jb(at)?;
+            self.a.set_label(&mut back)?;
+            self.a.zero_bytes()?;
+            self.raise_vectors(at, back, needs.live);
+            self.live = needs.live;
+        }
+        Ok(())
+    }
+
+    /// FIP: the address of the instruction.
+    fn note_pointer(&mut self, index: usize) -> Result<()> {
+        let offset = self.page_offset(index);
+        self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
+        self.a.lea(ADDRESS, qword_ptr(ADDRESS + i32::from(offset)))?;
+        Ok(self.a.mov(field(offset_of!(Cpu, state.x87.fip)), ADDRESS)?)
+    }
+}
+
+fn zmm_offset(number: usize) -> usize {
+    offset_of!(Cpu, state.zmm) + 64 * number
+}
+
+/// Registers as `live` has them, from the state or to it.
+fn move_all(a: &mut CodeAssembler, live: Live, store: bool) -> Emitted {
+    let wide = is_x86_feature_detected!("avx512f");
+    let count = if live == Live::All { 32 } else { 16 };
+    for number in 0..count {
+        let at = zmm_offset(number) as u64;
+        match (live, wide) {
+            (Live::Nothing, _) => {}
+            (Live::Xmm, _) => {
+                let register = xmm(number)?;
+                if store {
+                    a.movaps(xmmword_ptr(at).gs(), register)?
+                } else {
+                    a.movaps(register, xmmword_ptr(at).gs())?
+                }
+            }
+            (_, false) => {
+                let register = ymm(number)?;
+                if store {
+                    a.vmovups(ymmword_ptr(at).gs(), register)?
+                } else {
+                    a.vmovups(register, ymmword_ptr(at).gs())?
+                }
+            }
+            (_, true) => {
+                let register = zmm(number)?;
+                if store {
+                    a.vmovups(zmmword_ptr(at).gs(), register)?
+                } else {
+                    a.vmovups(register, zmmword_ptr(at).gs())?
+                }
+            }
+        }
+    }
+    if live == Live::All {
+        for (number, register) in [k0, k1, k2, k3, k4, k5, k6, k7].into_iter().enumerate() {
+            let at = field(offset_of!(Cpu, state.k) + 8 * number);
+            if store { a.kmovq(at, register)? } else { a.kmovq(register, at)? }
+        }
+    }
+    Ok(())
+}
+
+fn absent() -> IcedError {
+    unreachable!("register numbers are below 32")
+}
+
+fn xmm(number: usize) -> std::result::Result<AsmRegisterXmm, IcedError> {
+    get_xmm(nth(Register::XMM0, number)).ok_or_else(absent)
+}
+
+fn ymm(number: usize) -> std::result::Result<AsmRegisterYmm, IcedError> {
+    get_ymm(nth(Register::YMM0, number)).ok_or_else(absent)
+}
+
+fn zmm(number: usize) -> std::result::Result<AsmRegisterZmm, IcedError> {
+    get_zmm(nth(Register::ZMM0, number)).ok_or_else(absent)
+}
+
+fn nth(first: Register, number: usize) -> Register {
+    Register::values().nth(first as usize + number).unwrap_or(first)
+}
+
+/// To be called to have `live` be live; changes flags alone.
+pub(super) fn raise(a: &mut CodeAssembler, live: Live) -> Emitted {
+    store(a, live)?;
+    move_all(a, live, false)?;
+    a.mov(field32(offset_of!(Cpu, translator.vectors)), live as u32)?;
+    a.ret()
+}
+
+/// Stores what is live and is less than `below`.
+pub(super) fn store(a: &mut CodeAssembler, below: Live) -> Emitted {
+    let mut end = a.create_label();
+    for live in Live::SOME.into_iter().filter(|&live| live < below) {
+        let mut other = a.create_label();
+        a.cmp(field32(offset_of!(Cpu, translator.vectors)), live as i32)?;
+        a.jne(other)?;
+        move_all(a, live, true)?;
+        a.jmp(end)?;
+        a.set_label(&mut other)?;
+        a.zero_bytes()?;
+    }
+    a.set_label(&mut end)?;
+    a.zero_bytes()
+}
+
+/// Stores all that is live: nothing is afterwards.
+pub(super) fn store_all(a: &mut CodeAssembler) -> Emitted {
+    let vectors = || field32(offset_of!(Cpu, translator.vectors));
+    let (mut end, mut high) = (a.create_label(), a.create_label());
+    a.cmp(vectors(), 0)?;
+    a.je(end)?;
+    a.cmp(vectors(), Live::Xmm as i32)?;
+    a.jne(high)?;
+    move_all(a, Live::Xmm, true)?;
+    a.mov(vectors(), 0)?;
+    a.jmp(end)?;
+    a.set_label(&mut high)?;
+    if is_x86_feature_detected!("avx512f") {
+        let mut full = a.create_label();
+        let mut stored = a.create_label();
+        a.cmp(vectors(), Live::Full as i32)?;
+        a.je(full)?;
+        move_all(a, Live::All, true)?;
+        a.jmp(stored)?;
+        a.set_label(&mut full)?;
+        move_all(a, Live::Full, true)?;
+        a.set_label(&mut stored)?;
+        a.vzeroupper()?;
+    } else {
+        move_all(a, Live::Full, true)?;
+        a.vzeroupper()?;
+    }
+    a.mov(vectors(), 0)?;
+    a.set_label(&mut end)?;
+    a.zero_bytes()
+}
