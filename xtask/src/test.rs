@@ -21,25 +21,42 @@ const LTO: (&str, &str) = ("CARGO_PROFILE_RELEASE_LTO", "off");
 const CONFORMANCE: [&str; 4] = ["--seed", "1", "--cases", "1000000"];
 const CONFORMANCE_QUICK: [&str; 4] = ["--seed", "1", "--cases", "50000"];
 
+/// The unit tests of the processor.
+const PROCESSOR: &[&str] = &["test", "--quiet", "--release", "--package", "silicon", "--lib"];
+
 /// Random guest images, and the number of the first.
 const IMAGES: [&str; 4] = ["--seed", "1", "--images", "10000"];
 const IMAGES_QUICK: [&str; 4] = ["--seed", "1", "--images", "1000"];
 
-/// One step: what it is, cargo's arguments, and whether `--quick` leaves it out.
+/// The variable that says how guest code is executed, and the engines that steps ask for: the interpreter alone, and
+/// translation of all that can be translated, from its first run on. The others take the default.
+const ENGINE: &str = "RING3_ENGINE";
+const INTERPRETER: &str = "interp";
+const TRANSLATOR: &str = "translate:0";
+
+/// One step: what it is, cargo's arguments, whether `--quick` leaves it out, and the engine.
 struct Step {
     title: &'static str,
     cargo: Vec<&'static str>,
     slow: bool,
+    engine: Option<&'static str>,
+}
+
+impl Step {
+    fn on(self, engine: &'static str) -> Step {
+        Step { engine: Some(engine), ..self }
+    }
 }
 
 /// A run of one of the generators' commands.
 fn generator(title: &'static str, package: &'static str, arguments: &[&'static str]) -> Step {
     let cargo = ["run", "--release", "--quiet", "--package", package, "--"];
-    Step { title, cargo: cargo.iter().chain(arguments).copied().collect(), slow: false }
+    Step { title, cargo: cargo.iter().chain(arguments).copied().collect(), slow: false, engine: None }
 }
 
 fn steps(quick: bool) -> Vec<Step> {
-    let step = |title, cargo: &[&'static str], slow| Step { title, cargo: cargo.to_vec(), slow };
+    let step =
+        |title, cargo: &[&'static str], slow| Step { title, cargo: cargo.to_vec(), slow, engine: None };
     let cases = if quick { &CONFORMANCE_QUICK } else { &CONFORMANCE };
     let images = if quick { &IMAGES_QUICK } else { &IMAGES };
     let seconds = if quick { "5" } else { "60" };
@@ -52,8 +69,12 @@ fn steps(quick: bool) -> Vec<Step> {
             &["test", "--quiet", "--release", "--workspace", "--exclude", "e2e", "--no-fail-fast"],
             false,
         ),
-        generator("instruction conformance", "conformance", cases),
-        generator("robustness", "robustness", images),
+        step("processor, interpreted", PROCESSOR, false).on(INTERPRETER),
+        step("processor, translated", PROCESSOR, false).on(TRANSLATOR),
+        generator("conformance, interpreted", "conformance", cases).on(INTERPRETER),
+        generator("conformance, translated", "conformance", cases).on(TRANSLATOR),
+        generator("robustness, interpreted", "robustness", images).on(INTERPRETER),
+        generator("robustness, translated", "robustness", images).on(TRANSLATOR),
         step(
             "random ioctls",
             &[
@@ -101,9 +122,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
         }
         eprintln!("==> {}: cargo {}", step.title, step.cargo.join(" "));
         let started = Instant::now();
-        let status =
-            Command::new("cargo").args(&step.cargo).env(LTO.0, LTO.1).current_dir(xtask::root()).status();
-        let passed = status.is_ok_and(|s| s.success());
+        let mut command = Command::new("cargo");
+        command.args(&step.cargo).env(LTO.0, LTO.1).current_dir(xtask::root());
+        command.envs(step.engine.map(|engine| (ENGINE, engine)));
+        let passed = command.status().is_ok_and(|s| s.success());
         table.push((step.title, passed, started.elapsed().as_secs()));
         if !passed {
             failed.push(step.title);

@@ -135,6 +135,8 @@ pub(crate) struct Recent {
 impl Recent {
     /// Ways of access: by each general register as base (their numbers), relative to RIP, without a base, by FS and by GS.
     pub(crate) const WAYS: usize = 20;
+    /// Kinds of access: loads, stores, locked accesses.
+    pub(crate) const KINDS: usize = 3;
 
     /// No page. Every number is the address of some page, so this has one that is not canonical, at a host address that is
     /// the kernel's: the access faults, and is made again by the interpreter ([`super::host::recover`]). Which of them is
@@ -196,8 +198,8 @@ pub(crate) struct Tlb {
     pub(crate) table: NonNull<Entry>,
     /// Number of the current address space.
     pub(crate) space: u64,
-    /// Pages that were loaded from last, and stored to.
-    pub(crate) recent: [[Recent; Recent::WAYS]; 2],
+    /// Pages that were loaded from last, stored to, and accessed with a lock.
+    pub(crate) recent: [[Recent; Recent::WAYS]; Recent::KINDS],
     /// What stands there for no page.
     no_recent: Recent,
     /// What [`Tlb::code_space`] returns for the lower and the upper half of the address space.
@@ -238,7 +240,7 @@ impl Default for Tlb {
         let mut tlb = Tlb {
             table,
             space: 1,
-            recent: [[no_recent; Recent::WAYS]; 2],
+            recent: [[no_recent; Recent::WAYS]; Recent::KINDS],
             no_recent,
             code_spaces: [0; 2],
             upper_is_private: false,
@@ -321,7 +323,7 @@ impl Tlb {
     /// Forgets which pages were accessed last.
     #[inline]
     fn forget_recent(&mut self) {
-        self.recent = [[self.no_recent; Recent::WAYS]; 2];
+        self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
     }
 
     /// A number that stands for the linear-to-physical mapping of code around `lin`: while it is the same, so is

@@ -6,7 +6,7 @@ use iced_x86::code_asm::{CodeLabel, qword_ptr};
 use iced_x86::{Code, FlowControl, Instruction, OpKind, Register};
 
 use super::Failure;
-use super::emit::{Emitter, Result};
+use super::emit::{Emitter, Kind, Result};
 use super::instruction::suits_memory;
 use super::registers::{ADDRESS, GUEST_RSP, VALUE, field, slot};
 use crate::cpu::Cpu;
@@ -44,7 +44,7 @@ impl Emitter<'_> {
             FlowControl::UnconditionalBranch => self.go_to(ins.near_branch_target() as i64),
             FlowControl::ConditionalBranch => self.conditional(ins, next),
             FlowControl::Call => {
-                self.stack(-8, true, index)?;
+                self.stack(-8, Kind::Store, index)?;
                 self.push_return(next, index)?;
                 self.go_to(ins.near_branch_target() as i64)
             }
@@ -55,7 +55,7 @@ impl Emitter<'_> {
             FlowControl::IndirectCall => self.indirect_call(ins, next, index),
             FlowControl::Return => {
                 let taken = 8 + if ins.op_count() == 1 { ins.immediate16() as i16 } else { 0 };
-                self.stack(0, false, index)?;
+                self.stack(0, Kind::Load, index)?;
                 self.may_fault(index);
                 self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
                 self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP + i32::from(taken)))?;
@@ -113,7 +113,7 @@ impl Emitter<'_> {
     /// Loads [`ADDRESS`] with the target of an indirect branch.
     fn target(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         if is_memory(ins, 0) {
-            self.access(ins, false, 8, index)?;
+            self.access(ins, Kind::Load, 8, index)?;
             self.may_fault(index);
             return Ok(self.a.mov(ADDRESS, qword_ptr(ADDRESS))?);
         }
@@ -129,7 +129,7 @@ impl Emitter<'_> {
         let kept = field(offset_of!(Cpu, translator.target));
         self.target(ins, index)?;
         self.a.mov(kept, ADDRESS)?;
-        self.stack(-8, true, index)?;
+        self.stack(-8, Kind::Store, index)?;
         self.push_return(next, index)?;
         self.a.mov(ADDRESS, kept)?;
         self.go_to_address(index, -8)

@@ -4,10 +4,9 @@
 use std::sync::OnceLock;
 
 /// How CPUs execute guest code.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     /// Instruction by instruction: complete, and the reference.
-    #[default]
     Interpret,
     /// Blocks that have run so often are translated to host code. The process must have handlers of SIGSEGV and SIGBUS that
     /// call [`crate::mmu::host::recover`].
@@ -15,7 +14,7 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// The environment variable that says which engine CPUs get: `interp`, `translate`, or `translate:N` for
+    /// The environment variable that says which engine CPUs get: `translate`, which is the default, `interp`, or `translate:N` for
     /// [`Engine::Translate`] with another number than [`Engine::HOT`].
     pub const VARIABLE: &str = "RING3_ENGINE";
     /// How often a block usually runs before it is translated.
@@ -46,8 +45,8 @@ impl Engine {
     /// The engine of this name.
     fn parse(name: &str) -> Option<Engine> {
         match name.split_once(':') {
-            None if matches!(name, "" | "interp") => Some(Engine::Interpret),
-            None if name == "translate" => Some(Engine::Translate(Engine::HOT)),
+            None if name == "interp" => Some(Engine::Interpret),
+            None if matches!(name, "" | "translate") => Some(Engine::Translate(Engine::HOT)),
             Some(("translate", after)) => after.parse().ok().map(Engine::Translate),
             _ => None,
         }
@@ -67,7 +66,7 @@ mod tests {
     #[test]
     fn engines_have_names() {
         for (name, engine) in [
-            ("", Some(Engine::Interpret)),
+            ("", Some(Engine::Translate(Engine::HOT))),
             ("interp", Some(Engine::Interpret)),
             ("translate", Some(Engine::Translate(Engine::HOT))),
             ("translate:3", Some(Engine::Translate(3))),

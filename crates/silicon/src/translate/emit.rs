@@ -2,14 +2,14 @@
 
 use std::mem::offset_of;
 
-use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, dword_ptr, r14d};
+use iced_x86::code_asm::{AsmRegister64, CodeAssembler, CodeLabel, al, dword_ptr, eax, r14d};
 use iced_x86::{
     BlockEncoderOptions, Code, IcedError, Instruction, InstructionInfoFactory, MemoryOperand, Register,
 };
 
 use super::Failure;
 use super::link::Link;
-use super::registers::{ADDRESS, VALUE, field, slot};
+use super::registers::{ADDRESS, VALUE, field, field16, slot};
 use super::routines::Routines;
 use super::vector::Live;
 use crate::code::op::Op;
@@ -39,10 +39,36 @@ pub(super) enum Flags {
     Both,
 }
 
+/// What is done with memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Load = 0,
+    /// Perhaps after a load.
+    Store = 1,
+    /// Both at once; not in memory that is not write-back.
+    Lock = 2,
+}
+
+impl Kind {
+    /// All of them, in order.
+    pub(super) const ALL: [Kind; Recent::KINDS] = [Kind::Load, Kind::Store, Kind::Lock];
+}
+
+/// How a linear address is computed.
+#[derive(Clone, Copy)]
+pub(super) enum Linear {
+    /// That of the memory operand of an instruction.
+    Operand(Instruction),
+    /// A guest register that is in a host register, plus a displacement.
+    Register(AsmRegister64, i32),
+}
+
 /// Code that lies behind that of the run.
 enum Cold {
     /// The access at `back` is not to the page accessed last.
-    LookUp { at: CodeLabel, back: CodeLabel, recent: usize, routine: u64, index: usize },
+    LookUp { at: CodeLabel, back: CodeLabel, linear: Linear, recent: usize, routine: u64, index: usize },
+    /// The access of an instruction has faulted whose flags are in the state.
+    GetFlagsBack { at: CodeLabel, index: usize },
     /// The instruction is the interpreter's.
     Interpret { at: CodeLabel, index: usize },
     /// A link is not valid.
@@ -67,6 +93,8 @@ pub(super) struct Emitter<'a> {
     cold: Vec<Cold>,
     /// Instructions that may fault: which they are among the assembler's, and the operation.
     faulting: Vec<(usize, usize)>,
+    /// Likewise, for instructions before which the flags in RAX have gone to the state: where they are got back from there.
+    got_back: Vec<Option<CodeLabel>>,
     /// For each operation the label where it is given to the interpreter.
     interpret: Vec<Option<CodeLabel>>,
 }
@@ -85,6 +113,7 @@ impl<'a> Emitter<'a> {
             ops,
             cold: Vec::new(),
             faulting: Vec::new(),
+            got_back: vec![None; ops.len()],
             interpret: vec![None; ops.len()],
         })
     }
@@ -141,6 +170,15 @@ impl<'a> Emitter<'a> {
         self.interpreter_label(index);
     }
 
+    /// As [`Emitter::may_fault`], for an access before which the flags in RAX have been stored in the state, and RAX lost.
+    pub(super) fn may_fault_without_rax(&mut self, index: usize) {
+        self.faulting.push((self.a.instructions().len(), index));
+        self.interpreter_label(index);
+        let at = self.a.create_label();
+        self.got_back[index] = Some(at);
+        self.cold.push(Cold::GetFlagsBack { at, index });
+    }
+
     /// Where operation `index` is given to the interpreter; the flags have to be in RAX.
     pub(super) fn interpreter_label(&mut self, index: usize) -> CodeLabel {
         if let Some(label) = self.interpret[index] {
@@ -152,9 +190,22 @@ impl<'a> Emitter<'a> {
         at
     }
 
-    /// [`ADDRESS`] holds a linear address XOR the page at `recent`: goes on with the host address there.
-    pub(super) fn check(&mut self, recent: usize, write: bool, size: usize, index: usize) -> Result<()> {
-        let routine = self.routines.look_up(write, size).ok_or(Failure::Unsuited)?;
+    /// Has [`ADDRESS`] be the host address of the access at `linear`, if it is to the page accessed last in the same way or one
+    /// that the TLB has; else operation `index` is the interpreter's. [`VALUE`] is lost, and the flags are in RAX.
+    pub(super) fn check(
+        &mut self,
+        linear: Linear,
+        way: usize,
+        kind: Kind,
+        size: usize,
+        index: usize,
+    ) -> Result<()> {
+        let recent =
+            offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (kind as usize * Recent::WAYS + way);
+        self.free_host_flags()?;
+        self.linear(&linear)?;
+        self.a.xor(ADDRESS, field(recent + offset_of!(Recent, page)))?;
+        let routine = self.routines.look_up(kind, size).ok_or(Failure::Unsuited)?;
         let (at, mut back) = (self.a.create_label(), self.a.create_label());
         self.a.cmp(ADDRESS, 4096 - size as i32)?;
         self.a.ja(at)?;
@@ -162,7 +213,7 @@ impl<'a> Emitter<'a> {
         self.a.set_label(&mut back)?;
         self.a.zero_bytes()?;
         self.interpreter_label(index);
-        self.cold.push(Cold::LookUp { at, back, recent, routine, index });
+        self.cold.push(Cold::LookUp { at, back, linear, recent, routine, index });
         Ok(())
     }
 
@@ -236,11 +287,20 @@ impl<'a> Emitter<'a> {
         let leave = self.routines.leave;
         for piece in cold {
             match piece {
-                Cold::LookUp { mut at, back, recent, routine, index } => {
+                Cold::LookUp { mut at, back, linear, recent, routine, index } => {
                     self.a.set_label(&mut at)?;
+                    // Computed again, not got back from the page: that would wait for the last access's page.
+                    self.linear(&linear)?;
                     self.a.mov(r14d, recent as u32)?;
                     self.a.call(routine)?;
                     self.a.je(back)?;
+                    let interpreter = self.interpreter_label(index);
+                    self.a.jmp(interpreter)?;
+                }
+                Cold::GetFlagsBack { mut at, index } => {
+                    self.a.set_label(&mut at)?;
+                    self.got_back[index] = Some(at);
+                    self.a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
                     let interpreter = self.interpreter_label(index);
                     self.a.jmp(interpreter)?;
                 }
@@ -275,7 +335,7 @@ impl<'a> Emitter<'a> {
         let offsets = &code.inner.new_instruction_offsets;
         let mut entries = Vec::with_capacity(self.faulting.len());
         for (instruction, index) in self.faulting {
-            let label = self.interpret[index].ok_or(Failure::Unsuited)?;
+            let label = self.got_back[index].or(self.interpret[index]).ok_or(Failure::Unsuited)?;
             let from = offsets.get(instruction).copied().filter(|&offset| offset != u32::MAX);
             let from = from.ok_or(Failure::Unsuited)?;
             entries.push((at + u64::from(from), code.label_ip(&label)?));

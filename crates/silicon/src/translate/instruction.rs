@@ -3,8 +3,8 @@
 use std::mem::offset_of;
 
 use iced_x86::code_asm::{
-    AsmRegister64, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, rax, rbp,
-    word_ptr,
+    AsmRegister64, ax, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, r15d, rax,
+    rbp, word_ptr,
 };
 use iced_x86::{
     Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpCodeOperandKind,
@@ -12,20 +12,22 @@ use iced_x86::{
 };
 
 use super::Failure;
-use super::emit::{Emitter, Flags, Result};
+use super::emit::{Emitter, Flags, Kind, Linear, Result};
 use super::registers::{
-    ADDRESS, At, GUEST_RAX, GUEST_RSP, Place, VALUE, field, is_high_byte, place_of, set_memory, sized, slot,
-    slot_offset,
+    ADDRESS, At, GUEST_RAX, GUEST_RSP, Place, VALUE, field, field16, is_high_byte, place_of, set_memory,
+    sized, slot, slot_offset,
 };
 use crate::cpu::Cpu;
-use crate::exec::operand::{is_immediate, is_memory};
+use crate::exec::operand::{is_immediate, is_memory, operand_size};
 use crate::hostexec::stub::writes;
-use crate::mmu::tlb::Recent;
 use crate::state::{Seg, reg};
 
 /// The six status flags.
 pub(super) const STATUS: u32 =
     RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
+
+/// Bytes in a cache line.
+const LINE: i32 = 64;
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,10 @@ enum How {
     Leave,
     /// MUL and IMUL with one operand.
     Multiply,
+    /// DIV and IDIV of four and eight bytes.
+    Divide,
+    /// CMPXCHG with LOCK.
+    CompareExchange,
     /// CBW, CWDE, CDQE.
     ExtendRax,
     /// CWD, CDQ, CQO.
@@ -49,8 +55,11 @@ enum How {
 /// How the instruction is translated, judged by what it is; `None`: it is the interpreter's.
 fn how(ins: &Instruction) -> Option<How> {
     use Mnemonic::*;
-    if ins.is_invalid() || ins.has_lock_prefix() || ins.has_rep_prefix() || ins.has_repne_prefix() {
+    if ins.is_invalid() || ins.has_rep_prefix() || ins.has_repne_prefix() {
         return matches!(ins.mnemonic(), Endbr32 | Endbr64).then_some(How::Nothing);
+    }
+    if ins.has_lock_prefix() && !suits_lock(ins) {
+        return None;
     }
     Some(match ins.mnemonic() {
         Nop | Endbr32 | Endbr64 => How::Nothing,
@@ -62,7 +71,8 @@ fn how(ins: &Instruction) -> Option<How> {
         Imul if ins.op_count() == 1 => How::Multiply,
         Cbw | Cwde | Cdqe => How::ExtendRax,
         Cwd | Cdq | Cqo => How::ExtendIntoRdx,
-        Xchg if is_memory(ins, 0) || is_memory(ins, 1) => return None,
+        Div | Idiv if operand_size(ins, 0) >= 4 => How::Divide,
+        Cmpxchg if ins.has_lock_prefix() => How::CompareExchange,
         Bt | Btc | Btr | Bts if is_memory(ins, 0) && !is_immediate(ins, 1) => return None,
         Bswap if ins.op0_register().size() == 2 => return None,
         Mov | Movzx | Movsx | Movsxd | Movbe | Xchg | Bswap | Add | Or | Adc | Sbb | And | Sub | Xor
@@ -74,6 +84,35 @@ fn how(ins: &Instruction) -> Option<How> {
         _ if is_conditional(ins) => How::Copy,
         _ => return None,
     })
+}
+
+/// Whether the instruction, which has a LOCK prefix, is one of those that need no more than their operands.
+fn suits_lock(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        ins.mnemonic(),
+        Add | Or
+            | Adc
+            | Sbb
+            | And
+            | Sub
+            | Xor
+            | Inc
+            | Dec
+            | Neg
+            | Not
+            | Xadd
+            | Xchg
+            | Btc
+            | Btr
+            | Bts
+            | Cmpxchg
+    )
+}
+
+/// Whether the access is locked: XCHG's is with or without the prefix.
+fn locks(ins: &Instruction) -> bool {
+    ins.has_lock_prefix() || ins.mnemonic() == Mnemonic::Xchg
 }
 
 /// CMOVcc and SETcc.
@@ -187,6 +226,8 @@ impl Emitter<'_> {
             How::Pop => self.pop(ins, index),
             How::Leave => self.leave(index),
             How::Multiply => self.multiply(ins, index),
+            How::Divide => self.divide(ins, index),
+            How::CompareExchange => self.compare_exchange(ins, index),
             How::ExtendRax => self.extend_rax(ins),
             How::ExtendIntoRdx => self.extend_into_rdx(ins),
         }
@@ -204,7 +245,15 @@ impl Emitter<'_> {
         if memory {
             let operand = ins.op_kinds().position(|kind| kind == OpKind::Memory).unwrap_or(0);
             let size = ins.memory_size().size();
-            self.access(ins, writes(access[operand]), size, index)?;
+            let kind = match () {
+                () if locks(ins) => Kind::Lock,
+                () if writes(access[operand]) => Kind::Store,
+                () => Kind::Load,
+            };
+            self.access(ins, kind, size, index)?;
+            if kind == Kind::Lock {
+                self.within_line(size, index)?;
+            }
             set_memory(&mut host, operand as u32, At::Address);
         }
         if needs_flags(ins) {
@@ -339,45 +388,42 @@ impl Emitter<'_> {
         }
     }
 
-    /// Has [`ADDRESS`] be the host address of the memory operand. [`VALUE`] is lost, and the flags are in RAX.
-    pub(super) fn access(&mut self, ins: &Instruction, write: bool, size: usize, index: usize) -> Result<()> {
-        self.free_host_flags()?;
-        self.offset(ins)?;
-        let way = match ins.memory_segment() {
-            Register::FS => {
-                self.a.add(ADDRESS, field(segment_base(Seg::Fs)))?;
-                FS
+    /// Loads [`ADDRESS`] with a linear address. Changes [`VALUE`] and flags.
+    pub(super) fn linear(&mut self, linear: &Linear) -> Result<()> {
+        let ins = match linear {
+            Linear::Register(base, displacement) => {
+                return Ok(self.a.lea(ADDRESS, qword_ptr(*base + *displacement))?);
             }
-            Register::GS => {
-                self.a.add(ADDRESS, field(segment_base(Seg::Gs)))?;
-                GS
-            }
-            _ => match ins.memory_base() {
-                Register::RIP => IP,
-                Register::None => NO_BASE,
-                base => base.number(),
-            },
+            Linear::Operand(ins) => ins,
         };
-        self.check_page(way, write, size, index)
+        self.offset(ins)?;
+        match ins.memory_segment() {
+            Register::FS => self.a.add(ADDRESS, field(segment_base(Seg::Fs)))?,
+            Register::GS => self.a.add(ADDRESS, field(segment_base(Seg::Gs)))?,
+            _ => {}
+        }
+        Ok(())
     }
 
-    /// [`ADDRESS`] holds a linear address: has it be the host address.
-    fn check_page(&mut self, way: usize, write: bool, size: usize, index: usize) -> Result<()> {
-        let recent =
-            offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (usize::from(write) * Recent::WAYS + way);
-        self.a.xor(ADDRESS, field(recent + offset_of!(Recent, page)))?;
-        self.check(recent, write, size, index)
+    /// Has [`ADDRESS`] be the host address of the memory operand. [`VALUE`] is lost, and the flags are in RAX.
+    pub(super) fn access(&mut self, ins: &Instruction, kind: Kind, size: usize, index: usize) -> Result<()> {
+        let way = match (ins.memory_segment(), ins.memory_base()) {
+            (Register::FS, _) => FS,
+            (Register::GS, _) => GS,
+            (_, Register::RIP) => IP,
+            (_, Register::None) => NO_BASE,
+            (_, base) => base.number(),
+        };
+        self.check(Linear::Operand(*ins), way, kind, size, index)
     }
 
-    /// Has [`ADDRESS`] be the host address of the word at RSP plus `offset`.
-    pub(super) fn stack(&mut self, offset: i32, write: bool, index: usize) -> Result<()> {
-        self.free_host_flags()?;
-        self.a.lea(ADDRESS, qword_ptr(GUEST_RSP + offset))?;
-        self.check_page(usize::from(reg::RSP), write, 8, index)
+    /// Has [`ADDRESS`] be the host address of the word at RSP plus `offset`. [`VALUE`] is lost, and the flags are in RAX.
+    pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<()> {
+        self.check(Linear::Register(GUEST_RSP, offset), usize::from(reg::RSP), kind, 8, index)
     }
 
     fn push(&mut self, ins: &Instruction, index: usize) -> Result<()> {
-        self.stack(-8, true, index)?;
+        self.stack(-8, Kind::Store, index)?;
         if ins.op0_kind() == OpKind::Register {
             let value = self.in_register(ins.op0_register(), VALUE)?;
             self.may_fault(index);
@@ -390,7 +436,7 @@ impl Emitter<'_> {
     }
 
     fn pop(&mut self, ins: &Instruction, index: usize) -> Result<()> {
-        self.stack(0, false, index)?;
+        self.stack(0, Kind::Load, index)?;
         self.may_fault(index);
         match place_of(ins.op0_register()) {
             Place::Host(host) => self.a.mov(host, qword_ptr(ADDRESS))?,
@@ -403,42 +449,104 @@ impl Emitter<'_> {
     }
 
     fn leave(&mut self, index: usize) -> Result<()> {
-        self.free_host_flags()?;
-        self.a.mov(ADDRESS, rbp)?;
-        self.check_page(usize::from(reg::RBP), false, 8, index)?;
+        self.check(Linear::Register(rbp, 0), usize::from(reg::RBP), Kind::Load, 8, index)?;
         self.may_fault(index);
         self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
         self.a.lea(GUEST_RSP, qword_ptr(rbp + 8))?;
         Ok(self.a.mov(rbp, ADDRESS)?)
     }
 
-    fn multiply(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+    /// A locked access at [`ADDRESS`] is the interpreter's if it is split between two cache lines. Changes [`VALUE`].
+    fn within_line(&mut self, size: usize, index: usize) -> Result<()> {
+        if size > 1 {
+            self.a.mov(r14d, r15d)?;
+            self.a.and(r14d, LINE - 1)?;
+            self.a.cmp(r14d, LINE - size as i32)?;
+            let split = self.interpreter_label(index);
+            self.a.ja(split)?;
+        }
+        Ok(())
+    }
+
+    /// The register that operand 0 is in, or is loaded into.
+    fn factor(&mut self, ins: &Instruction, index: usize) -> Result<Register> {
+        if ins.op0_kind() != OpKind::Memory {
+            let register = ins.op0_register();
+            let full = self.in_register(register, VALUE)?;
+            return sized(full.into(), register).ok_or(Failure::Unsuited);
+        }
+        let size = ins.memory_size().size();
+        self.access(ins, Kind::Load, size, index)?;
+        self.may_fault(index);
+        match size {
+            1 => self.a.mov(r14b, byte_ptr(ADDRESS))?,
+            2 => self.a.mov(r14w, word_ptr(ADDRESS))?,
+            4 => self.a.mov(r14d, dword_ptr(ADDRESS))?,
+            _ => self.a.mov(VALUE, qword_ptr(ADDRESS))?,
+        }
+        part(VALUE, size)
+    }
+
+    /// The instruction on RAX, with another register for its operand. The guest's flags are loaded first: what comes of those
+    /// that the SDM calls undefined is up to the host.
+    fn on_rax(&mut self, ins: &Instruction, operand: Register) -> Result<()> {
         let mut host = *ins;
         host.set_ip(0);
-        let factor = match ins.op0_kind() {
-            OpKind::Memory => {
-                let size = ins.memory_size().size();
-                self.access(ins, false, size, index)?;
-                self.may_fault(index);
-                match size {
-                    1 => self.a.mov(r14b, byte_ptr(ADDRESS))?,
-                    2 => self.a.mov(r14w, word_ptr(ADDRESS))?,
-                    4 => self.a.mov(r14d, dword_ptr(ADDRESS))?,
-                    _ => self.a.mov(VALUE, qword_ptr(ADDRESS))?,
-                }
-                part(VALUE, size)?
-            }
-            _ => {
-                let register = ins.op0_register();
-                let full = self.in_register(register, VALUE)?;
-                sized(full.into(), register).ok_or(Failure::Unsuited)?
-            }
-        };
         host.set_op0_kind(OpKind::Register);
-        host.set_op0_register(factor);
-        // All flags are written: those in RAX are not wanted any more.
+        host.set_op0_register(operand);
+        self.free_rax()?;
         self.a.mov(rax, GUEST_RAX)?;
         self.put(plain(host))?;
+        Ok(self.a.mov(GUEST_RAX, rax)?)
+    }
+
+    fn multiply(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let factor = self.factor(ins, index)?;
+        self.on_rax(ins, factor)
+    }
+
+    /// What might not fit is the interpreter's; of IDIV everything but what CDQ and CQO make.
+    fn divide(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let divisor = self.factor(ins, index)?;
+        self.free_host_flags()?;
+        let interpreter = self.interpreter_label(index);
+        let wide = operand_size(ins, 0) == 8;
+        let [compare, extend, test, immediate] = if wide {
+            [Code::Cmp_r64_rm64, Code::Sar_rm64_imm8, Code::Test_rm64_r64, Code::Cmp_rm64_imm8]
+        } else {
+            [Code::Cmp_r32_rm32, Code::Sar_rm32_imm8, Code::Test_rm32_r32, Code::Cmp_rm32_imm8]
+        };
+        let [high, sign] =
+            if wide { [Register::RDX, Register::R15] } else { [Register::EDX, Register::R15D] };
+        if ins.mnemonic() == Mnemonic::Div {
+            self.put(Instruction::with2(compare, high, divisor)?)?;
+            self.a.jae(interpreter)?;
+        } else {
+            self.a.mov(ADDRESS, GUEST_RAX)?;
+            self.put(Instruction::with2(extend, sign, if wide { 63 } else { 31 })?)?;
+            self.put(Instruction::with2(compare, high, sign)?)?;
+            self.a.jne(interpreter)?;
+            self.put(Instruction::with2(test, divisor, divisor)?)?;
+            self.a.je(interpreter)?;
+            self.put(Instruction::with2(immediate, divisor, -1)?)?;
+            self.a.je(interpreter)?;
+        }
+        self.on_rax(ins, divisor)
+    }
+
+    fn compare_exchange(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let size = ins.memory_size().size();
+        self.access(ins, Kind::Lock, size, index)?;
+        self.within_line(size, index)?;
+        let mut host = *ins;
+        host.set_ip(0);
+        set_memory(&mut host, 0, At::Address);
+        let access = [OpAccess::ReadWrite, OpAccess::Read];
+        self.redirect(ins, &mut host, &access, true)?;
+        self.a.mov(field16(offset_of!(Cpu, state.status)), ax)?;
+        self.a.mov(rax, GUEST_RAX)?;
+        self.may_fault_without_rax(index);
+        self.put(host)?;
         self.a.mov(GUEST_RAX, rax)?;
         self.flags = Flags::Host;
         Ok(())

@@ -151,7 +151,14 @@ impl Translator {
     }
 
     /// The number that stands for these conditions. Going back to some brings their number back.
+    #[inline(always)]
     fn number(&mut self, conditions: Conditions) -> u64 {
+        let (last, number) = self.known[0];
+        if last == conditions && number != 0 { number } else { self.number_again(conditions) }
+    }
+
+    #[inline(never)]
+    fn number_again(&mut self, conditions: Conditions) -> u64 {
         if let Some(at) = self.known.iter().position(|(known, number)| *known == conditions && *number != 0) {
             self.known[..=at].rotate_right(1);
             return self.known[0].1;

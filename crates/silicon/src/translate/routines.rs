@@ -7,6 +7,7 @@ use iced_x86::code_asm::{
 };
 use iced_x86::{BlockEncoderOptions, IcedError};
 
+use super::emit::Kind;
 use super::registers::{ADDRESS, HELD, VALUE, field, field16, slot};
 use super::vector::{self, Live};
 use super::{LEAVE_INDIRECT, STATUS_MASK};
@@ -26,7 +27,7 @@ pub(super) struct Routines {
     /// Jumped to with a target in [`ADDRESS`]: goes on there, or leaves.
     pub(super) indirect: u64,
     /// Those that [`Routines::look_up`] gives, by what they are for.
-    pages: [[u64; SIZES.len()]; 2],
+    pages: [[u64; SIZES.len()]; Recent::KINDS],
     /// Those that [`Routines::raise`] gives.
     raise: [u64; Live::SOME.len()],
 }
@@ -40,10 +41,10 @@ impl Routines {
         let enter = assemble(arena, enter)?;
         let leave = assemble(arena, leave)?;
         let indirect = assemble(arena, |a| indirect(a, leave))?;
-        let mut pages = [[0; SIZES.len()]; 2];
-        for (write, routines) in pages.iter_mut().enumerate() {
+        let mut pages = [[0; SIZES.len()]; Recent::KINDS];
+        for (kind, routines) in Kind::ALL.into_iter().zip(&mut pages) {
             for (size, routine) in SIZES.into_iter().zip(routines) {
-                *routine = assemble(arena, |a| look_up_page(a, write != 0, size))?;
+                *routine = assemble(arena, |a| look_up_page(a, kind, size))?;
             }
         }
         let mut raise = [0; Live::SOME.len()];
@@ -53,12 +54,12 @@ impl Routines {
         Some(Routines { enter, leave, indirect, pages, raise })
     }
 
-    /// To be called where an access is not to the page accessed last: [`ADDRESS`] holds the linear address XOR that page,
+    /// To be called where an access is not to the page accessed last: [`ADDRESS`] holds the linear address,
     /// [`VALUE`] the offset of its [`Recent`] in the [`Cpu`]. Returns ZF set with the host address in [`ADDRESS`], or
     /// ZF clear. Changes nothing else but flags and [`VALUE`].
-    pub(super) fn look_up(&self, write: bool, size: usize) -> Option<u64> {
+    pub(super) fn look_up(&self, kind: Kind, size: usize) -> Option<u64> {
         let at = SIZES.iter().position(|&known| known == size)?;
-        Some(self.pages[usize::from(write)][at])
+        Some(self.pages[kind as usize][at])
     }
 
     /// To be called to have vector registers be live, where they are not; changes flags alone.
@@ -157,11 +158,10 @@ fn indirect(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
 }
 
 /// Looks for a page in the first level of the TLB, and keeps it as the one accessed last.
-fn look_up_page(a: &mut CodeAssembler, write: bool, size: usize) -> Result<(), IcedError> {
-    let tag = if write { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
+fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedError> {
+    let tag = if kind == Kind::Load { offset_of!(Entry, read) } else { offset_of!(Entry, write) };
     let recent = |offset: usize| qword_ptr(VALUE + offset).gs();
     let mut out: CodeLabel = a.create_label();
-    a.xor(ADDRESS, recent(offset_of!(Recent, page)))?;
     a.push(rcx)?;
     a.push(rdx)?;
     a.lea(rcx, qword_ptr(ADDRESS + (size - 1)))?;
@@ -174,6 +174,11 @@ fn look_up_page(a: &mut CodeAssembler, write: bool, size: usize) -> Result<(), I
     a.add(rdx, field(offset_of!(Cpu, mmu.tlb.table)))?;
     a.cmp(rcx, qword_ptr(rdx + tag))?;
     a.jne(out)?;
+    if kind == Kind::Lock {
+        // The sign says that the memory is not write-back; ZF is clear then.
+        a.cmp(qword_ptr(rdx + offset_of!(Entry, frame)), 0)?;
+        a.js(out)?;
+    }
     a.mov(rcx, ADDRESS)?;
     a.and(rcx, !(PAGE_MASK as i32))?;
     a.mov(recent(offset_of!(Recent, page)), rcx)?;

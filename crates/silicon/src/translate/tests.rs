@@ -133,7 +133,7 @@ const PLAIN: [&[u8]; 31] = [
 const GROUPS: [(u8, &[u8], bool); 5] = [
     (0xc1, &[0, 1, 2, 3, 4, 5, 7], true),
     (0xd3, &[0, 1, 2, 3, 4, 5, 7], false),
-    (0xf7, &[2, 3, 4, 5], false),
+    (0xf7, &[2, 3, 4, 5, 6, 7], false),
     (0xff, &[0, 1], false),
     (0x83, &[0, 1, 2, 3, 4, 5, 6, 7], true),
 ];
@@ -157,7 +157,7 @@ const SSE: [(u8, u8); 12] = [
 fn instruction(random: &mut Random, code: &mut Vec<u8>) {
     let register = random.register();
     let wide = if random.below(3) == 0 { 0x48 } else { 0x40 };
-    match random.below(20) {
+    match random.below(23) {
         0..=8 => {
             let opcode = random.pick(&PLAIN);
             let (rex, rest) = random.operand(register, 1);
@@ -189,6 +189,23 @@ fn instruction(random: &mut Random, code: &mut Vec<u8>) {
             let opcode = random.pick(&[0x6e, 0x7e]);
             let vector = random.below(8) as u8;
             code.extend([0x66, 0x48 | register >> 3, 0x0f, opcode, 0xc0 | vector << 3 | register & 7]);
+        }
+        18..=20 => {
+            // Locked, or not: XADD, XCHG, CMPXCHG, and on memory ADD, DEC, BTS.
+            let (lock, opcode): (bool, &[u8]) = random.pick(&[
+                (true, &[0x0f, 0xc1][..]),
+                (false, &[0x87]),
+                (true, &[0x0f, 0xb1]),
+                (true, &[0x0f, 0xb0]),
+                (true, &[0x01]),
+                (false, &[0x86]),
+            ]);
+            let displacement = (random.below(0x2f00) as u32).to_le_bytes();
+            code.extend(lock.then_some(0xf0));
+            code.push(wide | (register >> 3) << 2);
+            code.extend(opcode);
+            code.push(0x80 | (register & 7) << 3 | 6);
+            code.extend(displacement);
         }
         _ => {
             let (prefix, opcode) = random.pick(&SSE);

@@ -14,7 +14,7 @@ use iced_x86::code_asm::{
 use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
 
 use super::Failure;
-use super::emit::{Emitter, Flags, Result};
+use super::emit::{Emitter, Flags, Kind, Result};
 use super::instruction::{STATUS, suits_memory};
 use super::registers::{ADDRESS, At, field, field32, set_memory, slot};
 use crate::cpu::Cpu;
@@ -120,7 +120,8 @@ impl Emitter<'_> {
             [0, 1, 2, 3, 4].map(|operand| info.op_access(operand))
         };
         if let Some(operand) = memory {
-            self.access(ins, writes(access[operand]), ins.memory_size().size(), index)?;
+            let kind = if writes(access[operand]) { Kind::Store } else { Kind::Load };
+            self.access(ins, kind, ins.memory_size().size(), index)?;
             let mask = if needs.classes & class::X87 == 0 { vector::alignment(ins) } else { 0 };
             if mask != 0 {
                 self.a.test(r15b, i32::from(mask))?;
