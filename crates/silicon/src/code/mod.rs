@@ -340,6 +340,20 @@ impl Cpu {
         self.entered(entry, lin).filter(|block| block.checked() == self.code.epoch)
     }
 
+    /// The block at `lin` if the jump cache has it, after comparing its bytes anew if that has not been done in this epoch.
+    #[inline(always)]
+    pub(crate) fn block_to_go_on(&mut self, lin: u64) -> Option<BlockRef> {
+        if let Some(block) = self.block_at_hand(lin) {
+            return Some(block);
+        }
+        let compared = self.compared_block(lin);
+        if compared.is_err() {
+            // The engine will find out again, where it matters.
+            self.pending = Pending::None;
+        }
+        compared.ok().flatten()
+    }
+
     /// The block of an entry of the jump cache, if it is for `lin` and not void; its bytes may have changed.
     #[inline(always)]
     fn entered(&self, entry: &JumpEntry, lin: u64) -> Option<BlockRef> {

@@ -70,7 +70,7 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         if !is_canonical(rip) || cpu.requests.any() || cfg!(debug_assertions) {
             return cpu.end_at_rip(op);
         }
-        let Some(block) = cpu.block_at_hand(rip) else { return cpu.end_at_rip(op) };
+        let Some(block) = cpu.block_to_go_on(rip) else { return cpu.end_at_rip(op) };
         let Some(translation) = block.translation() else { return cpu.end_at_rip(op) };
         code = translation.get();
         cpu.state.regs[usize::from(reg::IP_BASE)] = rip & !PAGE_MASK;
