@@ -28,7 +28,7 @@ mod interrupt;
 mod io;
 mod iret;
 mod misc_system;
-mod mov;
+pub(crate) mod mov;
 pub mod msr;
 mod muldiv;
 #[cfg(test)]

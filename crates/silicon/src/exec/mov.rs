@@ -297,9 +297,10 @@ fn lower_set(ins: &Instruction, mut op: Op) -> Option<Op> {
     Some(op)
 }
 
-/// Instructions that do nothing but order memory, or nothing at all.
-fn lower_nop(ins: &Instruction) -> Option<Handler> {
-    Some(match ins.mnemonic() {
+/// Instructions that do nothing at all.
+pub(crate) fn is_nop(ins: &Instruction) -> bool {
+    matches!(
+        ins.mnemonic(),
         Mnemonic::Nop
         | Mnemonic::Reservednop
         | Mnemonic::Endbr32
@@ -316,7 +317,14 @@ fn lower_nop(ins: &Instruction) -> Option<Handler> {
         | Mnemonic::Prefetcht2
         | Mnemonic::Prefetchit0
         | Mnemonic::Prefetchit1
-        | Mnemonic::Cldemote => nop,
+        | Mnemonic::Cldemote
+    )
+}
+
+/// Instructions that do nothing but order memory, or nothing at all.
+fn lower_nop(ins: &Instruction) -> Option<Handler> {
+    Some(match ins.mnemonic() {
+        _ if is_nop(ins) => nop,
         Mnemonic::Pause => pause,
         Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => full_fence,
         _ => return None,

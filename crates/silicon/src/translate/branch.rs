@@ -126,7 +126,7 @@ impl Emitter<'_> {
     }
 
     fn indirect_call(&mut self, ins: &Instruction, next: i64, index: usize) -> Result<()> {
-        let kept = field(offset_of!(Cpu, translator.target));
+        let kept = field(offset_of!(Cpu, translator.kept));
         self.target(ins, index)?;
         self.a.mov(kept, ADDRESS)?;
         self.stack(-8, Kind::Store, index)?;

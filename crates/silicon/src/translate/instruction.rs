@@ -18,6 +18,7 @@ use super::registers::{
     sized, slot, slot_offset,
 };
 use crate::cpu::Cpu;
+use crate::exec::mov;
 use crate::exec::operand::{is_immediate, is_memory, operand_size};
 use crate::hostexec::stub::writes;
 use crate::state::{Seg, reg};
@@ -55,14 +56,19 @@ enum How {
 /// How the instruction is translated, judged by what it is; `None`: it is the interpreter's.
 fn how(ins: &Instruction) -> Option<How> {
     use Mnemonic::*;
-    if ins.is_invalid() || ins.has_rep_prefix() || ins.has_repne_prefix() {
-        return matches!(ins.mnemonic(), Endbr32 | Endbr64).then_some(How::Nothing);
+    if ins.is_invalid() {
+        return None;
+    }
+    if mov::is_nop(ins) {
+        return Some(How::Nothing);
+    }
+    if ins.has_rep_prefix() || ins.has_repne_prefix() {
+        return None;
     }
     if ins.has_lock_prefix() && !suits_lock(ins) {
         return None;
     }
     Some(match ins.mnemonic() {
-        Nop | Endbr32 | Endbr64 => How::Nothing,
         Lea => How::Lea,
         Push => How::Push,
         Pop => How::Pop,
@@ -78,9 +84,8 @@ fn how(ins: &Instruction) -> Option<How> {
         Mov | Movzx | Movsx | Movsxd | Movbe | Xchg | Bswap | Add | Or | Adc | Sbb | And | Sub | Xor
         | Cmp | Test | Neg | Not | Inc | Dec | Imul | Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr
         | Shld | Shrd | Bt | Btc | Btr | Bts | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt | Andn | Bextr | Blsi
-        | Blsmsk | Blsr | Bzhi | Mulx | Pdep | Pext | Rorx | Sarx | Shlx | Shrx | Adcx | Adox | Crc32 => {
-            How::Copy
-        }
+        | Blsmsk | Blsr | Bzhi | Mulx | Pdep | Pext | Rorx | Sarx | Shlx | Shrx | Adcx | Adox | Crc32
+        | Xadd | Movnti | Mfence | Lfence | Sfence => How::Copy,
         _ if is_conditional(ins) => How::Copy,
         _ => return None,
     })
@@ -126,7 +131,7 @@ pub(super) fn suits(ins: &Instruction) -> bool {
     let operands_suit = ins.op_kinds().enumerate().all(|(operand, kind)| match kind {
         OpKind::Register => {
             let register = ins.op_register(operand as u32);
-            register.is_gpr() && !is_high_byte(register)
+            register.is_gpr() && (!is_high_byte(register) || suits_high_bytes(ins))
         }
         OpKind::Memory => suits_memory(ins),
         _ => is_immediate(ins, operand as u32),
@@ -140,6 +145,20 @@ pub(super) fn suits(ins: &Instruction) -> bool {
     }
 }
 
+/// Whether AH, CH, DH or BH can be operands: the host cannot name them beside its upper registers, so they are turned to
+/// where low bytes are, which RORX does without changing flags. A register that is turned must not be in an address.
+fn suits_high_bytes(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    let memory = ins.op_kinds().any(|kind| kind == OpKind::Memory);
+    let suits = match ins.mnemonic() {
+        Cmp | Test | Movzx | Movsx => true,
+        Mov | Add | Or | Adc | Sbb | And | Sub | Xor => !memory || is_memory(ins, 0),
+        Neg | Not | Inc | Dec => true,
+        _ => false,
+    };
+    suits && is_x86_feature_detected!("bmi2")
+}
+
 /// 64-bit addresses whose displacement fits.
 pub(super) fn suits_memory(ins: &Instruction) -> bool {
     let wide = |register: Register| register == Register::None || register.size() == 8;
@@ -151,11 +170,12 @@ pub(super) fn suits_memory(ins: &Instruction) -> bool {
         && i32::try_from(ins.memory_displacement64() as i64).is_ok()
 }
 
-/// PUSH and POP of eight bytes, to and from registers other than RSP, and PUSH of immediates.
+/// PUSH and POP of eight bytes, to and from registers other than RSP, and PUSH of immediates and memory.
 fn suits_stack(ins: &Instruction) -> bool {
     match ins.op0_kind() {
         OpKind::Register => ins.op0_register().is_gpr64() && ins.op0_register() != Register::RSP,
         OpKind::Immediate8to64 | OpKind::Immediate32to64 => true,
+        OpKind::Memory => ins.code() == Code::Push_rm64 && suits_memory(ins),
         _ => false,
     }
 }
@@ -215,6 +235,54 @@ fn needs_flags(ins: &Instruction) -> bool {
     ins.rflags_read() & STATUS != 0 || partly || by_count
 }
 
+/// What is still to be done after an instruction with redirected operands.
+pub(super) struct Redirected {
+    /// Scratch registers that belong in the state, and the numbers of the guest's registers.
+    stored: [Option<(AsmRegister64, u8)>; 2],
+    /// The register whose second byte is where its first belongs.
+    turned: Option<AsmRegister64>,
+}
+
+/// Scratch registers for operands.
+struct Scratch {
+    free: &'static [AsmRegister64],
+    /// For each that is in use the guest register in the state that it stands for, if it does.
+    used: [Option<Option<u8>>; 2],
+}
+
+impl Scratch {
+    /// One for something else than a guest register.
+    fn take(&mut self) -> Result<AsmRegister64> {
+        let at = self.unused()?;
+        self.used[at] = Some(None);
+        Ok(self.free[at])
+    }
+
+    /// Which of them stands for a guest register, and whether it does so only now.
+    fn of(&mut self, number: u8) -> Result<(usize, bool)> {
+        if let Some(at) = self.used.iter().position(|used| *used == Some(Some(number))) {
+            return Ok((at, false));
+        }
+        let at = self.unused()?;
+        self.used[at] = Some(Some(number));
+        Ok((at, true))
+    }
+
+    fn unused(&self) -> Result<usize> {
+        let at = self.used.iter().position(Option::is_none).filter(|&at| at < self.free.len());
+        at.ok_or(Failure::Unsuited)
+    }
+}
+
+/// The register whose second byte the instruction changes.
+fn turned(ins: &Instruction, access: &[OpAccess]) -> Option<AsmRegister64> {
+    let changes = ins.op0_kind() == OpKind::Register && is_high_byte(ins.op0_register()) && writes(access[0]);
+    match place_of(ins.op0_register()) {
+        Place::Host(full) if changes => Some(full),
+        _ => None,
+    }
+}
+
 impl Emitter<'_> {
     /// Translates operation `index`, an instruction that [`suits`].
     pub(super) fn instruction(&mut self, ins: &Instruction, index: usize) -> Result<()> {
@@ -259,7 +327,7 @@ impl Emitter<'_> {
         if needs_flags(ins) {
             self.load_flags()?;
         }
-        let stored = self.redirect(ins, &mut host, &access, memory)?;
+        let redirected = self.redirect(ins, &mut host, &access, memory)?;
         if memory {
             self.may_fault(index);
         }
@@ -267,60 +335,82 @@ impl Emitter<'_> {
         if ins.rflags_modified() & STATUS != 0 {
             self.flags = Flags::Host;
         }
-        for (scratch, guest) in stored.into_iter().flatten() {
+        self.settle(redirected)
+    }
+
+    /// After the instruction: registers are where they belong.
+    pub(super) fn settle(&mut self, redirected: Redirected) -> Result<()> {
+        for (scratch, guest) in redirected.stored.into_iter().flatten() {
             self.a.mov(slot(guest), scratch)?;
+        }
+        if let Some(register) = redirected.turned {
+            self.a.rorx(register, register, 56)?;
         }
         Ok(())
     }
 
     /// Redirects the general-register operands of `host`, and loads those that are in the state. `memory`: one operand is
-    /// memory, or none may become it. Returns which scratch registers are to be stored afterwards, and where.
+    /// memory, or none may become it.
     pub(super) fn redirect(
         &mut self,
         ins: &Instruction,
         host: &mut Instruction,
         access: &[OpAccess],
         memory: bool,
-    ) -> Result<[Option<(AsmRegister64, u8)>; 2]> {
-        let scratch = if memory { &[VALUE][..] } else { &[VALUE, ADDRESS][..] };
-        let mut used: [Option<(AsmRegister64, u8)>; 2] = [None; 2];
+    ) -> Result<Redirected> {
+        let mut scratch =
+            Scratch { free: if memory { &[VALUE] } else { &[VALUE, ADDRESS] }, used: [None; 2] };
         let mut written = [false; 2];
         let mut in_place = memory;
+        let turned = turned(ins, access);
         for operand in 0..ins.op_count() {
-            if ins.op_kind(operand) != OpKind::Register || !ins.op_register(operand).is_gpr() {
+            let register = ins.op_register(operand);
+            if ins.op_kind(operand) != OpKind::Register || !register.is_gpr() {
                 continue;
             }
-            let (register, access) = (ins.op_register(operand), access[operand as usize]);
-            let number = match place_of(register) {
+            let writes = writes(access[operand as usize]);
+            match place_of(register) {
+                Place::Host(full) if turned == Some(full) && operand == 0 => {
+                    host.set_op_register(operand, part(full, 1)?);
+                }
+                Place::Host(full) if is_high_byte(register) || turned == Some(full) => {
+                    let copy = scratch.take()?;
+                    if is_high_byte(register) {
+                        self.a.rorx(copy, full, 8)?;
+                    } else {
+                        self.a.mov(copy, full)?;
+                    }
+                    host.set_op_register(operand, part(copy, 1)?);
+                }
                 Place::Host(full) => {
-                    let part = sized(full.into(), register).ok_or(Failure::Unsuited)?;
+                    let part = part(full, register.size())?;
                     if part != host.op_register(operand) {
                         host.set_op_register(operand, part);
                     }
-                    continue;
                 }
-                Place::State(number) => number,
-            };
-            if !in_place && can_be_memory(host, operand, writes(access)) {
-                set_memory(host, operand, At::Field(slot_offset(number)));
-                in_place = true;
-                continue;
+                Place::State(number) if !in_place && can_be_memory(host, operand, writes) => {
+                    set_memory(host, operand, At::Field(slot_offset(number)));
+                    in_place = true;
+                }
+                Place::State(number) => {
+                    let (at, new) = scratch.of(number)?;
+                    let held = scratch.free[at];
+                    if new {
+                        self.a.mov(held, slot(number))?;
+                    }
+                    written[at] |= writes;
+                    host.set_op_register(operand, part(held, register.size())?);
+                }
             }
-            let known = used.iter().position(|u| u.is_some_and(|(_, guest)| guest == number));
-            let at = match known {
-                Some(at) => at,
-                None => {
-                    let at = used.iter().position(Option::is_none).filter(|&at| at < scratch.len());
-                    let at = at.ok_or(Failure::Unsuited)?;
-                    used[at] = Some((scratch[at], number));
-                    self.a.mov(scratch[at], slot(number))?;
-                    at
-                }
-            };
-            written[at] |= writes(access);
-            host.set_op_register(operand, sized(scratch[at].into(), register).ok_or(Failure::Unsuited)?);
         }
-        Ok([0, 1].map(|at| used[at].filter(|_| written[at])))
+        if let Some(register) = turned {
+            self.a.rorx(register, register, 8)?;
+        }
+        let stored = [0, 1].map(|at| {
+            let guest = scratch.used[at].flatten().filter(|_| written[at]);
+            guest.map(|guest| (scratch.free[at], guest))
+        });
+        Ok(Redirected { stored, turned })
     }
 
     fn lea(&mut self, ins: &Instruction) -> Result<()> {
@@ -423,8 +513,20 @@ impl Emitter<'_> {
     }
 
     fn push(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let kept = field(offset_of!(Cpu, translator.kept));
+        let memory = ins.op0_kind() == OpKind::Memory;
+        if memory {
+            self.access(ins, Kind::Load, 8, index)?;
+            self.may_fault(index);
+            self.a.mov(VALUE, qword_ptr(ADDRESS))?;
+            self.a.mov(kept, VALUE)?;
+        }
         self.stack(-8, Kind::Store, index)?;
-        if ins.op0_kind() == OpKind::Register {
+        if memory {
+            self.a.mov(VALUE, kept)?;
+            self.may_fault(index);
+            self.a.mov(qword_ptr(ADDRESS), VALUE)?;
+        } else if ins.op0_kind() == OpKind::Register {
             let value = self.in_register(ins.op0_register(), VALUE)?;
             self.may_fault(index);
             self.a.mov(qword_ptr(ADDRESS), value)?;
@@ -473,7 +575,7 @@ impl Emitter<'_> {
         if ins.op0_kind() != OpKind::Memory {
             let register = ins.op0_register();
             let full = self.in_register(register, VALUE)?;
-            return sized(full.into(), register).ok_or(Failure::Unsuited);
+            return part(full, register.size());
         }
         let size = ins.memory_size().size();
         self.access(ins, Kind::Load, size, index)?;

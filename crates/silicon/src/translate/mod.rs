@@ -101,8 +101,8 @@ pub(crate) struct Translator {
     validity: u64,
     /// The context of fetches, in RIP's half of the address space.
     context: u64,
-    /// Where an indirect call goes while its return address is stored.
-    target: u64,
+    /// What an instruction has loaded, while it looks at where it stores something.
+    kept: u64,
     /// How often a block runs before it is translated.
     after: u32,
     /// What of the guest's vector registers is in the host's: a [`vector::Live`]. Nothing, when host code does not run.
@@ -140,7 +140,7 @@ impl Translator {
             requests: std::ptr::null(),
             validity: 0,
             context: 0,
-            target: 0,
+            kept: 0,
             after,
             vectors: 0,
             code,

@@ -328,6 +328,46 @@ fn faults_are_precise() {
 }
 
 #[test]
+fn second_bytes_of_registers() {
+    check(|a| {
+        a.mov(ah, 5)?;
+        a.mov(ah, al)?;
+        a.add(al, ah)?;
+        a.add(ah, al)?;
+        a.add(ah, ah)?;
+        a.xor(bh, ch)?;
+        a.cmp(dh, ah)?;
+        a.adc(ch, bl)?;
+        a.test(ah, ah)?;
+        a.movzx(ecx, bh)?;
+        a.movsx(eax, ah)?;
+        a.movzx(edx, dh)?;
+        a.mov(byte_ptr(rsi + 3), bh)?;
+        a.sub(byte_ptr(rsi + 4), ah)?;
+        a.cmp(ch, byte_ptr(rsi + 3))?;
+        a.mov(dh, byte_ptr(rsi))?;
+        a.not(bh)?;
+        a.inc(ah)
+    });
+}
+
+#[test]
+fn pushes_of_memory_and_fences() {
+    check(|a| {
+        a.push(qword_ptr(rsi + 8))?;
+        a.push(qword_ptr(rsp))?;
+        a.push(-5)?;
+        a.mfence()?;
+        a.lfence()?;
+        a.sfence()?;
+        a.prefetcht0(byte_ptr(UNMAPPED))?;
+        a.movnti(qword_ptr(rsi), rdi)?;
+        a.pop(rax)?;
+        a.pop(r14)
+    });
+}
+
+#[test]
 fn every_address_finds_its_own_page() {
     let mut guests = pair();
     // mov rax, [rbx] where RBX alternates between pages, RIP-relative and absolute accesses beside it

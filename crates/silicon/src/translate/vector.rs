@@ -133,7 +133,7 @@ impl Emitter<'_> {
         if ins.rflags_read() & STATUS != 0 || !matches!(ins.rflags_modified() & STATUS, 0 | STATUS) {
             self.load_flags()?;
         }
-        let stored = self.redirect(ins, &mut host, &access, true)?;
+        let redirected = self.redirect(ins, &mut host, &access, true)?;
         if memory.is_some() {
             self.save_flags()?;
             self.may_fault(index);
@@ -142,9 +142,7 @@ impl Emitter<'_> {
         if ins.rflags_modified() & STATUS != 0 {
             self.flags = Flags::Host;
         }
-        for (scratch, guest) in stored.into_iter().flatten() {
-            self.a.mov(slot(guest), scratch)?;
-        }
+        self.settle(redirected)?;
         if needs.classes & class::X87 != 0 {
             self.note_pointer(index)?;
         }
