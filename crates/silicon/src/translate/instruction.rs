@@ -694,7 +694,7 @@ fn plain(mut ins: Instruction) -> Instruction {
 }
 
 /// Whether the register operand can be memory instead, and what is written there is what the register would hold: 32-bit
-/// results clear the upper half of a register.
+/// results clear the upper half of a register. XCHG and XADD write both their operands, which may be one register.
 fn can_be_memory(ins: &Instruction, operand: u32, written: bool) -> bool {
     let kind = ins.op_code().op_kind(operand);
     let suits = matches!(
@@ -706,7 +706,7 @@ fn can_be_memory(ins: &Instruction, operand: u32, written: bool) -> bool {
     );
     suits
         && !(written && ins.op_register(operand).size() == 4)
-        && ins.mnemonic() != Mnemonic::Xchg
+        && !matches!(ins.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd)
         && !matches!(ins.mnemonic(), Mnemonic::Bt | Mnemonic::Btc | Mnemonic::Btr | Mnemonic::Bts)
 }
 

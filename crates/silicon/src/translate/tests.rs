@@ -352,6 +352,16 @@ fn second_bytes_of_registers() {
 }
 
 #[test]
+fn both_operands_of_xadd_may_be_one_register_that_the_host_does_not_hold() {
+    check(|a| {
+        a.xadd(r11, r11)?;
+        a.xadd(r14d, r14d)?;
+        a.xchg(r13, r13)?;
+        a.xadd(rax, r13)
+    });
+}
+
+#[test]
 fn pushes_of_memory_and_fences() {
     check(|a| {
         a.push(qword_ptr(rsi + 8))?;
