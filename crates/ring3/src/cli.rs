@@ -24,7 +24,7 @@ No hardware virtualization is needed: ring3 is KVM in user space over its own pr
 const BOOT_LONG_ABOUT: &str = "\
 Boots a guest. Its console (the first serial port, 0x3f8) is stdin and stdout, and nothing else is printed there; \
 messages go to stderr, more of them with RING3_LOG=info (or debug, or a tracing filter such as \
-hypervisor=trace).
+hypervisor=trace). RING3_ENGINE=interp has guest code interpreted, never translated to host code.
 
 At the console Ctrl-A x quits, Ctrl-A h helps, and Ctrl-A Ctrl-A sends Ctrl-A to the guest.";
 

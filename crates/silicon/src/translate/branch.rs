@@ -7,7 +7,7 @@ use iced_x86::{Code, FlowControl, Instruction, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Kind, Result};
-use super::instruction::suits_memory;
+use super::memory::suits_memory;
 use super::registers::{ADDRESS, GUEST_RSP, VALUE, field, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::{condition, is_memory};

@@ -88,8 +88,9 @@ pub(super) struct Emitter<'a> {
     pub(super) live: Live,
     arena: &'a mut Arena,
     routines: Routines,
-    /// The operations of the block.
+    /// The operations of the block, and where it starts if the run starts with it.
     ops: &'a [Op],
+    start: Option<CodeLabel>,
     cold: Vec<Cold>,
     /// Instructions that may fault: which they are among the assembler's, and the operation.
     faulting: Vec<(usize, usize)>,
@@ -100,10 +101,24 @@ pub(super) struct Emitter<'a> {
 }
 
 impl<'a> Emitter<'a> {
-    /// A run of the block with these operations, in `arena`.
-    pub(super) fn new(arena: &'a mut Arena, routines: Routines, ops: &'a [Op]) -> Result<Emitter<'a>> {
+    /// A run of the block with these operations, in `arena`, that starts with operation `first`.
+    pub(super) fn new(
+        arena: &'a mut Arena,
+        routines: Routines,
+        ops: &'a [Op],
+        first: usize,
+    ) -> Result<Emitter<'a>> {
+        let mut a = CodeAssembler::new(64)?;
+        let mut start = None;
+        if first == 0 {
+            let mut label = a.create_label();
+            a.set_label(&mut label)?;
+            a.zero_bytes()?;
+            start = Some(label);
+        }
         Ok(Emitter {
-            a: CodeAssembler::new(64)?,
+            a,
+            start,
             flags: Flags::Saved,
             info: InstructionInfoFactory::new(),
             admitted: 0,
@@ -247,9 +262,16 @@ impl<'a> Emitter<'a> {
         self.count()?;
         let link = Link::make(self.arena, target).ok_or(Failure::Full)?;
         let at = self.a.create_label();
+        self.cold.push(Cold::Unlinked { at, link });
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
         self.a.cmp(dword_ptr(ADDRESS), 0)?;
         self.a.jne(at)?;
+        if target == i64::from(self.ops[0].page_offset)
+            && let Some(start) = self.start
+        {
+            // A block that runs is valid: it needs no link to itself.
+            return Ok(self.a.jmp(start)?);
+        }
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
         let valid = self.rip_relative(link + Link::VALIDITY);
         self.put(Instruction::with2(Code::Cmp_r64_rm64, Register::from(ADDRESS), valid)?)?;
@@ -260,9 +282,7 @@ impl<'a> Emitter<'a> {
             self.a.add(slot(reg::IP_BASE), pages)?;
         }
         let code = self.rip_relative(link + Link::CODE);
-        self.put(Instruction::with1(Code::Jmp_rm64, code)?)?;
-        self.cold.push(Cold::Unlinked { at, link });
-        Ok(())
+        self.put(Instruction::with1(Code::Jmp_rm64, code)?)
     }
 
     fn rip_relative(&self, address: u64) -> MemoryOperand {

@@ -3,32 +3,30 @@
 use std::mem::offset_of;
 
 use iced_x86::code_asm::{
-    AsmRegister64, ax, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, r15d, rax,
-    rbp, word_ptr,
+    ax, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, rax, rbp, word_ptr,
 };
 use iced_x86::{
-    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpCodeOperandKind,
-    OpKind, Register, RflagsBits,
+    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register,
+    RflagsBits,
 };
 
 use super::Failure;
 use super::emit::{Emitter, Flags, Kind, Linear, Result};
+use super::memory::suits_memory;
+use super::operands::part;
 use super::registers::{
     ADDRESS, At, GUEST_RAX, GUEST_RSP, Place, VALUE, field, field16, is_high_byte, place_of, set_memory,
-    sized, slot, slot_offset,
+    sized, slot,
 };
 use crate::cpu::Cpu;
 use crate::exec::mov;
 use crate::exec::operand::{is_immediate, is_memory, operand_size};
 use crate::hostexec::stub::writes;
-use crate::state::{Seg, reg};
+use crate::state::reg;
 
 /// The six status flags.
 pub(super) const STATUS: u32 =
     RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
-
-/// Bytes in a cache line.
-const LINE: i32 = 64;
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,17 +157,6 @@ fn suits_high_bytes(ins: &Instruction) -> bool {
     suits && is_x86_feature_detected!("bmi2")
 }
 
-/// 64-bit addresses whose displacement fits.
-pub(super) fn suits_memory(ins: &Instruction) -> bool {
-    let wide = |register: Register| register == Register::None || register.size() == 8;
-    let (base, index) = (ins.memory_base(), ins.memory_index());
-    let absolute = base == Register::None && index == Register::None;
-    wide(base)
-        && wide(index)
-        && !(absolute && ins.memory_displ_size() != 8)
-        && i32::try_from(ins.memory_displacement64() as i64).is_ok()
-}
-
 /// PUSH and POP of eight bytes, to and from registers other than RSP, and PUSH of immediates and memory.
 fn suits_stack(ins: &Instruction) -> bool {
     match ins.op0_kind() {
@@ -235,54 +222,6 @@ fn needs_flags(ins: &Instruction) -> bool {
     ins.rflags_read() & STATUS != 0 || partly || by_count
 }
 
-/// What is still to be done after an instruction with redirected operands.
-pub(super) struct Redirected {
-    /// Scratch registers that belong in the state, and the numbers of the guest's registers.
-    stored: [Option<(AsmRegister64, u8)>; 2],
-    /// The register whose second byte is where its first belongs.
-    turned: Option<AsmRegister64>,
-}
-
-/// Scratch registers for operands.
-struct Scratch {
-    free: &'static [AsmRegister64],
-    /// For each that is in use the guest register in the state that it stands for, if it does.
-    used: [Option<Option<u8>>; 2],
-}
-
-impl Scratch {
-    /// One for something else than a guest register.
-    fn take(&mut self) -> Result<AsmRegister64> {
-        let at = self.unused()?;
-        self.used[at] = Some(None);
-        Ok(self.free[at])
-    }
-
-    /// Which of them stands for a guest register, and whether it does so only now.
-    fn of(&mut self, number: u8) -> Result<(usize, bool)> {
-        if let Some(at) = self.used.iter().position(|used| *used == Some(Some(number))) {
-            return Ok((at, false));
-        }
-        let at = self.unused()?;
-        self.used[at] = Some(Some(number));
-        Ok((at, true))
-    }
-
-    fn unused(&self) -> Result<usize> {
-        let at = self.used.iter().position(Option::is_none).filter(|&at| at < self.free.len());
-        at.ok_or(Failure::Unsuited)
-    }
-}
-
-/// The register whose second byte the instruction changes.
-fn turned(ins: &Instruction, access: &[OpAccess]) -> Option<AsmRegister64> {
-    let changes = ins.op0_kind() == OpKind::Register && is_high_byte(ins.op0_register()) && writes(access[0]);
-    match place_of(ins.op0_register()) {
-        Place::Host(full) if changes => Some(full),
-        _ => None,
-    }
-}
-
 impl Emitter<'_> {
     /// Translates operation `index`, an instruction that [`suits`].
     pub(super) fn instruction(&mut self, ins: &Instruction, index: usize) -> Result<()> {
@@ -338,81 +277,6 @@ impl Emitter<'_> {
         self.settle(redirected)
     }
 
-    /// After the instruction: registers are where they belong.
-    pub(super) fn settle(&mut self, redirected: Redirected) -> Result<()> {
-        for (scratch, guest) in redirected.stored.into_iter().flatten() {
-            self.a.mov(slot(guest), scratch)?;
-        }
-        if let Some(register) = redirected.turned {
-            self.a.rorx(register, register, 56)?;
-        }
-        Ok(())
-    }
-
-    /// Redirects the general-register operands of `host`, and loads those that are in the state. `memory`: one operand is
-    /// memory, or none may become it.
-    pub(super) fn redirect(
-        &mut self,
-        ins: &Instruction,
-        host: &mut Instruction,
-        access: &[OpAccess],
-        memory: bool,
-    ) -> Result<Redirected> {
-        let mut scratch =
-            Scratch { free: if memory { &[VALUE] } else { &[VALUE, ADDRESS] }, used: [None; 2] };
-        let mut written = [false; 2];
-        let mut in_place = memory;
-        let turned = turned(ins, access);
-        for operand in 0..ins.op_count() {
-            let register = ins.op_register(operand);
-            if ins.op_kind(operand) != OpKind::Register || !register.is_gpr() {
-                continue;
-            }
-            let writes = writes(access[operand as usize]);
-            match place_of(register) {
-                Place::Host(full) if turned == Some(full) && operand == 0 => {
-                    host.set_op_register(operand, part(full, 1)?);
-                }
-                Place::Host(full) if is_high_byte(register) || turned == Some(full) => {
-                    let copy = scratch.take()?;
-                    if is_high_byte(register) {
-                        self.a.rorx(copy, full, 8)?;
-                    } else {
-                        self.a.mov(copy, full)?;
-                    }
-                    host.set_op_register(operand, part(copy, 1)?);
-                }
-                Place::Host(full) => {
-                    let part = part(full, register.size())?;
-                    if part != host.op_register(operand) {
-                        host.set_op_register(operand, part);
-                    }
-                }
-                Place::State(number) if !in_place && can_be_memory(host, operand, writes) => {
-                    set_memory(host, operand, At::Field(slot_offset(number)));
-                    in_place = true;
-                }
-                Place::State(number) => {
-                    let (at, new) = scratch.of(number)?;
-                    let held = scratch.free[at];
-                    if new {
-                        self.a.mov(held, slot(number))?;
-                    }
-                    written[at] |= writes;
-                    host.set_op_register(operand, part(held, register.size())?);
-                }
-            }
-        }
-        if let Some(register) = turned {
-            self.a.rorx(register, register, 8)?;
-        }
-        let stored = [0, 1].map(|at| {
-            let guest = scratch.used[at].flatten().filter(|_| written[at]);
-            guest.map(|guest| (scratch.free[at], guest))
-        });
-        Ok(Redirected { stored, turned })
-    }
-
     fn lea(&mut self, ins: &Instruction) -> Result<()> {
         let to = ins.op0_register();
         let mut host = *ins;
@@ -433,83 +297,6 @@ impl Emitter<'_> {
                 Ok(self.a.mov(slot(number), VALUE)?)
             }
         }
-    }
-
-    /// Loads [`ADDRESS`] with the offset part of the memory operand. Changes [`VALUE`], and no flags.
-    fn offset(&mut self, ins: &Instruction) -> Result<()> {
-        let displacement = ins.memory_displacement64() as i64;
-        let displacement = i32::try_from(displacement).map_err(|_| Failure::Unsuited)?;
-        let (base, index) = (ins.memory_base(), ins.memory_index());
-        let base = match base {
-            Register::None => None,
-            Register::RIP => {
-                self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
-                Some(ADDRESS)
-            }
-            base => Some(self.in_register(base, ADDRESS)?),
-        };
-        let index = match index {
-            Register::None => None,
-            index => Some((self.in_register(index, VALUE)?, ins.memory_index_scale() as i32)),
-        };
-        match (base, index) {
-            (None, None) => self.a.mov(ADDRESS, i64::from(displacement))?,
-            (Some(base), None) => self.a.lea(ADDRESS, qword_ptr(base + displacement))?,
-            (None, Some((index, scale))) => self.a.lea(ADDRESS, qword_ptr(index * scale + displacement))?,
-            (Some(base), Some((index, scale))) => {
-                self.a.lea(ADDRESS, qword_ptr(base + index * scale + displacement))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The host register that holds a guest register: its own, or `scratch`, which it is loaded into.
-    pub(super) fn in_register(
-        &mut self,
-        register: Register,
-        scratch: AsmRegister64,
-    ) -> Result<AsmRegister64> {
-        match place_of(register) {
-            Place::Host(host) => Ok(host),
-            Place::State(number) => {
-                self.a.mov(scratch, slot(number))?;
-                Ok(scratch)
-            }
-        }
-    }
-
-    /// Loads [`ADDRESS`] with a linear address. Changes [`VALUE`] and flags.
-    pub(super) fn linear(&mut self, linear: &Linear) -> Result<()> {
-        let ins = match linear {
-            Linear::Register(base, displacement) => {
-                return Ok(self.a.lea(ADDRESS, qword_ptr(*base + *displacement))?);
-            }
-            Linear::Operand(ins) => ins,
-        };
-        self.offset(ins)?;
-        match ins.memory_segment() {
-            Register::FS => self.a.add(ADDRESS, field(segment_base(Seg::Fs)))?,
-            Register::GS => self.a.add(ADDRESS, field(segment_base(Seg::Gs)))?,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Has [`ADDRESS`] be the host address of the memory operand. [`VALUE`] is lost, and the flags are in RAX.
-    pub(super) fn access(&mut self, ins: &Instruction, kind: Kind, size: usize, index: usize) -> Result<()> {
-        let way = match (ins.memory_segment(), ins.memory_base()) {
-            (Register::FS, _) => FS,
-            (Register::GS, _) => GS,
-            (_, Register::RIP) => IP,
-            (_, Register::None) => NO_BASE,
-            (_, base) => base.number(),
-        };
-        self.check(Linear::Operand(*ins), way, kind, size, index)
-    }
-
-    /// Has [`ADDRESS`] be the host address of the word at RSP plus `offset`. [`VALUE`] is lost, and the flags are in RAX.
-    pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<()> {
-        self.check(Linear::Register(GUEST_RSP, offset), usize::from(reg::RSP), kind, 8, index)
     }
 
     fn push(&mut self, ins: &Instruction, index: usize) -> Result<()> {
@@ -556,18 +343,6 @@ impl Emitter<'_> {
         self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
         self.a.lea(GUEST_RSP, qword_ptr(rbp + 8))?;
         Ok(self.a.mov(rbp, ADDRESS)?)
-    }
-
-    /// A locked access at [`ADDRESS`] is the interpreter's if it is split between two cache lines. Changes [`VALUE`].
-    fn within_line(&mut self, size: usize, index: usize) -> Result<()> {
-        if size > 1 {
-            self.a.mov(r14d, r15d)?;
-            self.a.and(r14d, LINE - 1)?;
-            self.a.cmp(r14d, LINE - size as i32)?;
-            let split = self.interpreter_label(index);
-            self.a.ja(split)?;
-        }
-        Ok(())
     }
 
     /// The register that operand 0 is in, or is loaded into.
@@ -672,17 +447,6 @@ impl Emitter<'_> {
     }
 }
 
-/// The low `size` bytes of `full`.
-fn part(full: AsmRegister64, size: usize) -> Result<Register> {
-    let like = match size {
-        1 => Register::AL,
-        2 => Register::AX,
-        4 => Register::EAX,
-        _ => Register::RAX,
-    };
-    sized(full.into(), like).ok_or(Failure::Unsuited)
-}
-
 /// The instruction without a memory operand's traces.
 fn plain(mut ins: Instruction) -> Instruction {
     ins.set_memory_base(Register::None);
@@ -691,31 +455,4 @@ fn plain(mut ins: Instruction) -> Instruction {
     ins.set_memory_displ_size(0);
     ins.set_memory_displacement64(0);
     ins
-}
-
-/// Whether the register operand can be memory instead, and what is written there is what the register would hold: 32-bit
-/// results clear the upper half of a register. XCHG and XADD write both their operands, which may be one register.
-fn can_be_memory(ins: &Instruction, operand: u32, written: bool) -> bool {
-    let kind = ins.op_code().op_kind(operand);
-    let suits = matches!(
-        kind,
-        OpCodeOperandKind::r8_or_mem
-            | OpCodeOperandKind::r16_or_mem
-            | OpCodeOperandKind::r32_or_mem
-            | OpCodeOperandKind::r64_or_mem
-    );
-    suits
-        && !(written && ins.op_register(operand).size() == 4)
-        && !matches!(ins.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd)
-        && !matches!(ins.mnemonic(), Mnemonic::Bt | Mnemonic::Btc | Mnemonic::Btr | Mnemonic::Bts)
-}
-
-/// Ways of access besides those by a general register: see [`Recent::WAYS`].
-const IP: usize = 16;
-const NO_BASE: usize = 17;
-const FS: usize = 18;
-const GS: usize = 19;
-
-fn segment_base(seg: Seg) -> usize {
-    offset_of!(Cpu, state.ea_base) + 8 * seg as usize
 }

@@ -35,6 +35,8 @@ mod choice;
 mod emit;
 mod instruction;
 mod link;
+mod memory;
+mod operands;
 mod registers;
 mod routines;
 mod run;
@@ -236,7 +238,7 @@ impl Cpu {
             if run.len() < shortest && !whole {
                 continue;
             }
-            let mut emitter = Emitter::new(&mut code.arena, code.routines, ops)?;
+            let mut emitter = Emitter::new(&mut code.arena, code.routines, ops, run.start)?;
             for index in run.clone() {
                 let ins = &instructions[index];
                 match Kind::of(ins, &self.features).ok_or(Failure::Unsuited)? {

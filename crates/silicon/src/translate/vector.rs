@@ -15,7 +15,8 @@ use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Flags, Kind, Result};
-use super::instruction::{STATUS, suits_memory};
+use super::instruction::STATUS;
+use super::memory::suits_memory;
 use super::registers::{ADDRESS, At, field, field32, set_memory, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::is_immediate;
