@@ -52,3 +52,17 @@ fn debian_6_1_boots_with_2_vcpus() {
 fn debian_6_1_boots_with_4_vcpus() {
     boots("6.1", 4);
 }
+
+/// RING3_ENGINE=check: everything that is translated does what the interpreter does, or the process ends.
+#[test]
+fn both_engines_do_the_same_while_debian_6_12_boots() {
+    let outcome = linux("engines", "6.12", SCRIPT, |boot| {
+        boot.cpus = 1;
+        boot.environment = vec![("RING3_ENGINE", "check"), ("RING3_LOG", "silicon=info")];
+    })
+    .unwrap();
+    healthy(&outcome);
+    let compared = outcome.stderr.split_once("both engines did the same in ").map(|(_, rest)| rest);
+    let runs = compared.and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+    assert!(runs > Some(100_000), "{}", outcome.stderr);
+}

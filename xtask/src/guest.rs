@@ -44,6 +44,8 @@ pub struct Boot {
     pub disks: Vec<String>,
     /// More arguments.
     pub extra: Vec<String>,
+    /// More environment variables.
+    pub environment: Vec<(&'static str, &'static str)>,
 }
 
 /// What a guest left behind.
@@ -61,7 +63,7 @@ impl Boot {
     /// The command line.
     pub fn command(&self) -> Command {
         let mut command = Command::new(ring3());
-        command.arg("boot").arg("--kernel").arg(&self.kernel);
+        command.arg("boot").arg("--kernel").arg(&self.kernel).envs(self.environment.iter().copied());
         if let Some(initrd) = &self.initrd {
             command.arg("--initrd").arg(initrd);
         }

@@ -55,6 +55,7 @@ pub(crate) struct Block {
 
 /// A block that outlives its use: blocks are only freed by [`CodeCache::reclaim`], which runs between blocks.
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(crate) struct BlockRef(NonNull<Block>);
 
 impl BlockRef {

@@ -77,6 +77,11 @@ impl Cpu {
         self.hostexec.refresh(&self.state);
     }
 
+    /// Whether the guest's x87 registers are in the host's FPU.
+    pub(crate) fn x87_is_live(&self) -> bool {
+        self.hostexec.x87_live
+    }
+
     /// Brings `state.x87` up to date and gives the FPU back to the host.
     pub(crate) fn sync_x87(&mut self) {
         if !self.hostexec.x87_live {

@@ -11,10 +11,13 @@ pub enum Engine {
     /// Blocks that have run so often are translated to host code. The process must have handlers of SIGSEGV and SIGBUS that
     /// call [`crate::mmu::host::recover`].
     Translate(u32),
+    /// Everything is translated, and what it does is compared with what the interpreter does; the process ends at the first
+    /// difference. For one vCPU, and slow.
+    Check,
 }
 
 impl Engine {
-    /// The environment variable that says which engine CPUs get: `translate`, which is the default, `interp`, or `translate:N` for
+    /// The environment variable that says which engine CPUs get: `translate`, which is the default, `interp`, `check`, or `translate:N` for
     /// [`Engine::Translate`] with another number than [`Engine::HOT`].
     pub const VARIABLE: &str = "RING3_ENGINE";
     /// How often a block usually runs before it is translated.
@@ -28,7 +31,7 @@ impl Engine {
             let engine = Engine::parse(&wanted).unwrap_or_else(|| {
                 let variable = Engine::VARIABLE;
                 tracing::warn!(
-                    "{variable}={wanted}: not interp, translate or translate:N; guest code is interpreted"
+                    "{variable}={wanted}: not interp, translate, translate:N or check; guest code is interpreted"
                 );
                 Engine::Interpret
             });
@@ -46,6 +49,7 @@ impl Engine {
     fn parse(name: &str) -> Option<Engine> {
         match name.split_once(':') {
             None if name == "interp" => Some(Engine::Interpret),
+            None if name == "check" => Some(Engine::Check),
             None if matches!(name, "" | "translate") => Some(Engine::Translate(Engine::HOT)),
             Some(("translate", after)) => after.parse().ok().map(Engine::Translate),
             _ => None,
@@ -69,6 +73,7 @@ mod tests {
             ("", Some(Engine::Translate(Engine::HOT))),
             ("interp", Some(Engine::Interpret)),
             ("translate", Some(Engine::Translate(Engine::HOT))),
+            ("check", Some(Engine::Check)),
             ("translate:3", Some(Engine::Translate(3))),
             ("translate:", None),
             ("jit", None),

@@ -88,7 +88,7 @@ pub(super) struct Emitter<'a> {
     pub(super) live: Live,
     arena: &'a mut Arena,
     routines: Routines,
-    /// The operations of the block, and where it starts if the run starts with it.
+    /// The operations of the block, and where it starts if it may go on to itself.
     ops: &'a [Op],
     start: Option<CodeLabel>,
     cold: Vec<Cold>,
@@ -101,16 +101,16 @@ pub(super) struct Emitter<'a> {
 }
 
 impl<'a> Emitter<'a> {
-    /// A run of the block with these operations, in `arena`, that starts with operation `first`.
+    /// A run of the block with these operations, in `arena`. `loops`: it starts with the block, which may go on to itself.
     pub(super) fn new(
         arena: &'a mut Arena,
         routines: Routines,
         ops: &'a [Op],
-        first: usize,
+        loops: bool,
     ) -> Result<Emitter<'a>> {
         let mut a = CodeAssembler::new(64)?;
         let mut start = None;
-        if first == 0 {
+        if loops {
             let mut label = a.create_label();
             a.set_label(&mut label)?;
             a.zero_bytes()?;

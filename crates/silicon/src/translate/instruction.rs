@@ -6,8 +6,8 @@ use iced_x86::code_asm::{
     ax, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, rax, rbp, word_ptr,
 };
 use iced_x86::{
-    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register,
-    RflagsBits,
+    Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
 
 use super::Failure;
@@ -124,6 +124,22 @@ fn is_conditional(ins: &Instruction) -> bool {
     conditional && ins.flow_control() == FlowControl::Next && ins.encoding() == EncodingKind::Legacy
 }
 
+/// Whether the host has the instruction. The interpreter computes integer instructions itself, so guests may have some that
+/// the host has not.
+fn host_executes(ins: &Instruction) -> bool {
+    ins.cpuid_features().iter().all(|feature| match feature {
+        CpuidFeature::BMI1 => is_x86_feature_detected!("bmi1"),
+        CpuidFeature::BMI2 => is_x86_feature_detected!("bmi2"),
+        CpuidFeature::ADX => is_x86_feature_detected!("adx"),
+        CpuidFeature::MOVBE => is_x86_feature_detected!("movbe"),
+        CpuidFeature::POPCNT => is_x86_feature_detected!("popcnt"),
+        CpuidFeature::LZCNT => is_x86_feature_detected!("lzcnt"),
+        CpuidFeature::SSE4_2 => is_x86_feature_detected!("sse4.2"),
+        // SSE2's fences and MOVNTI, and what every 64-bit processor has.
+        _ => true,
+    })
+}
+
 /// Whether the instruction can be translated, and goes on to the next one if it is.
 pub(super) fn suits(ins: &Instruction) -> bool {
     let operands_suit = ins.op_kinds().enumerate().all(|(operand, kind)| match kind {
@@ -137,6 +153,7 @@ pub(super) fn suits(ins: &Instruction) -> bool {
     match how(ins) {
         None => false,
         Some(How::Nothing) => true,
+        Some(_) if !host_executes(ins) => false,
         Some(How::Push | How::Pop) => suits_stack(ins),
         Some(How::Leave) => ins.code() == Code::Leaveq,
         Some(_) => operands_suit,

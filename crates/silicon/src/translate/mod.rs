@@ -31,6 +31,7 @@
 #![expect(unsafe_code, reason = "sets the GS base")]
 
 mod branch;
+mod check;
 mod choice;
 mod emit;
 mod instruction;
@@ -49,6 +50,7 @@ use std::sync::Arc;
 
 use iced_x86::{FlowControl, Instruction};
 
+use self::check::Checks;
 pub use self::choice::Engine;
 use self::emit::Emitter;
 use self::routines::Routines;
@@ -110,6 +112,8 @@ pub(crate) struct Translator {
     /// What of the guest's vector registers is in the host's: a [`vector::Live`]. Nothing, when host code does not run.
     vectors: u32,
     code: Option<Code>,
+    /// Where both engines run.
+    checks: Option<Checks>,
     /// Conditions that were in force lately, with their numbers, and the number given out last.
     known: [(Conditions, u64); 8],
     last: u64,
@@ -137,7 +141,9 @@ impl Translator {
         let (code, after) = match engine {
             Engine::Interpret => (None, 0),
             Engine::Translate(after) => (Code::new(bytes), after),
+            Engine::Check => (Code::new(bytes), 0),
         };
+        let checks = (engine == Engine::Check).then(Checks::default);
         Translator {
             requests: std::ptr::null(),
             validity: 0,
@@ -146,6 +152,7 @@ impl Translator {
             after,
             vectors: 0,
             code,
+            checks,
             known: [([0; 3], 0); 8],
             last: 0,
             host_gs: 0,
@@ -230,6 +237,7 @@ impl Cpu {
         let ops = block.ops();
         // Whoever does not want to wait wants to see everything translated.
         let shortest = if self.translator.after == 0 { 1 } else { SHORTEST };
+        let loops = self.translator.checks.is_none();
         let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
         first.handler.set(interpreted(first));
         self.counters.blocks_translated += 1;
@@ -238,7 +246,7 @@ impl Cpu {
             if run.len() < shortest && !whole {
                 continue;
             }
-            let mut emitter = Emitter::new(&mut code.arena, code.routines, ops, run.start)?;
+            let mut emitter = Emitter::new(&mut code.arena, code.routines, ops, loops && run.start == 0)?;
             for index in run.clone() {
                 let ins = &instructions[index];
                 match Kind::of(ins, &self.features).ok_or(Failure::Unsuited)? {

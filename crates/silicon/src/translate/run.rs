@@ -45,8 +45,14 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let mut code = op.translation.get();
     loop {
         // SAFETY: `translate_block` has put the address of a run that begins with this operation there, or it is a block's
-        // translation; both are gone as soon as the arena is cleared.
-        let (exit, extra) = unsafe { call(way_in, code) };
+        // translation; both are gone as soon as the arena is cleared. Where engines are checked there is one call alone.
+        let (exit, extra) = unsafe {
+            if cpu.translator.checks.is_some() {
+                cpu.checked_call(way_in, code, op)
+            } else {
+                call(way_in, code)
+            }
+        };
         let link = if exit == LEAVE_INDIRECT {
             let rip = cpu.state.rip;
             if !is_canonical(rip) {
@@ -67,7 +73,8 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
             return (interpreted(op))(cpu, op);
         };
         let rip = cpu.state.rip;
-        if !is_canonical(rip) || cpu.requests.any() || cfg!(debug_assertions) {
+        let one_block = cfg!(debug_assertions) || cpu.translator.checks.is_some();
+        if !is_canonical(rip) || cpu.requests.any() || one_block {
             return cpu.end_at_rip(op);
         }
         let Some(block) = cpu.block_to_go_on(rip) else { return cpu.end_at_rip(op) };
@@ -110,7 +117,7 @@ fn is_canonical(rip: u64) -> bool {
 /// # Safety
 ///
 /// `way_in` and `code` are of one translator, whose CPU the GS base points to, and which is not borrowed.
-unsafe fn call(way_in: u64, code: u64) -> (u64, u64) {
+pub(super) unsafe fn call(way_in: u64, code: u64) -> (u64, u64) {
     let (exit, extra);
     // SAFETY: the code changes what the operands say, RBX and RBP, which are saved here, its CPU and guest memory.
     unsafe {

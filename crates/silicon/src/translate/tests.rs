@@ -439,3 +439,28 @@ fn translation_takes_a_bounded_part_of_the_time() {
     guest.cpu.counters.instructions = super::INSTRUCTIONS_PER_BLOCK;
     assert!(guest.cpu.affords_translation());
 }
+
+#[test]
+fn checked_programs_show_no_difference() {
+    let mut guests = [Engine::Interpret, Engine::Check].map(guest);
+    let mut random = Random(0x1234_5678_9abc_def1);
+    for _ in 0..1000 {
+        let seed = random.next();
+        let code = program(&mut random);
+        compare(&mut guests, &code, seed);
+    }
+    let checks = guests[1].cpu.translator.checks.as_ref().unwrap();
+    assert!(checks.compared > 3000, "{}", checks.compared);
+}
+
+#[test]
+fn a_check_tells_differences() {
+    let mut guest = guest(Engine::Check);
+    let before = guest.cpu.before();
+    assert_eq!(guest.cpu.compare(&before, &[], 0), Ok(()));
+    guest.set(reg::R9, 5);
+    guest.cpu.state.zmm[7].0[9] = 1;
+    let difference = guest.cpu.compare(&before, &[], 0).unwrap_err();
+    assert!(difference.contains("r9 ") && difference.contains("zmm7.1"), "{difference}");
+    assert!(guest.cpu.compare(&before, &[], 1).is_err(), "host code went on where the interpreter stopped");
+}
