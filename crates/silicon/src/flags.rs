@@ -64,7 +64,8 @@ impl Rflags {
 pub struct Status(pub u16);
 
 impl Status {
-    const MASK: u16 = 0xd501;
+    /// The bits that carry something.
+    pub(crate) const MASK: u16 = 0xd501;
 
     /// From RFLAGS bits; bits other than the status flags are ignored.
     #[inline]

@@ -23,7 +23,7 @@ pub(crate) const UNMAPPED: u64 = 0x2_0000;
 /// Bytes of guest memory.
 const MEMORY: usize = 1 << 20;
 /// Page tables: PML4, PDPT, PD, PT.
-const TABLES: u64 = 0x4_0000;
+pub(crate) const TABLES: u64 = 0x4_0000;
 
 #[repr(C, align(4096))]
 #[derive(Clone)]

@@ -26,7 +26,7 @@ const SCRATCH: [Register; 4] = [Register::R8, Register::R9, Register::R10, Regis
 const STATE: Register = Register::RDI;
 const MEM: Register = Register::RSI;
 /// The six status flags.
-const STATUS: u32 =
+pub(crate) const STATUS: u32 =
     RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
 
 /// `movzx eax, word [rdi+status]` is followed by this: OF from bit 0 of AL (1 + 0x7f overflows), the rest by SAHF.
@@ -374,7 +374,7 @@ fn guest_slot(number: usize, guest: &[u8; 4]) -> Option<u8> {
 }
 
 /// The register `number` places after `first`.
-fn nth(first: Register, number: usize) -> Register {
+pub(crate) fn nth(first: Register, number: usize) -> Register {
     Register::values().nth(first as usize + number).unwrap_or(first)
 }
 

@@ -41,16 +41,18 @@ impl Emitter<'_> {
     pub(super) fn branch(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let next = ins.next_ip() as i64;
         match ins.flow_control() {
-            FlowControl::UnconditionalBranch => self.go_to(ins.near_branch_target() as i64),
-            FlowControl::ConditionalBranch => self.conditional(ins, next),
+            FlowControl::UnconditionalBranch => {
+                self.go_to(ins.near_branch_target() as i64, self.taken(index, 0))
+            }
+            FlowControl::ConditionalBranch => self.conditional(ins, next, index),
             FlowControl::Call => {
                 self.stack(-8, Kind::Store, index)?;
                 self.push_return(next, index)?;
-                self.go_to(ins.near_branch_target() as i64)
+                self.go_to(ins.near_branch_target() as i64, self.taken(index, -8))
             }
             FlowControl::IndirectBranch => {
                 self.target(ins, index)?;
-                self.go_to_address(index, 0)
+                self.go_to_address(self.taken(index, 0))
             }
             FlowControl::IndirectCall => self.indirect_call(ins, next, index),
             FlowControl::Return => {
@@ -59,23 +61,23 @@ impl Emitter<'_> {
                 self.may_fault(index);
                 self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
                 self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP + i32::from(taken)))?;
-                self.go_to_address(index, taken)
+                self.go_to_address(self.taken(index, taken))
             }
             _ => Err(Failure::Unsuited),
         }
     }
 
-    fn conditional(&mut self, ins: &Instruction, next: i64) -> Result<()> {
+    fn conditional(&mut self, ins: &Instruction, next: i64, index: usize) -> Result<()> {
         let condition = condition(ins).ok_or(Failure::Unsuited)?;
         self.load_flags()?;
         self.save_flags()?;
         let flags = self.flags;
         let mut taken = self.a.create_label();
         self.jump_if(condition, taken)?;
-        self.go_to(next)?;
+        self.go_to(next, 0)?;
         self.flags = flags;
         self.a.set_label(&mut taken)?;
-        self.go_to(ins.near_branch_target() as i64)
+        self.go_to(ins.near_branch_target() as i64, self.taken(index, 0))
     }
 
     fn jump_if(&mut self, condition: u8, to: CodeLabel) -> Result<()> {
@@ -132,6 +134,6 @@ impl Emitter<'_> {
         self.stack(-8, Kind::Store, index)?;
         self.push_return(next, index)?;
         self.a.mov(ADDRESS, kept)?;
-        self.go_to_address(index, -8)
+        self.go_to_address(self.taken(index, -8))
     }
 }

@@ -11,13 +11,12 @@ use std::fmt::Write as _;
 
 use iced_x86::{Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register, UsedMemory};
 
-use super::instruction::STATUS;
 use super::run::call;
-use super::{Kind, LEAVE_INDIRECT, LEAVE_LINK};
+use super::{Family, LEAVE_INDIRECT, LEAVE_LINK};
 use crate::code::op::{Flow, Op};
 use crate::code::thread::interpreted;
 use crate::cpu::{Counters, Cpu, Pending};
-use crate::hostexec::stub::writes;
+use crate::hostexec::stub::{STATUS, writes};
 use crate::state::{CpuState, Seg, reg};
 
 /// How often each run is checked at first.
@@ -147,7 +146,7 @@ impl Cpu {
         let mut undefined = 0;
         let mut info = InstructionInfoFactory::new();
         for (op, ins) in ops.iter().zip(instructions) {
-            if Kind::of(ins, &self.features).is_none() {
+            if Family::of(ins, &self.features).is_none() {
                 break;
             }
             let before = self.before();
@@ -174,7 +173,7 @@ impl Cpu {
 
     /// Executes one operation alone; false if it did not complete.
     fn interpret_one(&mut self, op: &Op) -> bool {
-        let mut alone = op.clone();
+        let alone = op.clone();
         alone.handler.set(interpreted(op));
         let mut end = op.clone();
         end.handler.set(|cpu, op| {
@@ -182,7 +181,6 @@ impl Cpu {
             Ok(Flow::End)
         });
         end.page_offset = op.page_offset + u16::from(op.length);
-        alone.body = op.body;
         let pair = [alone, end];
         let chain = std::mem::replace(&mut self.chain, 0);
         let result = (pair[0].handler.get())(self, &pair[0]);

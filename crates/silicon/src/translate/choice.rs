@@ -58,7 +58,7 @@ impl Engine {
 }
 
 /// Whether programs may use WRGSBASE (HWCAP2_FSGSBASE of the kernel's arch/x86/include/uapi/asm/hwcap2.h).
-fn has_fsgsbase() -> bool {
+pub(super) fn has_fsgsbase() -> bool {
     // SAFETY: asks for a number.
     unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
 }

@@ -256,11 +256,18 @@ impl<'a> Emitter<'a> {
         Ok(self.a.add(field(offset_of!(Cpu, counters.instructions)), length)?)
     }
 
-    /// Ends the block: goes on at `target`, relative to the start of its page.
-    pub(super) fn go_to(&mut self, target: i64) -> Result<()> {
+    /// What takes back operation `index`, a branch to where nothing can be: RSP less `change` is what it was before, and the
+    /// interpreter has the instruction.
+    pub(super) fn taken(&self, index: usize, change: i16) -> u64 {
+        let op = std::ptr::from_ref(&self.ops[index]) as u64;
+        (op & super::POINTER) | u64::from(change as u16) << 48
+    }
+
+    /// Ends the block: goes on at `target`, relative to the start of its page. `taken` takes the branch back, if it is one.
+    pub(super) fn go_to(&mut self, target: i64, taken: u64) -> Result<()> {
         self.free_host_flags()?;
         self.count()?;
-        let link = Link::make(self.arena, target).ok_or(Failure::Full)?;
+        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
         let at = self.a.create_label();
         self.cold.push(Cold::Unlinked { at, link });
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
@@ -289,20 +296,18 @@ impl<'a> Emitter<'a> {
         MemoryOperand::with_base_displ(Register::RIP, address as i64)
     }
 
-    /// Ends the block with operation `index`: goes on at the address in [`ADDRESS`]. If nothing can be there, RSP less
-    /// `taken` is what it was before, and the interpreter has the instruction.
-    pub(super) fn go_to_address(&mut self, index: usize, taken: i16) -> Result<()> {
+    /// Ends the block: goes on at the address in [`ADDRESS`]. `taken` takes the branch back.
+    pub(super) fn go_to_address(&mut self, taken: u64) -> Result<()> {
         self.free_host_flags()?;
         self.count()?;
-        let op = std::ptr::from_ref(&self.ops[index]) as u64;
-        self.a.mov(VALUE, (op & super::POINTER) | (taken as u16 as u64) << 48)?;
+        self.a.mov(VALUE, taken)?;
         let indirect = self.routines.indirect;
         Ok(self.a.jmp(indirect)?)
     }
 
     /// Emits what lies behind the run.
     fn put_cold(&mut self) -> Result<()> {
-        // Looking up comes first: it refers to what the others are.
+        // Whatever these refer to was noted with them: none asks for another.
         let cold = std::mem::take(&mut self.cold);
         let leave = self.routines.leave;
         for piece in cold {

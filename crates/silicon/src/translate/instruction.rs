@@ -7,7 +7,7 @@ use iced_x86::code_asm::{
 };
 use iced_x86::{
     Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind,
-    Register, RflagsBits,
+    Register,
 };
 
 use super::Failure;
@@ -21,12 +21,8 @@ use super::registers::{
 use crate::cpu::Cpu;
 use crate::exec::mov;
 use crate::exec::operand::{is_immediate, is_memory, operand_size};
-use crate::hostexec::stub::writes;
+use crate::hostexec::stub::{STATUS, writes};
 use crate::state::reg;
-
-/// The six status flags.
-pub(super) const STATUS: u32 =
-    RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

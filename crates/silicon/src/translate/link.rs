@@ -15,6 +15,8 @@ pub(super) struct Link {
     code: u64,
     /// The target, relative to the start of the page that the branch lies in.
     target: i64,
+    /// What takes the branch back (`Emitter::taken`); 0: the block just ends.
+    taken: u64,
 }
 
 impl Link {
@@ -22,18 +24,19 @@ impl Link {
     pub(super) const CODE: u64 = offset_of!(Link, code) as u64;
 
     /// A new link; the address at which code reads it.
-    pub(super) fn make(arena: &mut Arena, target: i64) -> Option<u64> {
+    pub(super) fn make(arena: &mut Arena, target: i64, taken: u64) -> Option<u64> {
         let data = arena.data(size_of::<Link>())?;
         // SAFETY: just made, writable, of this size, and aligned: arenas hand out multiples of eight.
-        unsafe { data.writable.cast::<Link>().write(Link { validity: 0, code: 0, target }) };
+        unsafe { data.writable.cast::<Link>().write(Link { validity: 0, code: 0, target, taken }) };
         Some(data.address)
     }
 
-    /// The target of the link that code reads at `address`.
-    pub(super) fn target(arena: &Arena, address: u64) -> Option<i64> {
+    /// The target of the link that code reads at `address`, and what takes the branch back.
+    pub(super) fn target(arena: &Arena, address: u64) -> Option<(i64, u64)> {
         let data = arena.data_at(address)?;
         // SAFETY: code names no address that `make` has not returned.
-        Some(unsafe { data.writable.cast::<Link>().read() }.target)
+        let link = unsafe { data.writable.cast::<Link>().read() };
+        Some((link.target, link.taken))
     }
 
     /// From now on, while `validity` holds, the branch goes to `code`.

@@ -52,6 +52,7 @@ use iced_x86::{FlowControl, Instruction};
 
 use self::check::Checks;
 pub use self::choice::Engine;
+use self::choice::has_fsgsbase;
 use self::emit::Emitter;
 use self::routines::Routines;
 use self::run::{count, enter};
@@ -75,8 +76,6 @@ const FREE_BLOCKS: u64 = 20_000;
 const INSTRUCTIONS_PER_BLOCK: u64 = 10_000;
 /// Bytes of host code, and links, of one CPU at most.
 const ARENA: usize = 64 << 20;
-/// The bits of RAX that are flags: see [`crate::flags::Status`].
-const STATUS_MASK: u32 = 0xd501;
 
 /// Host code leaves with a link's address and this bit, if the link does not hold.
 const LEAVE_LINK: u64 = 1;
@@ -180,7 +179,11 @@ impl Translator {
 }
 
 impl Code {
+    /// `None` where the host's kernel or its memory does not allow it.
     fn new(bytes: usize) -> Option<Code> {
+        if !has_fsgsbase() {
+            return None;
+        }
         let arena = Arena::new(bytes).inspect_err(|error| {
             tracing::error!("no executable memory, guest code is interpreted: {error}");
         });
@@ -205,7 +208,7 @@ impl Cpu {
             // SAFETY: the table is changed by `translate_block` alone, which no translated code calls.
             unsafe { host::translated_code_lies_at(code.arena.range(), &raw const *code.recovery) };
             self.translator.requests = Arc::as_ptr(&self.requests);
-            // SAFETY: `Engine::configured` has found that programs may use the instructions; libraries do not use GS.
+            // SAFETY: `Code::new` has found that programs may use the instructions; libraries do not use GS.
             unsafe {
                 asm!("rdgsbase {}", out(reg) self.translator.host_gs, options(nomem, nostack, preserves_flags));
                 asm!("wrgsbase {}", in(reg) &raw mut *self, options(nostack, preserves_flags));
@@ -249,16 +252,16 @@ impl Cpu {
             let mut emitter = Emitter::new(&mut code.arena, code.routines, ops, loops && run.start == 0)?;
             for index in run.clone() {
                 let ins = &instructions[index];
-                match Kind::of(ins, &self.features).ok_or(Failure::Unsuited)? {
-                    Kind::Integer => emitter.instruction(ins, index)?,
-                    Kind::Vector => emitter.vector(ins, index)?,
-                    Kind::Branch => emitter.branch(ins, index)?,
+                match Family::of(ins, &self.features).ok_or(Failure::Unsuited)? {
+                    Family::Integer => emitter.instruction(ins, index)?,
+                    Family::Vector => emitter.vector(ins, index)?,
+                    Family::Branch => emitter.branch(ins, index)?,
                 }
             }
             match instructions.get(run.end) {
                 Some(_) => emitter.interpret(run.end)?,
                 None if instructions[run.end - 1].flow_control() != FlowControl::Next => {}
-                None => emitter.go_to(i64::from(ops[run.end].page_offset))?,
+                None => emitter.go_to(i64::from(ops[run.end].page_offset), 0)?,
             }
             let at = emitter.finish(&mut code.recovery)?;
             if run.start == 0 {
@@ -315,19 +318,19 @@ impl Cpu {
 
 /// What translates an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum Family {
     Integer,
     Vector,
     Branch,
 }
 
-impl Kind {
+impl Family {
     /// `None`: nothing does.
-    fn of(ins: &Instruction, features: &Features) -> Option<Kind> {
+    fn of(ins: &Instruction, features: &Features) -> Option<Family> {
         match () {
-            () if instruction::suits(ins) => Some(Kind::Integer),
-            () if branch::suits(ins) => Some(Kind::Branch),
-            () if vector::suits(ins, features) => Some(Kind::Vector),
+            () if instruction::suits(ins) => Some(Family::Integer),
+            () if branch::suits(ins) => Some(Family::Branch),
+            () if vector::suits(ins, features) => Some(Family::Vector),
             () => None,
         }
     }
@@ -335,7 +338,7 @@ impl Kind {
 
 /// The runs of instructions that can be translated.
 fn runs(instructions: &[Instruction], features: &Features) -> Vec<std::ops::Range<usize>> {
-    let suits = |ins: &Instruction| Kind::of(ins, features).is_some();
+    let suits = |ins: &Instruction| Family::of(ins, features).is_some();
     let mut runs = Vec::new();
     let mut start = 0;
     while start < instructions.len() {

@@ -17,6 +17,7 @@ use iced_x86::code_asm::{self, AsmMemoryOperand, AsmRegister64, dword_ptr, qword
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::Cpu;
+use crate::hostexec::stub::nth;
 use crate::state::reg;
 
 /// Scratch for an operand.
@@ -92,19 +93,15 @@ pub(super) fn slot(number: u8) -> AsmMemoryOperand {
 pub(super) fn sized(full: Register, like: Register) -> Option<Register> {
     let number = full.number();
     let first = match like.size() {
-        1 if number >= 8 => return nth(Register::R8L, number - 8),
-        1 if number >= 4 => return nth(Register::SPL, number - 4),
+        1 if number >= 8 => return Some(nth(Register::R8L, number - 8)),
+        1 if number >= 4 => return Some(nth(Register::SPL, number - 4)),
         1 => Register::AL,
         2 => Register::AX,
         4 => Register::EAX,
         8 => Register::RAX,
         _ => return None,
     };
-    nth(first, number)
-}
-
-fn nth(first: Register, number: usize) -> Option<Register> {
-    Register::values().nth(first as usize + number)
+    Some(nth(first, number))
 }
 
 /// Whether the register is one of AH, CH, DH and BH.

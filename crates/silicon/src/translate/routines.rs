@@ -7,12 +7,13 @@ use iced_x86::code_asm::{
 };
 use iced_x86::{BlockEncoderOptions, IcedError};
 
+use super::LEAVE_INDIRECT;
 use super::emit::Kind;
 use super::registers::{ADDRESS, HELD, VALUE, field, field16, slot};
 use super::vector::{self, Live};
-use super::{LEAVE_INDIRECT, STATUS_MASK};
 use crate::code::{Block, JUMP_ENTRIES, JumpEntry};
 use crate::cpu::Cpu;
+use crate::flags::Status;
 use crate::hostexec::arena::Arena;
 use crate::mmu::tlb::{Entry, L1_SLOTS, PAGE_MASK, PAGE_SHIFT, Recent};
 use crate::state::reg;
@@ -85,7 +86,7 @@ fn enter(a: &mut CodeAssembler) -> Result<(), IcedError> {
     }
     a.mov(r15, rdi)?;
     a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
-    a.and(eax, STATUS_MASK)?;
+    a.and(eax, u32::from(Status::MASK))?;
     for (number, host) in HELD {
         a.mov(host, slot(number))?;
     }

@@ -55,15 +55,19 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         };
         let link = if exit == LEAVE_INDIRECT {
             let rip = cpu.state.rip;
-            if !is_canonical(rip) {
+            if !cpu.state.canonical(rip) {
                 return take_back(cpu, extra);
             }
             None
         } else if exit & LEAVE_LINK != 0 {
             let link = exit & !LEAVE_LINK;
-            let target = cpu.translator.code.as_ref().and_then(|code| Link::target(&code.arena, link));
+            let found = cpu.translator.code.as_ref().and_then(|code| Link::target(&code.arena, link));
+            let (target, taken) = found.unwrap_or_default();
             let ip_base = cpu.state.regs[usize::from(reg::IP_BASE)];
-            cpu.state.rip = ip_base.wrapping_add_signed(target.unwrap_or_default());
+            cpu.state.rip = ip_base.wrapping_add_signed(target);
+            if taken != 0 && !cpu.state.canonical(cpu.state.rip) {
+                return take_back(cpu, taken);
+            }
             Some((link, ip_base))
         } else {
             // SAFETY: host code names operations of its own block, which is not dropped while it runs.
@@ -74,7 +78,7 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
         };
         let rip = cpu.state.rip;
         let one_block = cfg!(debug_assertions) || cpu.translator.checks.is_some();
-        if !is_canonical(rip) || cpu.requests.any() || one_block {
+        if !cpu.state.canonical(rip) || cpu.requests.any() || one_block {
             return cpu.end_at_rip(op);
         }
         let Some(block) = cpu.block_to_go_on(rip) else { return cpu.end_at_rip(op) };
@@ -93,7 +97,7 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     }
 }
 
-/// Takes back an indirect branch to an address that nothing can be at, and gives it to the interpreter to fault.
+/// Takes back a branch to an address that nothing can be at, and gives it to the interpreter to fault.
 #[cold]
 fn take_back(cpu: &mut Cpu, extra: u64) -> Result<Flow, Abort> {
     // SAFETY: as in `enter`.
@@ -106,10 +110,6 @@ fn take_back(cpu: &mut Cpu, extra: u64) -> Result<Flow, Abort> {
     cpu.block_start = cpu.current_op;
     cpu.counters.instructions = cpu.counters.instructions.wrapping_sub(1);
     (interpreted(op))(cpu, op)
-}
-
-fn is_canonical(rip: u64) -> bool {
-    ((rip as i64) << 16 >> 16) as u64 == rip
 }
 
 /// Runs host code at `code` until it leaves; the two words that it leaves with.

@@ -4,7 +4,7 @@ use iced_x86::code_asm::*;
 
 use super::{Engine, Translator};
 use crate::exception::Exception;
-use crate::exec::testing::{CODE, DATA, Guest, STACK, UNMAPPED};
+use crate::exec::testing::{CODE, DATA, Guest, STACK, TABLES, UNMAPPED};
 use crate::mmu::host;
 use crate::state::{CodeSize, cr0, cr4, reg};
 use crate::vmx::Exit;
@@ -302,6 +302,31 @@ fn branches_to_where_nothing_can_be_fault_where_they_are() {
                 }
             });
             assert_eq!(guests[1].reg(reg::RSP), STACK - 256 - 8, "the return address is still there");
+        }
+    }
+}
+
+#[test]
+fn branches_into_the_canonical_hole_fault_where_they_are() {
+    const LAST: u64 = 0x7fff_ffff_f000;
+    // jmp, js (of a negative number), call, each past the page; falling off it is the fetch's fault.
+    for (code, at) in [
+        (&[0x85, 0xc0, 0xe9, 0, 0x10, 0, 0][..], LAST + 2),
+        (&[0x85, 0xc0, 0x0f, 0x88, 0, 0x10, 0, 0], LAST + 2),
+        (&[0x85, 0xc0, 0xe8, 0, 0x10, 0, 0], LAST + 2),
+    ] {
+        for mut guest in pair() {
+            let entry = |table: u64, index: u64| TABLES + table * 0x1000 + index * 8;
+            guest.put(entry(0, 255), &(TABLES + 0x1003).to_le_bytes());
+            guest.put(entry(1, 511), &(TABLES + 0x2003).to_le_bytes());
+            guest.put(entry(2, 511), &(TABLES + 0x3003).to_le_bytes());
+            guest.put(entry(3, 511), &(CODE | 3).to_le_bytes());
+            guest.put(CODE, code).set(reg::RAX, 1 << 31);
+            for _ in 0..3 {
+                guest.cpu.state.rip = LAST;
+                assert_eq!(guest.cpu.run(), Exit::Exception(Exception::gp(0)));
+                assert_eq!((guest.cpu.state.rip, guest.reg(reg::RSP)), (at, STACK), "{code:02x?}");
+            }
         }
     }
 }

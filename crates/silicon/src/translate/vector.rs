@@ -8,21 +8,20 @@
 use std::mem::offset_of;
 
 use iced_x86::code_asm::{
-    AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm, CodeAssembler, get_xmm, get_ymm, get_zmm, k0, k1, k2, k3,
-    k4, k5, k6, k7, qword_ptr, r15b, xmmword_ptr, ymmword_ptr, zmmword_ptr,
+    AsmMemoryOperand, AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm, CodeAssembler, get_xmm, get_ymm,
+    get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, r15b, xmmword_ptr, ymmword_ptr, zmmword_ptr,
 };
 use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Flags, Kind, Result};
-use super::instruction::STATUS;
 use super::memory::suits_memory;
 use super::registers::{ADDRESS, At, field, field32, set_memory, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::is_immediate;
 use crate::exec::{fpu, fpu_image, vector};
 use crate::hostexec::class;
-use crate::hostexec::stub::writes;
+use crate::hostexec::stub::{STATUS, nth, writes};
 use crate::model::{Feature, Features};
 use crate::state::reg;
 
@@ -162,7 +161,7 @@ impl Emitter<'_> {
         }
         if needs.live > self.live {
             self.free_host_flags()?;
-            self.a.cmp(field32(offset_of!(Cpu, translator.vectors)), needs.live as i32)?;
+            self.a.cmp(live_now(), needs.live as i32)?;
             let (at, mut back) = (self.a.create_label(), self.a.create_label());
             self.a.jb(at)?;
             self.a.set_label(&mut back)?;
@@ -245,24 +244,36 @@ fn zmm(number: usize) -> std::result::Result<AsmRegisterZmm, IcedError> {
     get_zmm(nth(Register::ZMM0, number)).ok_or_else(absent)
 }
 
-fn nth(first: Register, number: usize) -> Register {
-    Register::values().nth(first as usize + number).unwrap_or(first)
-}
-
 /// To be called to have `live` be live; changes flags alone.
 pub(super) fn raise(a: &mut CodeAssembler, live: Live) -> Emitted {
-    store(a, live)?;
+    store(a, Live::SOME.into_iter().filter(|&less| less < live))?;
     move_all(a, live, false)?;
-    a.mov(field32(offset_of!(Cpu, translator.vectors)), live as u32)?;
+    a.mov(live_now(), live as u32)?;
     a.ret()
 }
 
-/// Stores what is live and is less than `below`.
-pub(super) fn store(a: &mut CodeAssembler, below: Live) -> Emitted {
+/// Stores all that is live: nothing is afterwards.
+pub(super) fn store_all(a: &mut CodeAssembler) -> Emitted {
     let mut end = a.create_label();
-    for live in Live::SOME.into_iter().filter(|&live| live < below) {
+    let mut clean = a.create_label();
+    a.cmp(live_now(), Live::Nothing as i32)?;
+    a.je(end)?;
+    store(a, Live::SOME)?;
+    a.cmp(live_now(), Live::Full as i32)?;
+    a.jb(clean)?;
+    a.vzeroupper()?;
+    a.set_label(&mut clean)?;
+    a.mov(live_now(), Live::Nothing as u32)?;
+    a.set_label(&mut end)?;
+    a.zero_bytes()
+}
+
+/// Stores what is live, if that is one of `lives`.
+fn store(a: &mut CodeAssembler, lives: impl IntoIterator<Item = Live>) -> Emitted {
+    let mut end = a.create_label();
+    for live in lives {
         let mut other = a.create_label();
-        a.cmp(field32(offset_of!(Cpu, translator.vectors)), live as i32)?;
+        a.cmp(live_now(), live as i32)?;
         a.jne(other)?;
         move_all(a, live, true)?;
         a.jmp(end)?;
@@ -273,34 +284,7 @@ pub(super) fn store(a: &mut CodeAssembler, below: Live) -> Emitted {
     a.zero_bytes()
 }
 
-/// Stores all that is live: nothing is afterwards.
-pub(super) fn store_all(a: &mut CodeAssembler) -> Emitted {
-    let vectors = || field32(offset_of!(Cpu, translator.vectors));
-    let (mut end, mut high) = (a.create_label(), a.create_label());
-    a.cmp(vectors(), 0)?;
-    a.je(end)?;
-    a.cmp(vectors(), Live::Xmm as i32)?;
-    a.jne(high)?;
-    move_all(a, Live::Xmm, true)?;
-    a.mov(vectors(), 0)?;
-    a.jmp(end)?;
-    a.set_label(&mut high)?;
-    if is_x86_feature_detected!("avx512f") {
-        let mut full = a.create_label();
-        let mut stored = a.create_label();
-        a.cmp(vectors(), Live::Full as i32)?;
-        a.je(full)?;
-        move_all(a, Live::All, true)?;
-        a.jmp(stored)?;
-        a.set_label(&mut full)?;
-        move_all(a, Live::Full, true)?;
-        a.set_label(&mut stored)?;
-        a.vzeroupper()?;
-    } else {
-        move_all(a, Live::Full, true)?;
-        a.vzeroupper()?;
-    }
-    a.mov(vectors(), 0)?;
-    a.set_label(&mut end)?;
-    a.zero_bytes()
+/// The [`Live`] of the CPU.
+fn live_now() -> AsmMemoryOperand {
+    field32(offset_of!(Cpu, translator.vectors))
 }
