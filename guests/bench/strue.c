@@ -1,0 +1,5 @@
+/* The smallest program, for proc.exec. */
+int main(void)
+{
+	return 0;
+}
