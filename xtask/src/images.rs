@@ -113,15 +113,17 @@ pub fn ext4(image: &Path, tree: Option<&Path>, megabytes: u32) -> Result<(), Err
     run(command.arg(image).arg(format!("{megabytes}M"))).map(|_| ())
 }
 
+/// The shared libraries that a program needs, the dynamic linker among them.
+pub fn libraries(program: &Path) -> Vec<PathBuf> {
+    // ldd fails for static programs.
+    let listed = run(Command::new("ldd").arg(program)).unwrap_or_default();
+    listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}
+
 /// Copies programs, with the shared libraries that they need, into `tree` at the same paths.
 pub fn copy_programs(tree: &Path, programs: &[&str]) -> Result<(), Error> {
     let mut wanted: BTreeSet<PathBuf> = programs.iter().map(PathBuf::from).collect();
-    for program in programs {
-        let listed = run(Command::new("ldd").arg(program)).unwrap_or_default();
-        for line in listed.lines() {
-            wanted.extend(line.split_whitespace().filter(|w| w.starts_with('/')).map(PathBuf::from));
-        }
-    }
+    wanted.extend(programs.iter().flat_map(|program| libraries(Path::new(program))));
     wanted.iter().try_for_each(|path| copy_into(tree, path))
 }
 

@@ -27,7 +27,7 @@ enum Task {
     Demo(demo::Options),
     /// Run everything that CI runs.
     Test(test::Options),
-    /// Measure against QEMU's TCG in interleaved runs and print ratios.
+    /// Measure against QEMU's TCG and against no guest, in interleaved runs, and print ratios.
     Bench(bench::Options),
     /// Compare generated instructions with the host's CPU, and run random guest images, for a while.
     Fuzz(fuzz::Options),

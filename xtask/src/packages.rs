@@ -28,7 +28,8 @@ const KERNELS: &[(&str, &str, &[&str])] = &[
 /// Somebody else may be installing something: apt-get's option for how many seconds it waits.
 const APT_WAITS: &str = "DPkg::Lock::Timeout=600";
 
-fn is_root() -> bool {
+/// Whether we may install packages, make devices and change roots.
+pub fn is_root() -> bool {
     Path::new("/proc/self").metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
 }
 

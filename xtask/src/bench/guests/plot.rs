@@ -1,0 +1,227 @@
+//! The picture: slow-downs against native, as bars on a logarithmic scale.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::{FontStyle, register_font};
+use xtask::{Error, at, packages, run};
+
+use super::launch::Launcher;
+use super::report::About;
+use super::results::Results;
+
+/// Fonts by style, from Debian's package of that name.
+const FONTS: &[(FontStyle, &str)] = &[
+    (FontStyle::Normal, "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"),
+    (FontStyle::Bold, "/usr/share/fonts/truetype/dejavu/DejaVuSans-Bold.ttf"),
+];
+const FONT_PACKAGE: &str = "fonts-dejavu-core";
+const FAMILY: &str = "DejaVu Sans";
+
+/// Colours of the launchers.
+const COLOURS: &[(Launcher, RGBColor)] = &[
+    (Launcher::Tcg, RGBColor(0xe0, 0x8a, 0x2c)),
+    (Launcher::TcgTuned, RGBColor(0xc9, 0xb0, 0x37)),
+    (Launcher::Ring3, RGBColor(0x1f, 0x6f, 0xb4)),
+    (Launcher::Kvm, RGBColor(0x5b, 0x9e, 0x5f)),
+];
+const INK: RGBColor = RGBColor(0x22, 0x26, 0x2b);
+const FAINT: RGBColor = RGBColor(0x70, 0x76, 0x7d);
+const GRID: RGBColor = RGBColor(0xdd, 0xe0, 0xe4);
+const BAND: RGBColor = RGBColor(0xf5, 0xf6, 0xf8);
+
+// Pixels.
+const WIDTH: i32 = 1100;
+const LEFT: i32 = 150;
+const RIGHT: i32 = 70;
+const TOP: i32 = 128;
+const BOTTOM: i32 = 48;
+const BAR: i32 = 10;
+const ROW_GAP: i32 = 7;
+const GROUP_GAP: i32 = 10;
+
+/// A benchmark's bars.
+struct Row<'a> {
+    name: &'a str,
+    bars: Vec<(Launcher, f64)>,
+}
+
+/// Makes sure that the fonts are there.
+pub(super) fn require() -> Result<(), Error> {
+    packages::require(&FONTS.iter().map(|(_, path)| (*path, FONT_PACKAGE)).collect::<Vec<_>>())
+}
+
+fn failed(error: impl Display) -> Error {
+    Error::Guest(format!("the picture could not be drawn: {error}"))
+}
+
+/// Draws bench.svg and bench.png in `dir`.
+pub(super) fn draw(results: &Results, about: &About, dir: &Path) -> Result<(), Error> {
+    let rows = rows(results);
+    if rows.is_empty() {
+        return Err(Error::Guest("--plot compares with native: have it and another in --with".into()));
+    }
+    for (style, path) in FONTS {
+        let bytes = at(Path::new(path), std::fs::read(path))?;
+        // The library keeps fonts to the end, as does this program.
+        register_font(FAMILY, *style, bytes.leak()).map_err(|_| failed(format!("{path} is no font")))?;
+    }
+    let date = run(std::process::Command::new("date").arg("+%Y-%m-%d"))?;
+    let subtitle = format!("{}, {}, guest kernel {}", date.trim(), about.cpu, about.kernel);
+    at(dir, std::fs::create_dir_all(dir))?;
+    let picture = Picture::new(&rows);
+    let (svg, png) = (dir.join("bench.svg"), dir.join("bench.png"));
+    let size = (WIDTH as u32, picture.height as u32);
+    picture.draw(&SVGBackend::new(&svg, size).into_drawing_area(), &subtitle).map_err(failed)?;
+    picture.draw(&BitMapBackend::new(&png, size).into_drawing_area(), &subtitle).map_err(failed)?;
+    eprintln!("{} and {}", svg.display(), png.display());
+    Ok(())
+}
+
+fn rows(results: &Results) -> Vec<Row<'_>> {
+    let bars = |name: &str| -> Vec<(Launcher, f64)> {
+        let launchers = COLOURS.iter().map(|(launcher, _)| *launcher);
+        launchers.filter_map(|launcher| Some((launcher, results.slowdown(launcher, name)?))).collect()
+    };
+    let rows = results.names.iter().map(|name| Row { name, bars: bars(name) });
+    rows.filter(|row| !row.bars.is_empty()).collect()
+}
+
+fn colour(launcher: Launcher) -> RGBColor {
+    COLOURS.iter().find(|(l, _)| *l == launcher).map_or(INK, |(_, colour)| *colour)
+}
+
+/// The part of a name before the point.
+fn group(name: &str) -> &str {
+    name.split('.').next().unwrap_or(name)
+}
+
+/// Text of `size` pixels, `anchor`ed.
+fn text(size: i32, colour: &'static RGBColor, anchor: Pos, bold: bool) -> TextStyle<'static> {
+    let style = if bold { FontStyle::Bold } else { FontStyle::Normal };
+    TextStyle::from((FAMILY, size, style).into_font()).color(colour).pos(anchor)
+}
+
+/// Where everything is.
+struct Picture<'a> {
+    rows: &'a [Row<'a>],
+    /// Tops of the rows.
+    tops: Vec<i32>,
+    height: i32,
+    /// Powers of ten at the ends of the scale.
+    powers: (i32, i32),
+}
+
+type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
+
+impl Picture<'_> {
+    fn new<'a>(rows: &'a [Row<'a>]) -> Picture<'a> {
+        let mut tops = Vec::new();
+        let mut y = TOP + GROUP_GAP / 2;
+        for (at, row) in rows.iter().enumerate() {
+            if at > 0 && group(rows[at - 1].name) != group(row.name) {
+                y += GROUP_GAP;
+            }
+            tops.push(y);
+            y += row.bars.len() as i32 * BAR + ROW_GAP;
+        }
+        let values = || rows.iter().flat_map(|row| row.bars.iter().map(|(_, value)| value.log10()));
+        let low = values().fold(0.0, f64::min).floor() as i32;
+        let high = values().fold(1.0, f64::max).ceil() as i32;
+        Picture { rows, tops, height: y + GROUP_GAP / 2 + BOTTOM, powers: (low, high) }
+    }
+
+    /// Where a slow-down is.
+    fn x(&self, value: f64) -> i32 {
+        let (low, high) = self.powers;
+        let part = (value.log10() - f64::from(low)) / f64::from(high - low);
+        LEFT + (part * f64::from(WIDTH - LEFT - RIGHT)).round() as i32
+    }
+
+    fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, subtitle: &str) -> Drawn<DB> {
+        area.fill(&WHITE)?;
+        self.title(area, subtitle)?;
+        self.bands(area)?;
+        self.scale(area)?;
+        for (row, top) in self.rows.iter().zip(&self.tops) {
+            self.row(area, row, *top)?;
+        }
+        area.present()
+    }
+
+    fn title<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, subtitle: &str) -> Drawn<DB> {
+        let left = Pos::new(HPos::Left, VPos::Center);
+        area.draw_text(
+            "Time of a unit of work, as a multiple of native",
+            &text(22, &INK, left, true),
+            (24, 32),
+        )?;
+        area.draw_text(subtitle, &text(14, &FAINT, left, false), (24, 60))?;
+        let mut x = 24;
+        for (launcher, colour) in COLOURS {
+            if !self.rows.iter().any(|row| row.bars.iter().any(|(l, _)| l == launcher)) {
+                continue;
+            }
+            area.draw(&Rectangle::new([(x, 80), (x + 14, 94)], colour.filled()))?;
+            area.draw_text(launcher.title(), &text(14, &INK, left, false), (x + 22, 88))?;
+            x += 40 + 9 * launcher.title().len() as i32;
+        }
+        area.draw_text("shorter is better; logarithmic", &text(14, &FAINT, left, false), (x + 8, 88))
+    }
+
+    /// A shade behind every other group.
+    fn bands<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
+        let mut shaded = false;
+        let mut from = TOP;
+        for (at, row) in self.rows.iter().enumerate() {
+            let next = self.rows.get(at + 1);
+            if next.is_some_and(|next| group(next.name) == group(row.name)) {
+                continue;
+            }
+            let to =
+                self.tops.get(at + 1).map_or(self.height - BOTTOM, |top| top - (GROUP_GAP + ROW_GAP) / 2);
+            if shaded {
+                area.draw(&Rectangle::new([(0, from), (WIDTH, to)], BAND.filled()))?;
+            }
+            (shaded, from) = (!shaded, to);
+        }
+        Ok(())
+    }
+
+    /// Lines at 1, 2, 5, 10 and so on, with numbers above and below.
+    fn scale<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
+        let bottom = self.height - BOTTOM;
+        let (low, high) = self.powers;
+        let marks = (low..=high).flat_map(|power| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(power)));
+        for value in marks.filter(|value| *value <= 10f64.powi(high)) {
+            let x = self.x(value);
+            let colour = if value == 1.0 { FAINT } else { GRID };
+            area.draw(&PathElement::new([(x, TOP), (x, bottom)], colour.stroke_width(1)))?;
+            for (y, anchor) in [(TOP - 5, VPos::Bottom), (bottom + 7, VPos::Top)] {
+                let style = text(13, &FAINT, Pos::new(HPos::Center, anchor), false);
+                area.draw_text(&format!("{value}"), &style, (x, y))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn row<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, row: &Row, top: i32) -> Drawn<DB> {
+        let middle = top + row.bars.len() as i32 * BAR / 2;
+        let right = Pos::new(HPos::Right, VPos::Center);
+        area.draw_text(row.name, &text(14, &INK, right, false), (LEFT - 12, middle))?;
+        for (at, (launcher, value)) in row.bars.iter().enumerate() {
+            let y = top + at as i32 * BAR;
+            // A bar of 1 would have no length.
+            let ends = (self.x(1.0), self.x(*value));
+            let (from, to) = (ends.0.min(ends.1), ends.0.max(ends.1).max(ends.0.min(ends.1) + 2));
+            area.draw(&Rectangle::new([(from, y), (to, y + BAR - 2)], colour(*launcher).filled()))?;
+            let label = if *value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") };
+            let left = Pos::new(HPos::Left, VPos::Center);
+            area.draw_text(&label, &text(10, &FAINT, left, false), (to + 5, y + BAR / 2 - 1))?;
+        }
+        Ok(())
+    }
+}
