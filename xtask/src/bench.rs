@@ -34,7 +34,7 @@ pub(crate) struct Options {
 
 const EXAMPLES: &str = "\
 Examples:
-  Everything, about ten minutes, with a picture:
+  Everything, five to ten minutes, with a picture:
     cargo xtask bench --output bench.md --plot .
 
   Two groups, once, at a tenth of the work:

@@ -103,6 +103,10 @@ pub(super) fn run(options: &super::Options) -> Result<(), Error> {
         packages::require(&[("qemu-system-x86_64", "qemu-system-x86")])?;
     }
     if own.plot.is_some() {
+        let comparable = launchers.contains(&Launcher::Native) && launchers.len() > 1;
+        if !comparable {
+            return Err(Error::Guest("--plot compares with native: have it and another in --with".into()));
+        }
         plot::require()?;
     }
     let kernel = packages::kernel(&options.kernel)?;
@@ -187,6 +191,7 @@ fn run_all(
     let style = ProgressStyle::with_template(template).unwrap_or(ProgressStyle::default_bar());
     let steps = count as usize * launchers.len() * names.len();
     let bar = ProgressBar::new(steps as u64).with_style(style);
+    bar.enable_steady_tick(Duration::from_secs(1));
     let mut runs: Vec<_> = launchers.iter().map(|&launcher| (launcher, Vec::new())).collect();
     for turn in 1..=count {
         for (launcher, runs) in &mut runs {

@@ -19,7 +19,8 @@ const FONTS: &[(FontStyle, &str)] = &[
     (FontStyle::Bold, "/usr/share/fonts/truetype/dejavu/DejaVuSans-Bold.ttf"),
 ];
 const FONT_PACKAGE: &str = "fonts-dejavu-core";
-const FAMILY: &str = "DejaVu Sans";
+/// The family, and what stands in for it where an SVG is shown.
+const FAMILY: &str = "DejaVu Sans, Verdana, sans-serif";
 
 /// Colours of the launchers.
 const COLOURS: &[(Launcher, RGBColor)] = &[
@@ -29,12 +30,19 @@ const COLOURS: &[(Launcher, RGBColor)] = &[
     (Launcher::Kvm, RGBColor(0x5b, 0x9e, 0x5f)),
 ];
 const INK: RGBColor = RGBColor(0x22, 0x26, 0x2b);
-const FAINT: RGBColor = RGBColor(0x70, 0x76, 0x7d);
+const FAINT: RGBColor = RGBColor(0x60, 0x66, 0x6d);
 const GRID: RGBColor = RGBColor(0xdd, 0xe0, 0xe4);
 const BAND: RGBColor = RGBColor(0xf5, 0xf6, 0xf8);
 
+// Sizes and colours of text.
+const TITLE: (i32, RGBColor) = (22, INK);
+const NAME: (i32, RGBColor) = (14, INK);
+const ASIDE: (i32, RGBColor) = (14, FAINT);
+const VALUE: (i32, RGBColor) = (11, FAINT);
+
 // Pixels.
 const WIDTH: i32 = 1100;
+const MARGIN: i32 = 24;
 const LEFT: i32 = 150;
 const RIGHT: i32 = 70;
 const TOP: i32 = 128;
@@ -62,7 +70,7 @@ fn failed(error: impl Display) -> Error {
 pub(super) fn draw(results: &Results, about: &About, dir: &Path) -> Result<(), Error> {
     let rows = rows(results);
     if rows.is_empty() {
-        return Err(Error::Guest("--plot compares with native: have it and another in --with".into()));
+        return Err(failed("no benchmark has run natively and in a guest"));
     }
     for (style, path) in FONTS {
         let bytes = at(Path::new(path), std::fs::read(path))?;
@@ -74,9 +82,12 @@ pub(super) fn draw(results: &Results, about: &About, dir: &Path) -> Result<(), E
     at(dir, std::fs::create_dir_all(dir))?;
     let picture = Picture::new(&rows);
     let (svg, png) = (dir.join("bench.svg"), dir.join("bench.png"));
-    let size = (WIDTH as u32, picture.height as u32);
-    picture.draw(&SVGBackend::new(&svg, size).into_drawing_area(), &subtitle).map_err(failed)?;
-    picture.draw(&BitMapBackend::new(&png, size).into_drawing_area(), &subtitle).map_err(failed)?;
+    let size = |zoom: i32| ((WIDTH * zoom) as u32, (picture.height * zoom) as u32);
+    let area = SVGBackend::new(&svg, size(1)).into_drawing_area();
+    picture.draw(&Canvas { area, zoom: 1 }, &subtitle).map_err(failed)?;
+    // Letters stand on whole pixels, which takes small ones.
+    let area = BitMapBackend::new(&png, size(2)).into_drawing_area();
+    picture.draw(&Canvas { area, zoom: 2 }, &subtitle).map_err(failed)?;
     eprintln!("{} and {}", svg.display(), png.display());
     Ok(())
 }
@@ -99,10 +110,41 @@ fn group(name: &str) -> &str {
     name.split('.').next().unwrap_or(name)
 }
 
-/// Text of `size` pixels, `anchor`ed.
-fn text(size: i32, colour: &'static RGBColor, anchor: Pos, bold: bool) -> TextStyle<'static> {
-    let style = if bold { FontStyle::Bold } else { FontStyle::Normal };
-    TextStyle::from((FAMILY, size, style).into_font()).color(colour).pos(anchor)
+type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
+
+/// What is drawn on, in pixels of the picture times `zoom`.
+struct Canvas<DB: DrawingBackend> {
+    area: DrawingArea<DB, Shift>,
+    zoom: i32,
+}
+
+impl<DB: DrawingBackend> Canvas<DB> {
+    fn at(&self, (x, y): (i32, i32)) -> (i32, i32) {
+        (x * self.zoom, y * self.zoom)
+    }
+
+    fn rectangle(&self, from: (i32, i32), to: (i32, i32), colour: RGBColor) -> Drawn<DB> {
+        self.area.draw(&Rectangle::new([self.at(from), self.at(to)], colour.filled()))
+    }
+
+    fn line(&self, from: (i32, i32), to: (i32, i32), colour: RGBColor) -> Drawn<DB> {
+        let style = colour.stroke_width(self.zoom as u32);
+        self.area.draw(&PathElement::new([self.at(from), self.at(to)], style))
+    }
+
+    /// Text of `size`, one side or the middle of which is at a place.
+    fn text(
+        &self,
+        text: &str,
+        (size, colour): (i32, RGBColor),
+        side: (HPos, VPos),
+        at: (i32, i32),
+    ) -> Drawn<DB> {
+        let weight = if size == TITLE.0 { FontStyle::Bold } else { FontStyle::Normal };
+        let font = (FAMILY, size * self.zoom, weight).into_font();
+        let style = TextStyle::from(font).color(&colour).pos(Pos::new(side.0, side.1));
+        self.area.draw_text(text, &style, self.at(at))
+    }
 }
 
 /// Where everything is.
@@ -114,8 +156,6 @@ struct Picture<'a> {
     /// Powers of ten at the ends of the scale.
     powers: (i32, i32),
 }
-
-type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
 
 impl Picture<'_> {
     fn new<'a>(rows: &'a [Row<'a>]) -> Picture<'a> {
@@ -141,39 +181,35 @@ impl Picture<'_> {
         LEFT + (part * f64::from(WIDTH - LEFT - RIGHT)).round() as i32
     }
 
-    fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, subtitle: &str) -> Drawn<DB> {
-        area.fill(&WHITE)?;
-        self.title(area, subtitle)?;
-        self.bands(area)?;
-        self.scale(area)?;
+    fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, subtitle: &str) -> Drawn<DB> {
+        canvas.area.fill(&WHITE)?;
+        self.title(canvas, subtitle)?;
+        self.bands(canvas)?;
+        self.scale(canvas)?;
         for (row, top) in self.rows.iter().zip(&self.tops) {
-            self.row(area, row, *top)?;
+            self.row(canvas, row, *top)?;
         }
-        area.present()
+        canvas.area.present()
     }
 
-    fn title<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, subtitle: &str) -> Drawn<DB> {
-        let left = Pos::new(HPos::Left, VPos::Center);
-        area.draw_text(
-            "Time of a unit of work, as a multiple of native",
-            &text(22, &INK, left, true),
-            (24, 32),
-        )?;
-        area.draw_text(subtitle, &text(14, &FAINT, left, false), (24, 60))?;
-        let mut x = 24;
+    fn title<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, subtitle: &str) -> Drawn<DB> {
+        let left = (HPos::Left, VPos::Center);
+        canvas.text("Time of a unit of work, as a multiple of native", TITLE, left, (MARGIN, 32))?;
+        canvas.text(subtitle, ASIDE, left, (MARGIN, 60))?;
+        let mut x = MARGIN;
         for (launcher, colour) in COLOURS {
-            if !self.rows.iter().any(|row| row.bars.iter().any(|(l, _)| l == launcher)) {
-                continue;
+            let drawn = |row: &Row| row.bars.iter().any(|(l, _)| l == launcher);
+            if self.rows.iter().any(drawn) {
+                canvas.rectangle((x, 80), (x + 14, 94), *colour)?;
+                canvas.text(launcher.title(), NAME, left, (x + 22, 88))?;
+                x += 44 + 7 * launcher.title().len() as i32;
             }
-            area.draw(&Rectangle::new([(x, 80), (x + 14, 94)], colour.filled()))?;
-            area.draw_text(launcher.title(), &text(14, &INK, left, false), (x + 22, 88))?;
-            x += 40 + 9 * launcher.title().len() as i32;
         }
-        area.draw_text("shorter is better; logarithmic", &text(14, &FAINT, left, false), (x + 8, 88))
+        canvas.text("shorter is better; the scale is logarithmic", ASIDE, left, (x + 8, 88))
     }
 
     /// A shade behind every other group.
-    fn bands<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
+    fn bands<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn<DB> {
         let mut shaded = false;
         let mut from = TOP;
         for (at, row) in self.rows.iter().enumerate() {
@@ -184,7 +220,7 @@ impl Picture<'_> {
             let to =
                 self.tops.get(at + 1).map_or(self.height - BOTTOM, |top| top - (GROUP_GAP + ROW_GAP) / 2);
             if shaded {
-                area.draw(&Rectangle::new([(0, from), (WIDTH, to)], BAND.filled()))?;
+                canvas.rectangle((0, from), (WIDTH, to), BAND)?;
             }
             (shaded, from) = (!shaded, to);
         }
@@ -192,35 +228,31 @@ impl Picture<'_> {
     }
 
     /// Lines at 1, 2, 5, 10 and so on, with numbers above and below.
-    fn scale<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn<DB> {
+    fn scale<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn<DB> {
         let bottom = self.height - BOTTOM;
         let (low, high) = self.powers;
         let marks = (low..=high).flat_map(|power| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(power)));
         for value in marks.filter(|value| *value <= 10f64.powi(high)) {
             let x = self.x(value);
-            let colour = if value == 1.0 { FAINT } else { GRID };
-            area.draw(&PathElement::new([(x, TOP), (x, bottom)], colour.stroke_width(1)))?;
-            for (y, anchor) in [(TOP - 5, VPos::Bottom), (bottom + 7, VPos::Top)] {
-                let style = text(13, &FAINT, Pos::new(HPos::Center, anchor), false);
-                area.draw_text(&format!("{value}"), &style, (x, y))?;
+            canvas.line((x, TOP), (x, bottom), if value == 1.0 { ASIDE.1 } else { GRID })?;
+            for (y, side) in [(TOP - 5, VPos::Bottom), (bottom + 7, VPos::Top)] {
+                canvas.text(&format!("{value}"), ASIDE, (HPos::Center, side), (x, y))?;
             }
         }
         Ok(())
     }
 
-    fn row<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, row: &Row, top: i32) -> Drawn<DB> {
+    fn row<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, row: &Row, top: i32) -> Drawn<DB> {
         let middle = top + row.bars.len() as i32 * BAR / 2;
-        let right = Pos::new(HPos::Right, VPos::Center);
-        area.draw_text(row.name, &text(14, &INK, right, false), (LEFT - 12, middle))?;
+        canvas.text(row.name, NAME, (HPos::Right, VPos::Center), (LEFT - 12, middle))?;
+        let native = self.x(1.0);
         for (at, (launcher, value)) in row.bars.iter().enumerate() {
-            let y = top + at as i32 * BAR;
+            let (y, end) = (top + at as i32 * BAR, self.x(*value));
             // A bar of 1 would have no length.
-            let ends = (self.x(1.0), self.x(*value));
-            let (from, to) = (ends.0.min(ends.1), ends.0.max(ends.1).max(ends.0.min(ends.1) + 2));
-            area.draw(&Rectangle::new([(from, y), (to, y + BAR - 2)], colour(*launcher).filled()))?;
+            let (from, to) = (native.min(end), native.max(end).max(native.min(end) + 2));
+            canvas.rectangle((from, y), (to, y + BAR - 2), colour(*launcher))?;
             let label = if *value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") };
-            let left = Pos::new(HPos::Left, VPos::Center);
-            area.draw_text(&label, &text(10, &FAINT, left, false), (to + 5, y + BAR / 2 - 1))?;
+            canvas.text(&label, VALUE, (HPos::Left, VPos::Center), (to + 5, y + BAR / 2 - 1))?;
         }
         Ok(())
     }

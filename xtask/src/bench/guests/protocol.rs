@@ -73,7 +73,8 @@ pub(super) struct Run {
     pub(super) failed: Vec<String>,
     /// Resident MiB at the end: of the process, and of guest memory.
     pub(super) resident: Option<(u64, u64)>,
-    begun: f64,
+    /// CPU seconds when the workload that runs began.
+    pub(super) begun: f64,
 }
 
 impl Run {

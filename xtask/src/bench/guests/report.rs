@@ -75,9 +75,10 @@ fn benchmarks(results: &Results) -> String {
     }
     titles.extend(rivals(results).iter().map(|l| format!("ring3's speed, of {}'s", l.title())));
     head(&mut out, &titles, &[0, 1]);
+    let empty = out.len();
     for name in &results.names {
-        let ran = |(launcher, _): &&(Launcher, _)| results.unit(*launcher, name, Clock::Cpu).is_some();
-        if results.runs.iter().find(ran).is_none() {
+        let ran = |(launcher, _): &(Launcher, _)| results.unit(*launcher, name, Clock::Cpu).is_some();
+        if !results.runs.iter().any(ran) {
             continue;
         }
         let mut cells = vec![name.clone(), unit(results, name)];
@@ -90,7 +91,7 @@ fn benchmarks(results: &Results) -> String {
         cells.extend(rivals(results).iter().map(|&l| or_dash(results.speed(l, name))));
         row(&mut out, &cells);
     }
-    out
+    if out.len() == empty { String::new() } else { out }
 }
 
 /// What a unit of a benchmark is.
@@ -134,8 +135,14 @@ fn groups(results: &Results) -> String {
             let speed = |l: Launcher| results.members(bar.list, |name| results.speed(l, name));
             cells.extend(rivals.iter().map(|&l| mean(speed(l))));
         }
-        let Some(value) = geomean(measured.iter().map(|(_, value)| *value)) else { continue };
-        let met = if bar.met(value) { "yes".into() } else { format!("no: {}", digits(value)) };
+        if cells[1..].iter().all(|cell| cell == "-") {
+            continue;
+        }
+        let met = match geomean(measured.iter().map(|(_, value)| *value)) {
+            Some(value) if bar.met(value) => "yes".into(),
+            Some(value) => format!("no: {}", digits(value)),
+            None => "-".into(),
+        };
         cells.extend([bar_text(bar), met, worst(bar, &measured)]);
         row(&mut out, &cells);
     }

@@ -172,10 +172,9 @@ impl Results {
             .filter_map(|(launcher, run)| Some((launcher, run.figures.get(name)?)))
             .map(|(launcher, figures)| (launcher, figures.units as u64, figures.check.as_str()))
             .collect();
-        let equal = |a: u64, b: u64| a == b;
         let pairs = || all.iter().flat_map(|a| all.iter().map(move |b| (a, b)));
-        let compared = pairs().filter(|(a, b)| a.0 != b.0 && equal(a.1, b.1)).count() > 0;
-        if pairs().any(|(a, b)| equal(a.1, b.1) && a.2 != b.2) {
+        let compared = pairs().any(|(a, b)| a.0 != b.0 && a.1 == b.1);
+        if pairs().any(|(a, b)| a.1 == b.1 && a.2 != b.2) {
             let sums: BTreeSet<String> =
                 all.iter().map(|(launcher, units, sum)| format!("{launcher} {sum} ({units})")).collect();
             return Check::Differ(sums.into_iter().collect::<Vec<_>>().join(", "));
