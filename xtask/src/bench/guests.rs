@@ -113,7 +113,8 @@ pub(super) fn run(options: &super::Options) -> Result<(), Error> {
     let machine = prepare(&kernel, &workloads, &names, if own.smp { 2 } else { 1 }, &launchers)?;
     launchers.retain(|&launcher| launcher != Launcher::Kvm || kvm_works(&machine));
     if launchers.contains(&Launcher::Ring3) {
-        xtask::run(Command::new("cargo").args(["build", "--release", "--package", "ring3"]))?;
+        let build = ["build", "--release", "--package", "ring3"];
+        xtask::run(Command::new("cargo").args(build).current_dir(xtask::root()))?;
     }
 
     let runs = run_all(own, &machine, &launchers, &names, options.runs)?;

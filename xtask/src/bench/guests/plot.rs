@@ -51,6 +51,9 @@ const BAR: i32 = 10;
 const ROW_GAP: i32 = 7;
 const GROUP_GAP: i32 = 10;
 
+/// So many times less than a mark of the scale is near enough for the scale to end there.
+const SLIGHTLY: f64 = 1.1;
+
 /// A benchmark's bars.
 struct Row<'a> {
     name: &'a str,
@@ -110,6 +113,11 @@ fn group(name: &str) -> &str {
     name.split('.').next().unwrap_or(name)
 }
 
+/// Numbers that the scale may have, from one in a thousand on.
+fn marks() -> impl Iterator<Item = f64> {
+    (-3..=6).flat_map(|power: i32| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(power)))
+}
+
 type Drawn<DB> = Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
 
 /// What is drawn on, in pixels of the picture times `zoom`.
@@ -153,8 +161,8 @@ struct Picture<'a> {
     /// Tops of the rows.
     tops: Vec<i32>,
     height: i32,
-    /// Powers of ten at the ends of the scale.
-    powers: (i32, i32),
+    /// The ends of the scale.
+    ends: (f64, f64),
 }
 
 impl Picture<'_> {
@@ -168,16 +176,17 @@ impl Picture<'_> {
             tops.push(y);
             y += row.bars.len() as i32 * BAR + ROW_GAP;
         }
-        let values = || rows.iter().flat_map(|row| row.bars.iter().map(|(_, value)| value.log10()));
-        let low = values().fold(0.0, f64::min).floor() as i32;
-        let high = values().fold(1.0, f64::max).ceil() as i32;
-        Picture { rows, tops, height: y + GROUP_GAP / 2 + BOTTOM, powers: (low, high) }
+        let values = || rows.iter().flat_map(|row| row.bars.iter().map(|(_, value)| *value));
+        let (least, most) = (values().fold(1.0, f64::min), values().fold(10.0, f64::max));
+        let low = marks().filter(|mark| *mark <= least * SLIGHTLY).fold(0.001, f64::max);
+        let high = marks().find(|mark| *mark >= most).unwrap_or(most);
+        Picture { rows, tops, height: y + GROUP_GAP / 2 + BOTTOM, ends: (low, high) }
     }
 
     /// Where a slow-down is.
     fn x(&self, value: f64) -> i32 {
-        let (low, high) = self.powers;
-        let part = (value.log10() - f64::from(low)) / f64::from(high - low);
+        let (low, high) = self.ends;
+        let part = (value.max(low) / low).ln() / (high / low).ln();
         LEFT + (part * f64::from(WIDTH - LEFT - RIGHT)).round() as i32
     }
 
@@ -230,9 +239,8 @@ impl Picture<'_> {
     /// Lines at 1, 2, 5, 10 and so on, with numbers above and below.
     fn scale<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn<DB> {
         let bottom = self.height - BOTTOM;
-        let (low, high) = self.powers;
-        let marks = (low..=high).flat_map(|power| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(power)));
-        for value in marks.filter(|value| *value <= 10f64.powi(high)) {
+        let (low, high) = self.ends;
+        for value in marks().filter(|value| (low..=high).contains(value)) {
             let x = self.x(value);
             canvas.line((x, TOP), (x, bottom), if value == 1.0 { ASIDE.1 } else { GRID })?;
             for (y, side) in [(TOP - 5, VPos::Bottom), (bottom + 7, VPos::Top)] {
@@ -255,5 +263,22 @@ impl Picture<'_> {
             canvas.text(&label, VALUE, (HPos::Left, VPos::Center), (to + 5, y + BAR / 2 - 1))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scale_goes_from_mark_to_mark() {
+        let row = |value| Row { name: "int.list", bars: vec![(Launcher::Ring3, value)] };
+        let ends = |values: &[f64]| Picture::new(&values.iter().map(|&v| row(v)).collect::<Vec<_>>()).ends;
+        assert_eq!(ends(&[0.99, 735.0]), (1.0, 1000.0));
+        assert_eq!(ends(&[0.4, 12.0]), (0.2, 20.0));
+        assert_eq!(ends(&[3.0]), (1.0, 10.0));
+        let rows = [row(0.99), row(1000.0)];
+        let picture = Picture::new(&rows);
+        assert_eq!((picture.x(0.99), picture.x(1000.0)), (LEFT, WIDTH - RIGHT));
     }
 }

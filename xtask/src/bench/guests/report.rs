@@ -123,22 +123,18 @@ fn groups(results: &Results) -> String {
     for bar in BARS {
         let measured = results.measured(bar, Launcher::Tcg);
         let mut cells = vec![bar.title.to_string()];
-        if bar.measure == Measure::Boot {
-            cells.extend(guests.iter().map(|_| "-".to_string()));
-            let speed = |l| Some(results.boot(l)? / results.boot(Launcher::Ring3)?);
-            cells.extend(rivals.iter().map(|&l| or_dash(speed(l))));
-        } else {
-            let mean =
-                |values: Vec<(&str, f64)>| or_dash(geomean(values.into_iter().map(|(_, value)| value)));
-            let slow = |l: Launcher| results.members(bar.list, |name| results.slowdown(l, name));
-            cells.extend(guests.iter().map(|&l| mean(slow(l))));
-            let speed = |l: Launcher| results.members(bar.list, |name| results.speed(l, name));
-            cells.extend(rivals.iter().map(|&l| mean(speed(l))));
-        }
+        let slow = |l: Launcher| results.members(bar.list, |name| results.slowdown(l, name));
+        cells.extend(guests.iter().map(|&l| or_dash(mean(&slow(l)))));
+        let boot = |l: Launcher| Some(results.boot(l)? / results.boot(Launcher::Ring3)?);
+        let speed = |l: Launcher| match bar.measure {
+            Measure::Boot => results.members(bar.list, |_| boot(l)),
+            _ => results.members(bar.list, |name| results.speed(l, name)),
+        };
+        cells.extend(rivals.iter().map(|&l| or_dash(mean(&speed(l)))));
         if cells[1..].iter().all(|cell| cell == "-") {
             continue;
         }
-        let met = match geomean(measured.iter().map(|(_, value)| *value)) {
+        let met = match mean(&measured) {
             Some(value) if bar.met(value) => "yes".into(),
             Some(value) => format!("no: {}", digits(value)),
             None => "-".into(),
@@ -147,6 +143,10 @@ fn groups(results: &Results) -> String {
         row(&mut out, &cells);
     }
     if out.len() == empty { String::new() } else { out }
+}
+
+fn mean(members: &[(&str, f64)]) -> Option<f64> {
+    geomean(members.iter().map(|(_, value)| *value))
 }
 
 fn bar_text(bar: &Bar) -> String {
