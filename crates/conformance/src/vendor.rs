@@ -5,7 +5,7 @@
 //! over from the host, and what is left must be equal. On Intel's hosts no row holds.
 //!
 //! Sources: AMD64 Architecture Programmer's Manual (APM), volume and section; "measured" where it is silent, on
-//! family 19h.
+//! family 19h unless something else is said.
 
 use std::ops::Range;
 
@@ -150,6 +150,41 @@ pub const ROWS: &[Row] = &[
         what: "REP CMPS and REP SCAS that fault leave the flags of the last comparison (measured)",
         applies: |seen| repeats(&seen.case.instruction) && seen.host_faults(MEMORY_FAULTS),
         parts: &[Part::Flags],
+    },
+    Row {
+        vendor: Vendor::Amd,
+        what: "CMPS looks at the operand at RDI first, and at the alignment of both before it reads them (measured on family 1Ah)",
+        applies: |seen| {
+            let compares = matches!(seen.mnemonic(), Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq);
+            compares && seen.host_faults(&[14, 17]) && seen.guest_faults(&[14])
+        },
+        parts: &[Part::All],
+    },
+    Row {
+        vendor: Vendor::Amd,
+        what: "VPMOV with a size changed and VBROADCAST take memory operands of less than 16 bytes of any alignment (measured on family 1Ah)",
+        applies: |seen| {
+            let name = format!("{:?}", seen.mnemonic());
+            let moves = name.starts_with("Vpmov") || name.starts_with("Vbroadcast");
+            moves && seen.operand_in_memory() && seen.guest_faults(&[17]) && !seen.host_faults(&[17])
+        },
+        parts: &[Part::All],
+    },
+    Row {
+        vendor: Vendor::Amd,
+        what: "VREDUCE gives a denormal although MXCSR.FZ is set, if underflow is unmasked (measured on family 1Ah)",
+        applies: |seen| {
+            const UM: u32 = 1 << 11;
+            let reduces = format!("{:?}", seen.mnemonic()).starts_with("Vreduce");
+            reduces && seen.case.machine.vectors.mxcsr & UM == 0
+        },
+        parts: &[Part::VectorOperands],
+    },
+    Row {
+        vendor: Vendor::Amd,
+        what: "XRSTOR that finds a reserved bit of MXCSR has restored nothing (measured on family 1Ah)",
+        applies: |seen| restores(seen) && seen.host_faults(&[13]) && seen.guest_faults(&[13]),
+        parts: &[Part::All],
     },
     Row {
         vendor: Vendor::Amd,

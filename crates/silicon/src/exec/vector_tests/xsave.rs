@@ -26,9 +26,16 @@ fn with_mask(guest: &mut Guest, mask: u64) {
     guest.set(reg::RBX, DATA).set(reg::RAX, mask).set(reg::RDX, 0);
 }
 
-/// Host instruction and x87 data pointers mean nothing.
+/// Host instruction and x87 data pointers mean nothing, and AMD's processors have one more bit in MXCSR_MASK.
 fn blank(image: &mut [u8]) {
     image[6..24].fill(0);
+    image[28..32].fill(0);
+}
+
+/// Bytes of the standard format that are alike on Intel's and the host's processors: AMD's have the components beyond AVX elsewhere.
+fn standard_alike() -> usize {
+    const OPMASK: u32 = 5;
+    if std::arch::x86_64::__cpuid_count(0xd, OPMASK).ebx == 1088 { AREA } else { 832 }
 }
 
 #[test]
@@ -51,7 +58,8 @@ fn images_are_the_hosts() {
             let mut ours = guest.bytes(DATA, AREA);
             blank(&mut ours);
             blank(&mut area.0);
-            let differs = (0..AREA).find(|&i| ours[i] != area.0[i]);
+            let compared = if code == XSAVE64 { standard_alike() } else { AREA };
+            let differs = (0..compared).find(|&i| ours[i] != area.0[i]);
             assert_eq!(differs, None, "{code:02x?} mask {mask:x}");
         }
     }
