@@ -17,7 +17,7 @@ use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use silicon::mmu::host::recover;
+use silicon::mmu::host::{announce_recovery, recover};
 
 use libc::{SIG_DFL, SIG_IGN, c_int, c_void, sigaction as SigAction, sighandler_t, siginfo_t, ucontext_t};
 
@@ -146,6 +146,7 @@ pub(crate) fn guard() {
         action.disposition.store(wanted.sa_sigaction, Ordering::Release);
         install(signal, Some(&guarded_action(&wanted)), &mut now);
     }
+    announce_recovery();
 }
 
 fn is_guarded(signal: c_int) -> bool {

@@ -1,7 +1,8 @@
 //! One logical processor: its architectural state and everything that executes on it.
 
+use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use iced_x86::Decoder;
 
@@ -36,9 +37,27 @@ pub enum Pending {
 }
 
 /// Things that a CPU looks at between blocks. Other threads set bits; see [`Requests::post`].
-#[derive(Debug, Default)]
-#[repr(transparent)]
-pub struct Requests(AtomicU32);
+#[derive(Debug)]
+#[repr(C)]
+pub struct Requests {
+    bits: AtomicU32,
+    /// Loops of translated code load what this points to. While they have to stop it is null, the load faults, and the
+    /// loop ends ([`crate::mmu::host::recover`]): that costs less than a branch, and keeps the flags.
+    pub(crate) poll: AtomicPtr<u32>,
+}
+
+/// What [`Requests::poll`] points to otherwise.
+static QUIET: u32 = 0;
+
+impl Default for Requests {
+    fn default() -> Requests {
+        Requests { bits: AtomicU32::new(0), poll: AtomicPtr::new(quiet()) }
+    }
+}
+
+fn quiet() -> *mut u32 {
+    (&raw const QUIET).cast_mut()
+}
 
 impl Requests {
     /// Leave guest mode ([`Exit::ExternalInterrupt`]).
@@ -47,28 +66,48 @@ impl Requests {
     pub const FLUSH: u32 = 1 << 1;
     /// Messages wait in the MMU's mailbox (code pages written, write permissions to drop).
     pub const MAIL: u32 = 1 << 2;
-    /// Own state needs care: single step, an interrupt shadow, a window to watch, an instruction limit.
-    /// Only the owning thread sets and clears it.
+    /// Own state needs care between blocks: single step, an interrupt shadow, a window to watch. Only the owning thread sets and
+    /// clears it, and loops of translated code need not stop for it: nothing in them changes that state.
     pub const LOCAL: u32 = 1 << 3;
     /// Pause until an exclusive operation of another CPU is over.
     pub const EXCLUSIVE: u32 = 1 << 4;
+    /// There is an instruction limit. Only the owning thread sets and clears it.
+    pub const LIMIT: u32 = 1 << 5;
+    /// What other threads ask for.
+    pub(crate) const FOREIGN: u32 = Requests::KICK | Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE;
 
     /// Asks for attention at the next block boundary.
     pub fn post(&self, bits: u32) {
-        self.0.fetch_or(bits, Ordering::SeqCst);
+        self.bits.fetch_or(bits, Ordering::SeqCst);
+        if bits & !Requests::LOCAL != 0 {
+            self.poll.store(ptr::null_mut(), Ordering::SeqCst);
+        }
     }
     /// Whether anything is asked for.
     #[inline(always)]
     pub fn any(&self) -> bool {
-        self.0.load(Ordering::Relaxed) != 0
+        self.bits.load(Ordering::Relaxed) != 0
     }
     /// Current bits.
     pub fn get(&self) -> u32 {
-        self.0.load(Ordering::SeqCst)
+        self.bits.load(Ordering::SeqCst)
     }
     /// Clears `bits` and returns those of them that were set.
     pub fn take(&self, bits: u32) -> u32 {
-        self.0.fetch_and(!bits, Ordering::SeqCst) & bits
+        let taken = self.bits.fetch_and(!bits, Ordering::SeqCst) & bits;
+        self.settle();
+        taken
+    }
+    /// If there is nothing to stop for, translated code's loops go on. (Whoever posts may still be about to stop them for what has
+    /// been taken already.)
+    pub(crate) fn settle(&self) {
+        let stops = || self.get() & !Requests::LOCAL != 0;
+        if !stops() && self.poll.load(Ordering::SeqCst).is_null() {
+            self.poll.store(quiet(), Ordering::SeqCst);
+            if stops() {
+                self.poll.store(ptr::null_mut(), Ordering::SeqCst);
+            }
+        }
     }
 }
 

@@ -15,11 +15,10 @@ use crate::vmx::{Exit, Injection};
 
 /// The interrupt shadows of STI and MOV SS.
 const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
-/// A block has at most this many instructions; closer to the limit we step.
-const BLOCK_LONGEST: u64 = 64;
+/// Between two looks at the requests at most so many instructions are executed, in a block or a region of translated code; closer to
+/// the limit we step.
+const BLOCK_LONGEST: u64 = 320;
 
-/// Requests that other threads make.
-const FOREIGN: u32 = Requests::KICK | Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE;
 /// How long a CPU that waits in guest mode sleeps between looks at its requests.
 const WAIT: Duration = Duration::from_micros(20);
 
@@ -218,9 +217,11 @@ impl Cpu {
     }
 
     fn inject(&mut self, injection: Injection) -> Result<(), Exit> {
-        self.code.new_epoch();
+        if matches!(injection, Injection::Interrupt(_) | Injection::Nmi) {
+            self.code.new_epoch();
+        }
         let event = match injection {
-            Injection::Interrupt(vector) => Event::Interrupt(vector),
+            Injection::Interrupt(vector) | Injection::Timer(vector) => Event::Interrupt(vector),
             Injection::Nmi => Event::Nmi,
             Injection::Exception(exception) => Event::Injected(exception),
             Injection::Software { vector, length } => {
@@ -240,8 +241,8 @@ impl Cpu {
         if !self.replay.done.is_empty() {
             return Ok(Next::Step);
         }
-        if self.requests.get() & FOREIGN != 0 {
-            let requests = self.requests.take(FOREIGN);
+        if self.requests.get() & Requests::FOREIGN != 0 {
+            let requests = self.requests.take(Requests::FOREIGN);
             self.mmu_requests(requests);
             if requests & Requests::KICK != 0 {
                 self.exit_instruction_length = 0;
@@ -334,14 +335,14 @@ impl Cpu {
             || self.event_window.stalls_instructions()
             || self.step_next
             || self.permitted_lock.is_some()
-            || controls.instruction_limit != u64::MAX
             || !self.replay.done.is_empty();
-        // Nobody else changes this bit, so it is written only when it has to be.
-        if local != (self.requests.get() & Requests::LOCAL != 0) {
-            if local {
-                self.requests.post(Requests::LOCAL);
-            } else {
-                self.requests.take(Requests::LOCAL);
+        let limit = controls.instruction_limit != u64::MAX;
+        // Nobody else changes these bits, so they are written only when they have to be.
+        for (on, bit) in [(local, Requests::LOCAL), (limit, Requests::LIMIT)] {
+            if on && self.requests.get() & bit == 0 {
+                self.requests.post(bit);
+            } else if !on && self.requests.get() & bit != 0 {
+                self.requests.take(bit);
             }
         }
     }

@@ -362,7 +362,11 @@ impl Vcpu {
                 && self.cpu.interrupt_allowed()
                 && let Some(vector) = self.acknowledge_interrupt()
             {
-                self.cpu.injection = Some(Injection::Interrupt(vector));
+                let timer = self.lapic.as_ref().and_then(|lapic| lapic.timer_vector());
+                self.cpu.injection = Some(match timer {
+                    Some(timer) if timer == vector => Injection::Timer(vector),
+                    _ => Injection::Interrupt(vector),
+                });
                 self.handle.stats.interrupts.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             }
         }
@@ -409,7 +413,9 @@ impl Vcpu {
         let length = self.cpu.exit_instruction_length;
         match self.cpu.injection.take() {
             None => {}
-            Some(Injection::Interrupt(vector)) => self.events.requeue(Event::Interrupt(vector), length),
+            Some(Injection::Interrupt(vector) | Injection::Timer(vector)) => {
+                self.events.requeue(Event::Interrupt(vector), length)
+            }
             Some(Injection::Nmi) => self.events.requeue(Event::Nmi, length),
             Some(Injection::Exception(exception)) => self.events.requeue(Event::Injected(exception), length),
             Some(Injection::Software { vector, length }) => {

@@ -185,8 +185,10 @@ impl Vcpu {
             self.update_msr_exiting();
             self.update_bus_lock_detection();
             let exit = self.enter(enter);
-            // A serializing instruction sees all code that was written before it (SDM vol. 3A, 9.3), by whomever.
-            let serializes = matches!(exit, Exit::Cpuid | Exit::Wbinvd | Exit::Invd);
+            // A serializing instruction sees all code that was written before it (SDM vol. 3A, 9.3), by whomever. Programs, which
+            // ask CPUID dozens of times when they start, see what other vCPUs write anyway.
+            let serializes =
+                matches!(exit, Exit::Cpuid | Exit::Wbinvd | Exit::Invd) && self.cpu.state.cpl == 0;
             enter = if serializes { Cpu::run } else { Cpu::resume };
             if let Some(user) = self.finish_exit(exit)? {
                 return Ok(user);

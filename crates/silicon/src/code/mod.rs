@@ -2,21 +2,25 @@
 //!
 //! A block stays valid as long as the bytes that it was decoded from do not change. Guest stores to a page that
 //! holds decoded code take the MMU's slow path and call [`Cpu::code_written`]. Writes that nobody tells us of
-//! (devices, other threads, the host kernel) become visible at an *epoch* change: an entry to guest mode, an
-//! interrupt, a new executable mapping. The first use of a block in a new epoch compares its bytes.
+//! (devices, other threads, the host kernel) become visible at an *epoch* change (an entry to guest mode after the hypervisor's client had
+//! its turn, an interrupt) and at a new executable mapping. The first use of a page's blocks after that compares the page
+//! with a copy.
 #![expect(unsafe_code, reason = "blocks are referenced by raw pointer while they run; see `BlockRef`")]
 
+mod block;
 pub(crate) mod lower;
 pub(crate) mod op;
 pub(crate) mod thread;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::num::NonZeroU64;
-use std::ptr::NonNull;
+use std::ops::Range;
+use std::rc::Rc;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Encoder, FlowControl, Instruction};
 
+use crate::code::block::Block;
+pub(crate) use crate::code::block::BlockRef;
 use crate::code::lower::{LowerCtx, op_base};
 use crate::code::op::{Flow, Op};
 use crate::cpu::{Cpu, Pending};
@@ -31,83 +35,14 @@ const BLOCK_MAX: usize = 48;
 /// Operations in all blocks of a CPU at most; past that the cache is emptied (about 30 MiB).
 const CACHE_OPS_MAX: usize = 400_000;
 /// Entries of the jump cache.
-pub(crate) const JUMP_ENTRIES: usize = 1 << 14;
+const JUMP_ENTRIES: usize = 1 << 14;
 /// Bytes in a page.
 const PAGE: u64 = 4096;
+/// Bytes in an instruction at most.
+const INSTRUCTION_LONGEST: usize = 15;
 
-/// A run of decoded instructions that ends at a control transfer, a page end, or an instruction that needs a
-/// fresh look at the machine.
-#[derive(Debug)]
-#[repr(C)]
-pub(crate) struct Block {
-    /// Epoch in which `source` was last compared.
-    pub(crate) checked: Cell<u64>,
-    /// Where the host code for the whole block is ([`crate::translate`]); 0: there is none.
-    pub(crate) translation: Cell<u64>,
-    ops: Box<[Op]>,
-    /// The bytes that were decoded.
-    source: Box<[u8]>,
-    /// Where those bytes are in host memory (the part in the first page).
-    host: u64,
-    /// The last instruction reaches into the next page: never cached in the jump cache, compared at each use.
-    crossing: bool,
-}
-
-/// A block that outlives its use: blocks are only freed by [`CodeCache::reclaim`], which runs between blocks.
+/// Entry of the jump cache.
 #[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(crate) struct BlockRef(NonNull<Block>);
-
-impl BlockRef {
-    /// Its operations.
-    pub(crate) fn ops(&self) -> &[Op] {
-        // SAFETY: blocks are freed only in `reclaim`, which the engine calls while it holds no `BlockRef`.
-        unsafe { &self.0.as_ref().ops }
-    }
-
-    /// Its first operation.
-    #[inline(always)]
-    pub(crate) fn first(&self) -> &Op {
-        // SAFETY: as above; and `decode_block` makes no block without a `fall_through` at its end.
-        unsafe { self.0.as_ref().ops.get_unchecked(0) }
-    }
-
-    /// The bytes that it was decoded from.
-    pub(crate) fn source(&self) -> &[u8] {
-        // SAFETY: as above.
-        unsafe { &self.0.as_ref().source }
-    }
-
-    /// Where the host code for all of it is, if there is any.
-    #[inline(always)]
-    pub(crate) fn translation(&self) -> Option<NonZeroU64> {
-        // SAFETY: as above.
-        NonZeroU64::new(unsafe { self.0.as_ref().translation.get() })
-    }
-
-    /// There is host code for all of it.
-    pub(crate) fn set_translation(&self, at: u64) {
-        // SAFETY: as above.
-        unsafe { self.0.as_ref().translation.set(at) };
-    }
-
-    /// Epoch in which its bytes were last compared.
-    #[inline(always)]
-    fn checked(&self) -> u64 {
-        // SAFETY: as above.
-        unsafe { self.0.as_ref().checked.get() }
-    }
-
-    /// Bytes of code.
-    fn len(&self) -> u64 {
-        // SAFETY: as above.
-        unsafe { self.0.as_ref().source.len() as u64 }
-    }
-}
-
-/// Entry of the jump cache. Translated code looks at it, too.
-#[derive(Clone, Copy)]
-#[repr(C)]
 pub(crate) struct JumpEntry {
     pub(crate) lin: u64,
     pub(crate) context: u64,
@@ -118,8 +53,14 @@ pub(crate) struct JumpEntry {
 
 #[derive(Default)]
 struct CodePage {
+    /// What the page holds, the epoch in which that was last compared, and where the page is in host memory.
+    copy: Option<Box<PageBytes>>,
+    checked: u64,
+    host: u64,
     /// Key: page offset | code size << 12 | single << 14.
     blocks: HashMap<u16, Box<Block>, BuildMixer>,
+    /// Blocks of other pages that reach into this one: their pages and keys. They may have been dropped since.
+    reaching: Vec<(u64, u16)>,
     /// Other CPUs may still write this page without telling: compare at each use.
     unstable: bool,
     /// The 64-byte lines, bit per line, that bytes of blocks lie in; perhaps more.
@@ -129,6 +70,9 @@ struct CodePage {
     /// How often all blocks were dropped because of such stores.
     purges: u32,
 }
+
+/// All bytes of a page.
+type PageBytes = [u8; PAGE as usize];
 
 /// Stores beside the code of a page before its blocks are dropped to make such stores fast; twice as many after
 /// each time.
@@ -224,7 +168,7 @@ impl CodeCache {
 
     /// Whether any code of page `gfn` is decoded here.
     pub(crate) fn holds(&self, gfn: u64) -> bool {
-        self.pages.get(&gfn).is_some_and(|page| !page.blocks.is_empty())
+        self.pages.get(&gfn).is_some_and(|page| !page.blocks.is_empty() || !page.reaching.is_empty())
     }
 
     /// Other CPUs hold write mappings of `gfn`: its blocks are compared at each use until this is taken back.
@@ -233,6 +177,8 @@ impl CodeCache {
             && page.unstable != unstable
         {
             page.unstable = unstable;
+            // Host code looks at its bytes less often than at each use. (It may be translated anew when the page is stable.)
+            self.blocks_in(gfn).for_each(Block::forget_translation);
             self.generation += 1;
             // What was compared while the page was unstable may have changed since.
             self.epoch += 1;
@@ -241,16 +187,78 @@ impl CodeCache {
 
     /// The page may have been written unseen: compare its blocks at their next use through a new mapping.
     pub(crate) fn revalidate(&mut self, gfn: u64) {
+        self.blocks_in(gfn).for_each(|block| block.checked.set(0));
         if let Some(page) = self.pages.get_mut(&gfn) {
-            for block in page.blocks.values() {
-                block.checked.set(0);
+            page.checked = 0;
+        }
+    }
+
+    /// Page `gfn`, at `host`, has been found to hold `bytes`: drops what was decoded from other bytes or another place.
+    fn page_holds(&mut self, gfn: u64, host: u64, bytes: &PageBytes) -> usize {
+        let epoch = self.epoch;
+        let Some(page) = self.pages.get_mut(&gfn) else { return 0 };
+        page.checked = epoch;
+        if page.host == host && page.copy.as_deref() == Some(bytes) {
+            return 0;
+        }
+        page.host = host;
+        page.copy = Some(Box::new(*bytes));
+        let is_stale = |block: &Block| {
+            let offset = block.offset();
+            block.host != host + offset as u64 || !bytes[offset..].starts_with(block.parts().0)
+        };
+        let stale: Vec<Range<usize>> =
+            page.blocks.values().filter(|block| is_stale(block)).map(|block| block.range()).collect();
+        let reaching = page.reaching.clone();
+        let mut dropped = stale.into_iter().map(|range| self.drop_bytes(gfn, range.start, range.end)).sum();
+        for (other, key) in reaching {
+            let block = self.pages.get(&other).and_then(|page| page.blocks.get(&key));
+            let is_stale = |block: &Block| {
+                block.next.is_some_and(|next| next.host != host || !bytes.starts_with(block.parts().1))
+            };
+            let Some(block) = block.filter(|block| is_stale(block)) else { continue };
+            let offset = block.offset();
+            dropped += self.drop_bytes(other, offset, offset + 1);
+        }
+        dropped
+    }
+
+    /// Bytes `from..to` of page `gfn` have been written, and told of.
+    fn note_bytes(&mut self, gfn: u64, from: usize, to: usize) {
+        let Some(page) = self.pages.get_mut(&gfn) else { return };
+        let to = to.min(PAGE as usize);
+        if let Some(copy) = &mut page.copy {
+            let host = page.host + from as u64;
+            // SAFETY: the page was there when it was compared last, and is guest memory.
+            if unsafe { host::copy(host as *const u8, copy[from..to].as_mut_ptr(), to - from) }.is_err() {
+                page.copy = None;
             }
         }
     }
 
+    /// The blocks that lie in page `gfn` or reach into it.
+    fn blocks_in(&self, gfn: u64) -> impl Iterator<Item = &Block> {
+        let page = self.pages.get(&gfn);
+        let own = page.into_iter().flat_map(|page| page.blocks.values());
+        let reaching = page.into_iter().flat_map(|page| &page.reaching);
+        let reaching = reaching.filter_map(|(gfn, key)| self.pages.get(gfn)?.blocks.get(key));
+        own.chain(reaching).map(|block| &**block)
+    }
+
     /// Drops the blocks of `gfn` that bytes `from..to` of the page belong to; the number dropped.
     pub(crate) fn written(&mut self, gfn: u64, from: usize, to: usize) -> usize {
+        self.note_bytes(gfn, from, to);
         let Some(page) = self.pages.get_mut(&gfn) else { return 0 };
+        let reaching =
+            if from < INSTRUCTION_LONGEST { std::mem::take(&mut page.reaching) } else { Vec::new() };
+        if !reaching.is_empty() {
+            let other = self.written(gfn, from, to);
+            let dropped = reaching.into_iter().map(|(gfn, key)| {
+                let offset = usize::from(key & 0xfff);
+                self.drop_bytes(gfn, offset, offset + 1)
+            });
+            return other + dropped.sum::<usize>();
+        }
         let (mut from, mut to) = (from, to);
         if page.lines & lines(from, to) == 0 {
             page.misses += 1;
@@ -261,26 +269,54 @@ impl CodeCache {
             (page.misses, page.purges) = (0, page.purges.saturating_add(1));
             (from, to) = (0, PAGE as usize);
         }
-        let stale: Vec<u16> = (page.blocks.iter())
-            .filter(|(key, block)| {
-                let start = usize::from(**key & 0xfff);
-                start < to && start + block.source.len() > from
-            })
-            .map(|(key, _)| *key)
-            .collect();
-        for key in &stale {
-            if let Some(block) = page.blocks.remove(key) {
-                self.ops -= block.ops.len();
-                retire(&mut self.graveyard, block);
+        self.drop_bytes(gfn, from, to)
+    }
+
+    /// The block for `key` in page `gfn`, and whether it has to be compared at each use.
+    fn find(&self, gfn: u64, key: u16) -> Option<(BlockRef, bool)> {
+        let page = self.pages.get(&gfn)?;
+        let block = page.blocks.get(&key)?;
+        let next = block.next.and_then(|next| self.pages.get(&next.gfn));
+        let unstable = page.unstable || next.is_some_and(|next| next.unstable);
+        Some((BlockRef::to(block), unstable))
+    }
+
+    /// Drops the blocks of `gfn` that bytes `from..to` belong to, and host code that depends on them; the number of blocks.
+    fn drop_bytes(&mut self, gfn: u64, from: usize, to: usize) -> usize {
+        let Some(page) = self.pages.get_mut(&gfn) else { return 0 };
+        let mut changed = false;
+        let stale = page.blocks.extract_if(|_, block| {
+            if !block.depends_on(from, to) {
+                return false;
             }
+            changed = true;
+            block.forget_translation();
+            // Without host code it depends on its own bytes alone.
+            block.depends_on(from, to)
+        });
+        let stale: Vec<(u16, Box<Block>)> = stale.collect();
+        let dropped = stale.len();
+        for (_, block) in stale {
+            self.ops -= block.ops.len();
+            retire(&mut self.graveyard, block);
         }
         if page.blocks.is_empty() {
             page.lines = 0;
         }
-        if !stale.is_empty() {
+        if changed {
             self.generation += 1;
         }
-        stale.len()
+        dropped
+    }
+
+    /// Host code goes from each of these blocks, of one page, to the others without asking.
+    pub(crate) fn join(blocks: impl Iterator<Item = BlockRef> + Clone) {
+        let pieces: Rc<[Range<usize>]> = blocks.clone().map(|block| block.block().range()).collect();
+        for block in blocks {
+            let block = block.block();
+            block.others.replace(Some(pieces.clone()));
+            block.joined.set(block.joined.get().saturating_add(1));
+        }
     }
 }
 
@@ -294,7 +330,7 @@ fn retire(graveyard: &mut Vec<Box<Block>>, block: Box<Block>) {
 }
 
 /// The block that held this operation was dropped: look the code up again.
-fn resync(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+pub(crate) fn resync(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     cpu.at(op);
     cpu.state.rip = cpu.ip_of(op);
     // The engine counts this operation as one more, which may be the first of all.
@@ -370,15 +406,14 @@ impl Cpu {
         if self.entered(&entry, lin).is_none() {
             return Ok(None);
         }
-        let page = self.fetch_page(lin)?;
+        let Some(block) = entry.block else { return Ok(None) };
+        let crossing = block.block().next.is_some();
+        let (page, next) = self.fetch_pages(lin, crossing)?;
+        self.compare_page(page)?;
+        next.map_or(Ok(()), |next| self.compare_page(next))?;
         let Some(reference) = self.entered(&entry, lin) else { return Ok(None) };
-        // SAFETY: `entered` says that the block has not been dropped.
-        let block = unsafe { reference.0.as_ref() };
-        let host = page.host + (lin & (PAGE - 1));
-        // SAFETY: `fetch_page` gave the page's host address just now, and no block in the jump cache goes beyond
-        // its page.
-        let same = unsafe { host::same(host, &block.source) };
-        if block.host != host || !self.present(same)? {
+        let block = reference.block();
+        if !block.lies_in(page, next) {
             return Ok(None);
         }
         block.checked.set(self.code.epoch);
@@ -392,14 +427,49 @@ impl Cpu {
         (self.mmu.address_space(lin) << 3) | ((self.state.code_size as u64) << 1) | user
     }
 
-    /// The block that begins with `first`, an operation at RIP that is about to run, if it lies within its page.
-    pub(crate) fn block_of(&mut self, first: &Op) -> Option<BlockRef> {
+    /// Has the page of `lin`, where code runs, be in the TLB and compared: what runs may have been found without either. False: it
+    /// cannot be, or blocks have been dropped.
+    pub(crate) fn page_at_hand(&mut self, lin: u64) -> bool {
+        let generation = self.code.generation;
+        let page = self.fetch_page(lin).and_then(|page| self.compare_page(page));
+        if page.is_err() {
+            // The engine will find out again, where it matters.
+            self.pending = Pending::None;
+        }
+        page.is_ok() && self.code.generation == generation
+    }
+
+    /// The block that begins with `first`, an operation at RIP that is about to run, if it need not be compared at each use, and
+    /// whether it lies within one page.
+    pub(crate) fn block_of(&self, first: &Op) -> Option<(BlockRef, bool)> {
+        let block = self.block_in_page_of(first, first.page_offset)?;
+        std::ptr::eq(block.first(), first).then(|| (block, block.block().next.is_none()))
+    }
+
+    /// The block at `offset` of the page that `first`, an operation at RIP, lies in, likewise; its bytes are what they were.
+    pub(crate) fn block_in_page_of(&self, first: &Op, offset: u16) -> Option<BlockRef> {
         let lin = self.ip_of(first);
-        let page = self.mmu.tlb.exec_hit(self.state.cpl == 3, lin)?.0;
-        let key = first.page_offset | ((self.state.code_size as u16) << 12);
-        let block = self.code.pages.get_mut(&page)?.blocks.get_mut(&key)?;
-        let whole = !block.crossing && std::ptr::eq(block.ops.as_ptr(), first);
-        whole.then(|| BlockRef(NonNull::from(&mut **block)))
+        let user = self.state.cpl == 3;
+        let at_hand = |lin| self.mmu.tlb.exec_hit(user, lin).map(|(gfn, host)| ExecPage { gfn, host });
+        let page = at_hand(lin)?;
+        let key = offset | ((self.state.code_size as u16) << 12);
+        let (found, _) = self.code.find(page.gfn, key).filter(|(_, unstable)| !unstable)?;
+        let block = found.block();
+        let next = if block.next.is_some() { at_hand((lin & !(PAGE - 1)).wrapping_add(PAGE)) } else { None };
+        if !block.lies_in(page, next) {
+            return None;
+        }
+        let current = |page: ExecPage| {
+            let known = self.code.pages.get(&page.gfn);
+            known.is_some_and(|known| known.checked == self.code.epoch && known.host == page.host)
+        };
+        if block.checked.get() != self.code.epoch {
+            if !current(page) || !next.is_none_or(current) {
+                return None;
+            }
+            block.checked.set(self.code.epoch);
+        }
+        Some(found)
     }
 
     /// A block from here might reach beyond the limit of CS: instructions are taken one by one, and each is
@@ -443,73 +513,83 @@ impl Cpu {
             return Ok(found);
         }
         let block = self.decode_block(page, lin, offset, single)?;
-        self.code.ops += block.ops.len();
+        self.enter_code(page, key, block);
+        self.cached_block(page, key, lin)?.map_or_else(|| Err(self.retry()), Ok)
+    }
+
+    /// Keeps a block that has just been decoded.
+    fn enter_code(&mut self, page: ExecPage, key: u16, block: Block) {
         self.counters.blocks_decoded += 1;
-        let crossing = block.crossing;
+        let (offset, next) = (block.offset(), block.next);
         let code = &mut self.code;
+        if code.pages.get(&page.gfn).is_some_and(|page| page.blocks.contains_key(&key)) {
+            code.drop_bytes(page.gfn, offset, offset + 1);
+        }
+        code.ops += block.ops.len();
+        let mut fresh = [None; 2];
         let code_page = code.pages.entry(page.gfn).or_default();
-        let fresh = code_page.blocks.is_empty();
-        code_page.lines |= lines(usize::from(offset), usize::from(offset) + block.source.len());
-        if let Some(old) = code_page.blocks.insert(key, Box::new(block)) {
-            code.ops -= old.ops.len();
-            code.generation += 1;
-            retire(&mut code.graveyard, old);
+        fresh[0] = code_page.blocks.is_empty().then_some(page.gfn);
+        code_page.lines |= lines(offset, offset + block.source.len());
+        code_page.blocks.insert(key, Box::new(block));
+        if let Some(next) = next {
+            let fresh_next = !code.holds(next.gfn);
+            code.pages.entry(next.gfn).or_default().reaching.push((page.gfn, key));
+            fresh[1] = fresh_next.then_some(next.gfn);
         }
-        if fresh {
-            // Marked after decoding, so what was written in between is found by the comparison that the
-            // first use makes.
-            self.mark_code_page(page.gfn);
+        for gfn in fresh.into_iter().flatten() {
+            // Marked after decoding, so what was written in between is found by the comparison that the first use makes.
+            self.mark_code_page(gfn);
         }
-        let found = self.code.pages.get_mut(&page.gfn).and_then(|p| p.blocks.get_mut(&key));
-        let Some(block) = found else { return Err(self.retry()) };
-        block.checked.set(0);
-        let reference = BlockRef(NonNull::from(&mut **block));
-        if crossing {
-            Ok(reference)
-        } else {
-            self.cached_block(page, key, lin)?.map_or_else(|| Err(self.retry()), Ok)
+    }
+
+    /// Blocks of the page are what the page holds, from now on until something is written without telling.
+    fn compare_page(&mut self, page: ExecPage) -> Result<(), Abort> {
+        let known = self.code.pages.get(&page.gfn);
+        if known.is_none_or(|known| known.checked == self.code.epoch && known.host == page.host) {
+            return Ok(());
         }
+        let mut bytes = [0; PAGE as usize];
+        self.copy_code(page.host, &mut bytes)?;
+        self.counters.blocks_invalidated += self.code.page_holds(page.gfn, page.host, &bytes) as u64;
+        Ok(())
+    }
+
+    /// The page of `lin`, and if asked for the one behind it.
+    fn fetch_pages(&mut self, lin: u64, both: bool) -> Result<(ExecPage, Option<ExecPage>), Abort> {
+        let page = self.fetch_page(lin)?;
+        let next = if both { Some(self.fetch_page((lin & !(PAGE - 1)).wrapping_add(PAGE))?) } else { None };
+        Ok((page, next))
     }
 
     /// The cached block for `key`, if its bytes are what they were; enters it into the jump cache.
     fn cached_block(&mut self, page: ExecPage, key: u16, lin: u64) -> Result<Option<BlockRef>, Abort> {
         let context = self.fetch_context(lin);
-        let Some(code_page) = self.code.pages.get_mut(&page.gfn) else { return Ok(None) };
-        let unstable = code_page.unstable;
-        let Some(block) = code_page.blocks.get_mut(&key) else { return Ok(None) };
-        let (reference, crossing) = (BlockRef(NonNull::from(&mut **block)), block.crossing);
-        if block.checked.get() != self.code.epoch || unstable || crossing {
-            let valid = if crossing {
-                let source = block.source.clone();
-                let mut now = [0; 16];
-                self.fetch_bytes(lin, &mut now[..source.len()])? && now[..source.len()] == *source
-            } else {
-                let (host, known) = (page.host + (lin & (PAGE - 1)), block.host);
-                // SAFETY: `fetch_page` gave the page's host address just now, and a block that does not cross
-                // lies within it.
-                let same = unsafe { host::same(host, &block.source) };
-                self.present(same)? && known == host
-            };
-            let code = &mut self.code;
-            let Some(code_page) = code.pages.get_mut(&page.gfn) else { return Ok(None) };
-            if !valid {
-                if let Some(old) = code_page.blocks.remove(&key) {
-                    code.ops -= old.ops.len();
-                    code.generation += 1;
-                    retire(&mut code.graveyard, old);
-                    self.counters.blocks_invalidated += 1;
-                }
+        let Some((found, unstable)) = self.code.find(page.gfn, key) else { return Ok(None) };
+        if found.checked() != self.code.epoch || unstable {
+            let (page, next) = self.fetch_pages(lin, found.block().next.is_some())?;
+            if !unstable {
+                self.compare_page(page)?;
+                next.map_or(Ok(()), |next| self.compare_page(next))?;
+            }
+            // What that has done may have dropped it.
+            let Some((found, _)) = self.code.find(page.gfn, key) else { return Ok(None) };
+            let block = found.block();
+            // SAFETY: the pages are there, just now.
+            let same = if unstable { unsafe { block.is_unchanged() } } else { Ok(true) };
+            if !block.lies_in(page, next) || !self.present(same)? {
+                let offset = block.offset();
+                let dropped = self.code.drop_bytes(page.gfn, offset, offset + 1);
+                self.counters.blocks_invalidated += dropped as u64;
                 return Ok(None);
             }
-            if let Some(block) = code_page.blocks.get_mut(&key) {
-                block.checked.set(code.epoch);
-            }
+            block.checked.set(self.code.epoch);
         }
-        if !unstable && !crossing && key & (1 << 14) == 0 {
+        let Some((found, unstable)) = self.code.find(page.gfn, key) else { return Ok(None) };
+        if !unstable && key & (1 << 14) == 0 {
             let generation = self.code.generation;
-            self.code.jump[jump_index(lin)] = JumpEntry { lin, context, generation, block: Some(reference) };
+            self.code.jump[jump_index(lin)] = JumpEntry { lin, context, generation, block: Some(found) };
         }
-        Ok(Some(reference))
+        Ok(Some(found))
     }
 
     /// Whether the instruction at RIP, which an exit has just left there, is one of the x87's. For hypervisors whose clients
@@ -549,7 +629,7 @@ impl Cpu {
         let code_size = self.state.code_size;
         let mut ops: Vec<Op> = Vec::new();
         let mut at = start;
-        let mut crossing = false;
+        let mut next = None;
         let limit = if single { 1 } else { BLOCK_MAX };
         loop {
             let ctx = LowerCtx { code_size, features: &self.features, stubs: &self.hostexec.stubs };
@@ -558,12 +638,12 @@ impl Cpu {
                 if !ops.is_empty() {
                     break;
                 }
-                if available - at < 15 && !crossing {
+                if available - at < INSTRUCTION_LONGEST && next.is_none() {
                     // The instruction goes on in the next page: fetching that may fault.
-                    let next = self.fetch_page((lin & !(PAGE - 1)).wrapping_add(PAGE))?;
-                    self.copy_code(next.host, &mut bytes[PAGE as usize..PAGE as usize + 15])?;
-                    available = PAGE as usize + 15;
-                    crossing = true;
+                    let page = self.fetch_page((lin & !(PAGE - 1)).wrapping_add(PAGE))?;
+                    available = PAGE as usize + INSTRUCTION_LONGEST;
+                    self.copy_code(page.host, &mut bytes[PAGE as usize..available])?;
+                    next = Some(page);
                     continue;
                 }
                 let mut op = op_base(&ins, &ctx, too_long);
@@ -578,11 +658,11 @@ impl Cpu {
             at += ins.len().max(1);
             // Instructions that change the machine end the block by what their handlers return.
             let ends = ins.flow_control() != FlowControl::Next;
-            if ends || crossing || ops.len() >= limit || at >= PAGE as usize {
+            if ends || next.is_some() || ops.len() >= limit || at >= PAGE as usize {
                 break;
             }
         }
-        if !single && !crossing {
+        if !single {
             self.watch_block(&ops);
         }
         let mut tail = op_base(
@@ -598,7 +678,9 @@ impl Cpu {
             host: page.host + u64::from(offset),
             checked: Cell::new(0),
             translation: Cell::new(0),
-            crossing,
+            others: RefCell::new(None),
+            joined: Cell::new(0),
+            next,
         })
     }
 

@@ -173,8 +173,9 @@ fn user_wait(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     finish(cpu, op)
 }
 
-/// Code that anyone has changed is seen after this.
+/// The block ends, so that mail is read: what other CPUs have changed is told. (What devices have written as code is seen at
+/// interrupts, exits and new mappings, as with the other serializing instructions: kernels execute this after each of the
+/// thousands of patches that they make of themselves.)
 fn serialize(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    cpu.code.new_epoch();
     finish(cpu, op)
 }

@@ -1,7 +1,7 @@
 //! Memory that machine code is written to and run from.
 //!
-//! One anonymous file is mapped twice: readable and writable at one address, readable and executable at another.
-//! No page is ever writable and executable at the same address.
+//! One anonymous file is mapped twice: readable and writable, and behind that, within reach of RIP-relative addresses, readable and
+//! executable. No page is ever writable and executable at the same address.
 #![expect(unsafe_code, reason = "maps memory and writes machine code")]
 
 use std::io;
@@ -50,16 +50,20 @@ impl Arena {
         if unsafe { libc::ftruncate(file.as_raw_fd(), size as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let writable = map(&file, size, libc::PROT_READ | libc::PROT_WRITE)?;
-        let executable = match map(&file, size, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(view) => view,
-            Err(error) => {
-                // SAFETY: a map of `size` bytes made just above, and not used any more.
-                unsafe { libc::munmap(writable.as_ptr().cast(), size) };
-                return Err(error);
-            }
+        // SAFETY: a new mapping of nothing, at an address that the kernel chooses.
+        let room = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(ptr::null_mut(), 2 * size, libc::PROT_NONE, flags, -1, 0)
         };
-        Ok(Arena { writable, executable, size, used: 0, data: 0 })
+        if room == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let room = NonNull::new(room.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: the second half of the room.
+        let arena = Arena { writable: room, executable: unsafe { room.add(size) }, size, used: 0, data: 0 };
+        map(&file, arena.writable, size, libc::PROT_READ | libc::PROT_WRITE)?;
+        map(&file, arena.executable, size, libc::PROT_READ | libc::PROT_EXEC)?;
+        Ok(arena)
     }
 
     /// Adds `code`; the address to call, or `None` when the arena is full.
@@ -112,20 +116,17 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        for view in [self.writable, self.executable] {
-            // SAFETY: both are our own maps of `size` bytes; the owner of the stubs' addresses is gone.
-            unsafe { libc::munmap(view.as_ptr().cast(), self.size) };
-        }
+        // SAFETY: our own room, of both views; the owner of the code's addresses is gone.
+        unsafe { libc::munmap(self.writable.as_ptr().cast(), 2 * self.size) };
     }
 }
 
-fn map(file: &OwnedFd, size: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
-    // SAFETY: a new mapping at an address that the kernel chooses.
-    let at = unsafe { libc::mmap(ptr::null_mut(), size, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-    if at == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    NonNull::new(at.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+/// Maps the file at `at`, in room of our own.
+fn map(file: &OwnedFd, at: NonNull<u8>, size: usize, protection: libc::c_int) -> io::Result<()> {
+    let (flags, fd) = (libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd());
+    // SAFETY: the caller's room.
+    let mapped = unsafe { libc::mmap(at.as_ptr().cast(), size, protection, flags, fd, 0) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
@@ -248,6 +249,19 @@ pub unsafe fn recover(signal: c_int, info: *const siginfo_t, context: *mut c_voi
 /// Memory that has failed was accessed.
 const BUS_MCEERR_AR: c_int = 4;
 
+/// Whether somebody calls [`recover`].
+static RECOVERS: AtomicBool = AtomicBool::new(false);
+
+/// The process has handlers of SIGSEGV and SIGBUS that call [`recover`]: translated code may count on it from now on.
+pub fn announce_recovery() {
+    RECOVERS.store(true, Ordering::SeqCst);
+}
+
+/// Whether faults are recovered from.
+pub(crate) fn recovers() -> bool {
+    RECOVERS.load(Ordering::SeqCst)
+}
+
 /// The signals.
 const SIGNALS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
@@ -269,6 +283,7 @@ pub fn install() {
             before
         })
     });
+    announce_recovery();
 }
 
 extern "C" fn on_signal(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {

@@ -7,7 +7,7 @@
 //!
 //! **Second level.** Translations with their rights, independent of the access class, set-associative.
 //!
-//! **In front of it**, for translated code: the page that was accessed last by way of each base register ([`Recent`]).
+//! **In front of it**, for translated code: the page that was accessed last by way of operands that look alike ([`Recent`]).
 //! It holds for what is current, and is forgotten when anything of that changes.
 //!
 //! **Address spaces.** The low 12 bits of a tag hold a number that stands for the address space. Each PCID has
@@ -122,19 +122,19 @@ impl Entry {
 }
 
 /// The page that translated code accessed last in one way: an access at `lin` is to it if `lin ^ page` is less than the
-/// page's size, and goes to that plus `host`.
+/// page's size, and goes to `lin` plus `addend`.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Recent {
     /// Linear address of the page.
     pub(crate) page: u64,
-    /// Host address of the page.
-    pub(crate) host: u64,
+    /// Host address minus linear address.
+    pub(crate) addend: u64,
 }
 
 impl Recent {
-    /// Ways of access: by each general register as base (their numbers), relative to RIP, without a base, by FS and by GS.
-    pub(crate) const WAYS: usize = 20;
+    /// Ways of access: operands that look alike go the same way.
+    pub(crate) const WAYS: usize = 32;
     /// Kinds of access: loads, stores, locked accesses.
     pub(crate) const KINDS: usize = 3;
 
@@ -144,9 +144,36 @@ impl Recent {
     fn none() -> Recent {
         let random = RandomState::new().hash_one(0);
         let page = (random & !PAGE_MASK | 1 << 63) & !(1 << 56);
-        Recent { page, host: 0xffff_8000_0000_0000 }
+        Recent { page, addend: 0xffff_8000_0000_0000_u64.wrapping_sub(page) }
     }
 }
+
+/// A page that translated code has accessed, found by its address: where operands lie in many pages, the one accessed last is
+/// seldom the next one. An access at `lin` is to it if `lin ^ page` is less than the page's size, and goes to that plus `host`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Found {
+    /// Linear address of the page.
+    pub(crate) page: u64,
+    /// Host address of the page.
+    pub(crate) host: u64,
+}
+
+impl Found {
+    /// Slots for loads, and for stores: a page goes by the low bits of its number.
+    pub(crate) const SLOTS: usize = 256;
+
+    /// No page, as [`Recent::none`].
+    fn none(recent: Recent) -> Found {
+        Found { page: recent.page, host: recent.page.wrapping_add(recent.addend) }
+    }
+}
+
+/// Pages found: for loads, and for stores.
+type Founds = [[Found; Found::SLOTS]; 2];
+
+/// A page for each way of each kind.
+type Recents = [[Recent; Recent::WAYS]; Recent::KINDS];
 
 /// Second-level entry.
 #[derive(Clone, Copy, Debug, Default)]
@@ -198,10 +225,18 @@ pub(crate) struct Tlb {
     pub(crate) table: NonNull<Entry>,
     /// Number of the current address space.
     pub(crate) space: u64,
-    /// Pages that were loaded from last, stored to, and accessed with a lock.
-    pub(crate) recent: [[Recent; Recent::WAYS]; Recent::KINDS],
+    /// Pages that were loaded from last, stored to, and accessed with a lock, with the current rights.
+    pub(crate) recent: Recents,
+    /// The same with user rights if the current ones are a supervisor's, and the other way round.
+    other_recent: Recents,
     /// What stands there for no page.
     no_recent: Recent,
+    /// The pages found with the current rights: one of `founds`.
+    pub(crate) found: NonNull<Founds>,
+    /// Whether pages are noted there: with SMAP overridden they are not, for a supervisor may not always access them.
+    pub(crate) notes_found: bool,
+    /// Pages found with a supervisor's rights, and with a user's.
+    founds: Box<[Founds; 2]>,
     /// What [`Tlb::code_space`] returns for the lower and the upper half of the address space.
     code_spaces: [u64; 2],
     /// A fetch from the upper half has been translated by an entry that is not global.
@@ -229,7 +264,7 @@ pub(crate) struct Tlb {
     keys: u16,
 }
 
-// SAFETY: `table` points into `l1`, which the structure owns and never reallocates.
+// SAFETY: `table` and `found` point into `l1` and `founds`, which the structure owns and never reallocates.
 unsafe impl Send for Tlb {}
 
 impl Default for Tlb {
@@ -237,11 +272,16 @@ impl Default for Tlb {
         let mut l1 = vec![Entry::default(); L1_SLOTS * L1_TABLES].into_boxed_slice();
         let no_recent = Recent::none();
         let table = NonNull::from(&mut l1[Class::Supervisor as usize * L1_SLOTS]);
+        let mut founds = Box::new([[[Found::none(no_recent); Found::SLOTS]; 2]; 2]);
         let mut tlb = Tlb {
             table,
             space: 1,
             recent: [[no_recent; Recent::WAYS]; Recent::KINDS],
+            other_recent: [[no_recent; Recent::WAYS]; Recent::KINDS],
             no_recent,
+            found: NonNull::from(&mut founds[0]),
+            notes_found: true,
+            founds,
             code_spaces: [0; 2],
             upper_is_private: false,
             class: Class::Supervisor,
@@ -315,15 +355,43 @@ impl Tlb {
         if class == self.class {
             return;
         }
-        self.class = class;
-        self.forget_recent();
+        let before = std::mem::replace(&mut self.class, class);
         self.table = NonNull::from(&mut self.l1[class as usize * L1_SLOTS]);
+        // What a supervisor may access it may access with SMAP overridden, but not the other way round.
+        if before == Class::Override {
+            self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
+        }
+        self.found = NonNull::from(&mut self.founds[usize::from(class.user())]);
+        self.notes_found = matches!(class, Class::User | Class::Supervisor);
+        if before.user() != class.user() {
+            std::mem::swap(&mut self.recent, &mut self.other_recent);
+        }
+        if class == Class::Checked {
+            self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
+            self.founds[1] = [[Found::none(self.no_recent); Found::SLOTS]; 2];
+        }
+    }
+
+    /// Forgets which pages were accessed.
+    #[inline]
+    fn forget_accessed(&mut self) {
+        self.forget_recent();
+        *self.founds = [[[Found::none(self.no_recent); Found::SLOTS]; 2]; 2];
     }
 
     /// Forgets which pages were accessed last.
     #[inline]
     fn forget_recent(&mut self) {
         self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
+        self.other_recent = self.recent;
+    }
+
+    /// Forgets which pages were stored to.
+    fn forget_stored(&mut self) {
+        self.forget_recent();
+        for rights in self.founds.iter_mut() {
+            rights[1] = [Found::none(self.no_recent); Found::SLOTS];
+        }
     }
 
     /// A number that stands for the linear-to-physical mapping of code around `lin`: while it is the same, so is
@@ -428,7 +496,7 @@ impl Tlb {
         let space = u64::from(self.spaces[pcid]);
         if space != self.space {
             self.space = space;
-            self.forget_recent();
+            self.forget_accessed();
         }
         let upper = if self.upper_is_private { self.space } else { self.global_space };
         self.code_spaces = [self.space, upper].map(|space| (self.code_flushes << PAGE_SHIFT) | space);
@@ -478,6 +546,10 @@ impl Tlb {
         }
         self.forget_recent();
         let page = lin & !PAGE_MASK;
+        let slot = (lin >> PAGE_SHIFT) as usize & (Found::SLOTS - 1);
+        for kind in self.founds.iter_mut().flatten() {
+            kind[slot] = Found::none(self.no_recent);
+        }
         let index = (lin >> PAGE_SHIFT) as usize & (L1_SLOTS - 1);
         for table in 0..L1_TABLES {
             self.l1[table * L1_SLOTS + index] = Entry::default();
@@ -499,14 +571,14 @@ impl Tlb {
 
     /// Empties the first level: what may be cached there has changed, the translations have not.
     pub(crate) fn clear_first_level(&mut self) {
-        self.forget_recent();
+        self.forget_accessed();
         self.l1.fill(Entry::default());
         self.keys = 0;
     }
 
     /// Takes back all permissions to store without looking.
     pub(crate) fn drop_writes(&mut self) {
-        self.forget_recent();
+        self.forget_stored();
         for entry in &mut self.l1 {
             entry.write = 0;
         }
@@ -514,7 +586,7 @@ impl Tlb {
 
     /// Takes back the permissions to store to page `gfn` without looking.
     pub(crate) fn drop_writes_to(&mut self, gfn: u64) {
-        self.forget_recent();
+        self.forget_stored();
         for entry in &mut self.l1 {
             if entry.gfn() == gfn {
                 entry.write = 0;

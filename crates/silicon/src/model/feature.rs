@@ -160,14 +160,14 @@ features! {
     Bmi1 "bmi1" (7 0 Ebx 3) Host {BMI1};
     Hle "hle" (7 0 Ebx 4) Nobody;
     Avx2 "avx2" (7 0 Ebx 5) HostAvx {AVX2} needs Avx;
-    FdpExceptionOnly "fdp_excptn_only" (7 0 Ebx 6) Host needs Fpu;
+    FdpExceptionOnly "fdp_excptn_only" (7 0 Ebx 6) Own needs Fpu;
     Smep "smep" (7 0 Ebx 7) Own;
     Bmi2 "bmi2" (7 0 Ebx 8) Host {BMI2};
     Erms "erms" (7 0 Ebx 9) Own;
     Invpcid "invpcid" (7 0 Ebx 10) Own {INVPCID};
     Rtm "rtm" (7 0 Ebx 11) Own {RTM};
     Cqm "cqm" (7 0 Ebx 12) Nobody;
-    ZeroFcsFds "zero_fcs_fds" (7 0 Ebx 13) Host needs Fpu;
+    ZeroFcsFds "zero_fcs_fds" (7 0 Ebx 13) Own needs Fpu;
     Mpx "mpx" (7 0 Ebx 14) Nobody {MPX};
     RdtA "rdt_a" (7 0 Ebx 15) Nobody;
     Avx512f "avx512f" (7 0 Ebx 16) HostAvx512 {AVX512F} needs Avx2 Fma F16c;

@@ -2,13 +2,14 @@
 
 use std::mem::offset_of;
 
-use iced_x86::code_asm::{CodeLabel, qword_ptr};
+use iced_x86::code_asm::qword_ptr;
 use iced_x86::{Code, FlowControl, Instruction, OpKind, Register};
 
 use super::Failure;
+use super::edges::Jump;
 use super::emit::{Emitter, Kind, Result};
-use super::memory::suits_memory;
-use super::registers::{ADDRESS, GUEST_RSP, VALUE, field, slot};
+use super::memory::{Rules, suits_memory};
+use super::registers::{ADDRESS, At, GUEST_RSP, field, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::{condition, is_memory};
 use crate::state::reg;
@@ -46,9 +47,9 @@ impl Emitter<'_> {
             }
             FlowControl::ConditionalBranch => self.conditional(ins, next, index),
             FlowControl::Call => {
-                self.stack(-8, Kind::Store, index)?;
-                self.push_return(next, index)?;
-                self.go_to(ins.near_branch_target() as i64, self.taken(index, -8))
+                let to = self.stack(-8, Kind::Store, index)?;
+                self.push_return(to, next, index)?;
+                self.call(ins.near_branch_target() as i64, next, self.taken(index, -8))
             }
             FlowControl::IndirectBranch => {
                 self.target(ins, index)?;
@@ -57,67 +58,38 @@ impl Emitter<'_> {
             FlowControl::IndirectCall => self.indirect_call(ins, next, index),
             FlowControl::Return => {
                 let taken = 8 + if ins.op_count() == 1 { ins.immediate16() as i16 } else { 0 };
-                self.stack(0, Kind::Load, index)?;
+                let from = self.stack(0, Kind::Load, index)?.quad();
                 self.may_fault(index);
-                self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
+                self.a.mov(ADDRESS, from)?;
                 self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP + i32::from(taken)))?;
-                self.go_to_address(self.taken(index, taken))
+                self.return_to_address(self.taken(index, taken))
             }
             _ => Err(Failure::Unsuited),
         }
     }
 
     fn conditional(&mut self, ins: &Instruction, next: i64, index: usize) -> Result<()> {
-        let condition = condition(ins).ok_or(Failure::Unsuited)?;
+        let condition = usize::from(condition(ins).ok_or(Failure::Unsuited)?);
         self.load_flags()?;
-        self.save_flags()?;
-        let flags = self.flags;
-        let mut taken = self.a.create_label();
-        self.jump_if(condition, taken)?;
-        self.go_to(next, 0)?;
-        self.flags = flags;
-        self.a.set_label(&mut taken)?;
-        self.go_to(ins.near_branch_target() as i64, self.taken(index, 0))
+        let jumps = [JUMPS[condition & 15], JUMPS[(condition & 15) ^ 1]];
+        self.go_either_way(jumps, ins.near_branch_target() as i64, next, self.taken(index, 0))
     }
 
-    fn jump_if(&mut self, condition: u8, to: CodeLabel) -> Result<()> {
-        let a = &mut self.a;
-        let jumped = match condition {
-            0 => a.jo(to),
-            1 => a.jno(to),
-            2 => a.jb(to),
-            3 => a.jae(to),
-            4 => a.je(to),
-            5 => a.jne(to),
-            6 => a.jbe(to),
-            7 => a.ja(to),
-            8 => a.js(to),
-            9 => a.jns(to),
-            10 => a.jp(to),
-            11 => a.jnp(to),
-            12 => a.jl(to),
-            13 => a.jge(to),
-            14 => a.jle(to),
-            _ => a.jg(to),
-        };
-        Ok(jumped?)
-    }
-
-    /// Stores the return address where [`ADDRESS`] points to, and takes room for it.
-    fn push_return(&mut self, next: i64, index: usize) -> Result<()> {
-        self.a.mov(VALUE, slot(reg::IP_BASE))?;
-        self.a.lea(VALUE, qword_ptr(VALUE + next as i32))?;
+    /// Stores the return address, which stays in [`ADDRESS`], and takes room for it.
+    fn push_return(&mut self, to: At, next: i64, index: usize) -> Result<()> {
+        self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
+        self.a.lea(ADDRESS, qword_ptr(ADDRESS + next as i32))?;
         self.may_fault(index);
-        self.a.mov(qword_ptr(ADDRESS), VALUE)?;
+        self.a.mov(to.quad(), ADDRESS)?;
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
     }
 
     /// Loads [`ADDRESS`] with the target of an indirect branch.
     fn target(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         if is_memory(ins, 0) {
-            self.access(ins, Kind::Load, 8, index)?;
+            let from = self.access(ins, Kind::Load, Rules::size(8), 0, index)?.quad();
             self.may_fault(index);
-            return Ok(self.a.mov(ADDRESS, qword_ptr(ADDRESS))?);
+            return Ok(self.a.mov(ADDRESS, from)?);
         }
         let register: Register = ins.op0_register();
         let target = self.in_register(register, ADDRESS)?;
@@ -131,9 +103,28 @@ impl Emitter<'_> {
         let kept = field(offset_of!(Cpu, translator.kept));
         self.target(ins, index)?;
         self.a.mov(kept, ADDRESS)?;
-        self.stack(-8, Kind::Store, index)?;
-        self.push_return(next, index)?;
-        self.a.mov(ADDRESS, kept)?;
-        self.go_to_address(self.taken(index, -8))
+        let to = self.stack(-8, Kind::Store, index)?;
+        self.push_return(to, next, index)?;
+        self.call_address(next, self.taken(index, -8))
     }
 }
+
+/// Conditional jumps, by the number of the condition. Those of opposite conditions lie next to each other.
+const JUMPS: [Jump; 16] = [
+    |e, to| Ok(e.a.jo(to)?),
+    |e, to| Ok(e.a.jno(to)?),
+    |e, to| Ok(e.a.jb(to)?),
+    |e, to| Ok(e.a.jae(to)?),
+    |e, to| Ok(e.a.je(to)?),
+    |e, to| Ok(e.a.jne(to)?),
+    |e, to| Ok(e.a.jbe(to)?),
+    |e, to| Ok(e.a.ja(to)?),
+    |e, to| Ok(e.a.js(to)?),
+    |e, to| Ok(e.a.jns(to)?),
+    |e, to| Ok(e.a.jp(to)?),
+    |e, to| Ok(e.a.jnp(to)?),
+    |e, to| Ok(e.a.jl(to)?),
+    |e, to| Ok(e.a.jge(to)?),
+    |e, to| Ok(e.a.jle(to)?),
+    |e, to| Ok(e.a.jg(to)?),
+];

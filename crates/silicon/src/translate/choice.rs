@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 pub enum Engine {
     /// Instruction by instruction: complete, and the reference.
     Interpret,
-    /// Blocks that have run so often are translated to host code. The process must have handlers of SIGSEGV and SIGBUS that
-    /// call [`crate::mmu::host::recover`].
+    /// Blocks that have run so often are translated to host code. Where the process has handlers of SIGSEGV and SIGBUS that
+    /// call [`crate::mmu::host::recover`], and has said so, loops are faster.
     Translate(u32),
     /// Everything is translated, and what it does is compared with what the interpreter does; the process ends at the first
     /// difference. For one vCPU, and slow.

@@ -1,23 +1,30 @@
-//! The translation of one run of instructions under way: what is emitted, where the flags are, what comes behind it.
+//! The translation of a region under way: what is emitted, where the flags are, what comes behind it.
 
+use std::collections::HashMap;
 use std::mem::offset_of;
+use std::ops::Range;
 
-use iced_x86::code_asm::{AsmRegister64, CodeAssembler, CodeLabel, al, dword_ptr, eax, r14d};
-use iced_x86::{
-    BlockEncoderOptions, Code, IcedError, Instruction, InstructionInfoFactory, MemoryOperand, Register,
+use iced_x86::code_asm::{
+    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, al, eax, qword_ptr, r14b, r14d, r15b, rsp,
 };
+use iced_x86::{FlowControl, IcedError, Instruction, InstructionInfoFactory};
 
-use super::Failure;
-use super::link::Link;
-use super::registers::{ADDRESS, VALUE, field, field16, slot};
+use super::layout::Layout;
+use super::memory::Rules;
+use super::region::{Member, Start};
+use super::registers::{ADDRESS, At, VALUE, field, field16};
 use super::routines::Routines;
-use super::vector::Live;
+use super::vector::{Known, Live};
+use super::{Failure, Family};
 use crate::code::op::Op;
 use crate::cpu::Cpu;
 use crate::hostexec::arena::Arena;
 use crate::mmu::host::Recovery;
-use crate::mmu::tlb::{PAGE_MASK, Recent};
-use crate::state::reg;
+use crate::mmu::tlb::{Found, PAGE_SHIFT, Recent};
+use crate::model::Features;
+
+/// Bytes in a cache line.
+const LINE: i32 = 64;
 
 /// Why there is no translation: see [`super::Failure`].
 pub(super) type Result<T> = std::result::Result<T, Failure>;
@@ -28,7 +35,7 @@ impl From<IcedError> for Failure {
     }
 }
 
-/// Where the guest's status flags are. At the start and the end of every run they are in RAX.
+/// Where the guest's status flags are. Where host code is entered and left they are in RAX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Flags {
     /// In the host's RFLAGS.
@@ -63,84 +70,217 @@ pub(super) enum Linear {
     Register(AsmRegister64, i32),
 }
 
-/// Code that lies behind that of the run.
-enum Cold {
+/// Code that lies behind that of the region.
+pub(super) enum Cold<'a> {
     /// The access at `back` is not to the page accessed last.
-    LookUp { at: CodeLabel, back: CodeLabel, linear: Linear, recent: usize, routine: u64, index: usize },
-    /// The access of an instruction has faulted whose flags are in the state.
-    GetFlagsBack { at: CodeLabel, index: usize },
-    /// The instruction is the interpreter's.
-    Interpret { at: CodeLabel, index: usize },
+    LookUp { at: CodeLabel, back: Back, linear: Linear, recent: usize, routine: u64, interpreter: CodeLabel },
+    /// An access has faulted whose flags are in the state.
+    GetFlagsBack { at: CodeLabel, interpreter: CodeLabel },
+    /// An instruction is the interpreter's.
+    Interpret { at: CodeLabel, op: u64, index: usize, owed: i32 },
     /// A link is not valid.
     Unlinked { at: CodeLabel, link: u64 },
+    /// Somebody wants something: the region ends before it goes backwards.
+    Polled { at: CodeLabel, flags: Flags, owed: i32, link: u64 },
+    /// The page of the access before `back` is not among those found.
+    Find {
+        at: CodeLabel,
+        back: CodeLabel,
+        linear: Linear,
+        routine: u64,
+        alignment: u8,
+        interpreter: CodeLabel,
+    },
     /// Vector registers have to be loaded.
     Raise { at: CodeLabel, back: CodeLabel, routine: u64 },
+    /// Whoever comes in from elsewhere does so here.
+    Entry { at: CodeLabel, target: Target<'a> },
+    /// The block ends here and goes on outside the region.
+    Exit { at: CodeLabel, flags: Flags, owed: i32, target: i64, taken: u64 },
+    /// There is no more room for return addresses.
+    Deep { at: CodeLabel, back: CodeLabel },
+    /// The return address is not the one on top of the stack.
+    ReturnMissed { at: CodeLabel, taken: u64 },
 }
 
-/// A run being translated.
+/// Where an access goes on whose page has been looked up.
+#[derive(Clone, Copy)]
+pub(super) enum Back {
+    /// It is checked again.
+    Check(CodeLabel),
+    /// [`VALUE`] is the page's addend.
+    Value(CodeLabel),
+    /// [`ADDRESS`] is the host address.
+    Address(CodeLabel),
+}
+
+/// A block of the region, for others to go on at.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    ops: &'a [Op],
+    pub(super) label: CodeLabel,
+    /// Where it is entered from elsewhere.
+    pub(super) entry: CodeLabel,
+    pub(super) start: Start,
+}
+
+/// Where host code comes in from elsewhere.
+struct Entry {
+    /// The block, and the first operation of the run.
+    member: usize,
+    index: usize,
+    at: CodeLabel,
+}
+
+/// A region being translated.
 pub(super) struct Emitter<'a> {
     pub(super) a: CodeAssembler,
     pub(super) flags: Flags,
     pub(super) info: InstructionInfoFactory,
-    /// Classes of instructions ([`crate::hostexec::class`]) that are known to be allowed.
-    pub(super) admitted: u32,
-    /// Vector registers that are known to be live.
-    pub(super) live: Live,
-    arena: &'a mut Arena,
-    routines: Routines,
-    /// The operations of the block, and where it starts if it may go on to itself.
-    ops: &'a [Op],
-    start: Option<CodeLabel>,
-    cold: Vec<Cold>,
-    /// Instructions that may fault: which they are among the assembler's, and the operation.
-    faulting: Vec<(usize, usize)>,
-    /// Likewise, for instructions before which the flags in RAX have gone to the state: where they are got back from there.
-    got_back: Vec<Option<CodeLabel>>,
-    /// For each operation the label where it is given to the interpreter.
+    /// What is known of vector and x87 registers.
+    pub(super) known: Known,
+    /// General registers that have been loaded from memory in this run: bit per number. What they point to may be anywhere.
+    pub(super) pointers: u16,
+    pub(super) arena: &'a mut Arena,
+    pub(super) routines: Routines,
+    /// The blocks that branches may go on to, by where they begin in the page.
+    pub(super) targets: HashMap<i64, Target<'a>>,
+    /// The operations of the block at hand.
+    pub(super) ops: &'a [Op],
+    /// Instructions executed but not counted when the block began.
+    pub(super) owed: i32,
+    /// The block that comes behind the run.
+    pub(super) follower: Option<i64>,
+    pub(super) cold: Vec<Cold<'a>>,
+    entries: Vec<Entry>,
+    /// Which of the assembler's instructions labels are at.
+    placed: HashMap<CodeLabel, usize>,
+    /// Instructions that may fault: which they are among the assembler's, and where to go on.
+    faulting: Vec<(usize, CodeLabel)>,
+    /// For each operation of the run the label where it is given to the interpreter.
     interpret: Vec<Option<CodeLabel>>,
 }
 
 impl<'a> Emitter<'a> {
-    /// A run of the block with these operations, in `arena`. `loops`: it starts with the block, which may go on to itself.
+    /// A region of `members` in `arena`. `closed`: every branch leaves it.
     pub(super) fn new(
         arena: &'a mut Arena,
         routines: Routines,
-        ops: &'a [Op],
-        loops: bool,
+        members: &'a [Member],
+        closed: bool,
     ) -> Result<Emitter<'a>> {
         let mut a = CodeAssembler::new(64)?;
-        let mut start = None;
-        if loops {
-            let mut label = a.create_label();
-            a.set_label(&mut label)?;
-            a.zero_bytes()?;
-            start = Some(label);
+        let mut targets = HashMap::new();
+        for member in members.iter().filter(|member| !closed && member.begins()) {
+            let label = a.create_label();
+            let entry = if member.start == Start::ENTRY { label } else { a.create_label() };
+            let ops = member.block.ops();
+            targets.insert(member.offset(), Target { ops, label, entry, start: member.start });
         }
         Ok(Emitter {
             a,
-            start,
             flags: Flags::Saved,
             info: InstructionInfoFactory::new(),
-            admitted: 0,
-            live: Live::Nothing,
+            known: Known::NOTHING,
+            pointers: 0,
             arena,
             routines,
-            ops,
+            targets,
+            ops: &[],
+            owed: 0,
+            follower: None,
             cold: Vec::new(),
+            entries: Vec::new(),
+            placed: HashMap::new(),
             faulting: Vec::new(),
-            got_back: vec![None; ops.len()],
-            interpret: vec![None; ops.len()],
+            interpret: Vec::new(),
         })
     }
 
+    /// Begins the run at operation `index` of a block, member number `number`, that `follower` comes behind.
+    pub(super) fn begin(
+        &mut self,
+        ops: &'a [Op],
+        number: usize,
+        index: usize,
+        follower: Option<i64>,
+    ) -> Result<()> {
+        (self.ops, self.follower) = (ops, follower);
+        self.interpret = vec![None; ops.len()];
+        self.pointers = 0;
+        let target = self.targets.get(&i64::from(ops[0].page_offset)).copied().filter(|_| index == 0);
+        let target = target.unwrap_or_else(|| {
+            let label = self.a.create_label();
+            Target { ops, label, entry: label, start: Start::ENTRY }
+        });
+        if target.entry != target.label {
+            self.cold.push(Cold::Entry { at: target.entry, target });
+        }
+        self.entries.push(Entry { member: number, index, at: target.entry });
+        self.place(target.label)?;
+        let Start { flags, owed, known } = target.start;
+        (self.flags, self.owed, self.known) = (flags.unwrap_or(Flags::Host), owed, known);
+        Ok(())
+    }
+
+    /// Emits a run of the block, and how it goes on.
+    pub(super) fn run(
+        &mut self,
+        instructions: &[Instruction],
+        run: Range<usize>,
+        features: &Features,
+    ) -> Result<()> {
+        for index in run.clone() {
+            let ins = &instructions[index];
+            match Family::of(ins, features).ok_or(Failure::Unsuited)? {
+                Family::Integer => self.instruction(ins, index)?,
+                Family::Vector => self.vector(ins, index)?,
+                Family::Branch => self.branch(ins, index)?,
+            }
+            self.note_pointers(ins);
+        }
+        match instructions.get(run.end) {
+            Some(_) => self.interpret(run.end),
+            None if instructions[run.end - 1].flow_control() != FlowControl::Next => Ok(()),
+            None => self.go_to(i64::from(self.ops[run.end].page_offset), 0),
+        }
+    }
+
+    /// Has whoever comes in from elsewhere find what the block expects.
+    fn make_up(&mut self, target: &Target<'a>) -> Result<()> {
+        let Start { flags, owed, known } = target.start;
+        (self.flags, self.owed, self.known) = (Flags::Saved, owed, Known::NOTHING);
+        if owed != 0 {
+            self.a.sub(instructions(), owed)?;
+        }
+        if known != Known::NOTHING {
+            self.interpret = vec![None];
+            self.ops = target.ops;
+            self.admit(&known, 0)?;
+        }
+        if flags == Some(Flags::Host) {
+            self.load_flags()?;
+        }
+        Ok(self.a.jmp(target.label)?)
+    }
+
+    /// The label is here.
+    pub(super) fn place(&mut self, mut label: CodeLabel) -> Result<()> {
+        self.placed.insert(label, self.a.instructions().len());
+        self.a.set_label(&mut label)?;
+        Ok(self.a.zero_bytes()?)
+    }
+
     /// Instructions of the block.
-    fn length(&self) -> usize {
-        self.ops.len() - 1
+    pub(super) fn length(&self) -> i32 {
+        self.ops.len() as i32 - 1
     }
 
     /// The flags are in RAX; they may be in RFLAGS as well.
     pub(super) fn save_flags(&mut self) -> Result<()> {
         if self.flags == Flags::Host {
+            // What RAX was does not matter: nothing waits for it.
+            self.a.mov(eax, 0)?;
             self.a.lahf()?;
             self.a.seto(al)?;
             self.flags = Flags::Both;
@@ -181,17 +321,21 @@ impl<'a> Emitter<'a> {
     /// Notes that the next instruction emitted is the access of operation `index`: if it faults, nothing has happened.
     pub(super) fn may_fault(&mut self, index: usize) {
         debug_assert_ne!(self.flags, Flags::Host);
-        self.faulting.push((self.a.instructions().len(), index));
-        self.interpreter_label(index);
+        let interpreter = self.interpreter_label(index);
+        self.faulting.push((self.a.instructions().len(), interpreter));
+    }
+
+    /// Notes that the next instruction emitted faults while somebody wants something: it goes on at `to` then.
+    pub(super) fn polls(&mut self, to: CodeLabel) {
+        self.faulting.push((self.a.instructions().len(), to));
     }
 
     /// As [`Emitter::may_fault`], for an access before which the flags in RAX have been stored in the state, and RAX lost.
     pub(super) fn may_fault_without_rax(&mut self, index: usize) {
-        self.faulting.push((self.a.instructions().len(), index));
-        self.interpreter_label(index);
+        let interpreter = self.interpreter_label(index);
         let at = self.a.create_label();
-        self.got_back[index] = Some(at);
-        self.cold.push(Cold::GetFlagsBack { at, index });
+        self.faulting.push((self.a.instructions().len(), at));
+        self.cold.push(Cold::GetFlagsBack { at, interpreter });
     }
 
     /// Where operation `index` is given to the interpreter; the flags have to be in RAX.
@@ -201,35 +345,101 @@ impl<'a> Emitter<'a> {
         }
         let at = self.a.create_label();
         self.interpret[index] = Some(at);
-        self.cold.push(Cold::Interpret { at, index });
+        let op = std::ptr::from_ref(&self.ops[index]) as u64;
+        self.cold.push(Cold::Interpret { at, op, index, owed: self.owed });
         at
     }
 
-    /// Has [`ADDRESS`] be the host address of the access at `linear`, if it is to the page accessed last in the same way or one
-    /// that the TLB has; else operation `index` is the interpreter's. [`VALUE`] is lost, and the flags are in RAX.
+    /// Where the access at `linear` is, if it is to the page accessed last in the same way or one that the TLB has, and suits
+    /// `rules`; else operation `index` is the interpreter's. `free` scratch registers are left, none or one, and the flags are in RAX.
     pub(super) fn check(
         &mut self,
         linear: Linear,
         way: usize,
         kind: Kind,
-        size: usize,
+        rules: Rules,
+        free: usize,
         index: usize,
-    ) -> Result<()> {
+    ) -> Result<At> {
         let recent =
             offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (kind as usize * Recent::WAYS + way);
+        let page = field(recent + offset_of!(Recent, page));
+        let addend = field(recent + offset_of!(Recent, addend));
+        let routine = self.routines.look_up(kind, rules.size).ok_or(Failure::Unsuited)?;
+        self.free_host_flags()?;
+        let sum = match linear {
+            Linear::Register(base, displacement) => At::Sum(base, displacement),
+            Linear::Operand(_) => At::Sum(ADDRESS, 0),
+        };
+        let base = match linear {
+            Linear::Register(base, 0) => base,
+            _ => {
+                self.linear(&linear)?;
+                ADDRESS
+            }
+        };
+        let (at, back) = (self.a.create_label(), self.a.create_label());
+        let interpreter = self.interpreter_label(index);
+        let is_ruled = rules.alignment != 0 || rules.within_line && rules.size > 1;
+        let is_sum = free == 0 || matches!(linear, Linear::Register(..));
+        if is_ruled {
+            self.place(back)?;
+        }
+        self.a.mov(VALUE, page)?;
+        self.a.xor(VALUE, base)?;
+        self.a.cmp(VALUE, 4096 - rules.size as i32)?;
+        self.a.ja(at)?;
+        if rules.alignment != 0 {
+            self.a.test(r14b, i32::from(rules.alignment))?;
+            self.a.jne(interpreter)?;
+        }
+        if rules.within_line && rules.size > 1 {
+            self.a.and(r14d, LINE - 1)?;
+            self.a.cmp(r14d, LINE - rules.size as i32)?;
+            self.a.ja(interpreter)?;
+        }
+        if is_sum {
+            self.a.mov(VALUE, addend)?;
+        } else {
+            self.a.add(ADDRESS, addend)?;
+        }
+        let back = match (is_ruled, is_sum) {
+            (true, _) => Back::Check(back),
+            (false, true) => Back::Value(back),
+            (false, false) => Back::Address(back),
+        };
+        if let Back::Value(back) | Back::Address(back) = back {
+            self.place(back)?;
+        }
+        self.cold.push(Cold::LookUp { at, back, linear, recent, routine, interpreter });
+        Ok(if is_sum { sum } else { At::Address })
+    }
+
+    /// As [`Emitter::check`], for an operand that is likely to be in another page each time: one scratch register is left.
+    pub(super) fn find(&mut self, linear: Linear, kind: Kind, rules: Rules, index: usize) -> Result<At> {
+        let routine = self.routines.find(kind, rules.size).ok_or(Failure::Unsuited)?;
+        let column = if kind == Kind::Store { size_of::<Found>() * Found::SLOTS } else { 0 };
+        let slot = size_of::<Found>().trailing_zeros();
+        let (at, back) = (self.a.create_label(), self.a.create_label());
+        let interpreter = self.interpreter_label(index);
         self.free_host_flags()?;
         self.linear(&linear)?;
-        self.a.xor(ADDRESS, field(recent + offset_of!(Recent, page)))?;
-        let routine = self.routines.look_up(kind, size).ok_or(Failure::Unsuited)?;
-        let (at, mut back) = (self.a.create_label(), self.a.create_label());
-        self.a.cmp(ADDRESS, 4096 - size as i32)?;
+        self.a.mov(VALUE, ADDRESS)?;
+        self.a.shr(VALUE, PAGE_SHIFT - slot)?;
+        self.a.and(r14d, ((Found::SLOTS - 1) << slot) as i32)?;
+        self.a.add(VALUE, field(offset_of!(Cpu, mmu.tlb.found)))?;
+        self.a.xor(ADDRESS, qword_ptr(VALUE + column + offset_of!(Found, page)))?;
+        self.a.cmp(ADDRESS, 4096 - rules.size as i32)?;
         self.a.ja(at)?;
-        self.a.add(ADDRESS, field(recent + offset_of!(Recent, host)))?;
-        self.a.set_label(&mut back)?;
-        self.a.zero_bytes()?;
-        self.interpreter_label(index);
-        self.cold.push(Cold::LookUp { at, back, linear, recent, routine, index });
-        Ok(())
+        if rules.alignment != 0 {
+            self.a.test(r15b, i32::from(rules.alignment))?;
+            self.a.jne(interpreter)?;
+        }
+        self.a.add(ADDRESS, qword_ptr(VALUE + column + offset_of!(Found, host)))?;
+        self.place(back)?;
+        let alignment = rules.alignment;
+        self.cold.push(Cold::Find { at, back, linear, routine, alignment, interpreter });
+        Ok(At::Address)
     }
 
     /// Where operation `index` begins in its page.
@@ -250,12 +460,6 @@ impl<'a> Emitter<'a> {
         Ok(self.a.jmp(label)?)
     }
 
-    /// All instructions of the block are done.
-    fn count(&mut self) -> Result<()> {
-        let length = self.length() as i32;
-        Ok(self.a.add(field(offset_of!(Cpu, counters.instructions)), length)?)
-    }
-
     /// What takes back operation `index`, a branch to where nothing can be: RSP less `change` is what it was before, and the
     /// interpreter has the instruction.
     pub(super) fn taken(&self, index: usize, change: i16) -> u64 {
@@ -263,111 +467,128 @@ impl<'a> Emitter<'a> {
         (op & super::POINTER) | u64::from(change as u16) << 48
     }
 
-    /// Ends the block: goes on at `target`, relative to the start of its page. `taken` takes the branch back, if it is one.
-    pub(super) fn go_to(&mut self, target: i64, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
-        self.count()?;
-        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
-        let at = self.a.create_label();
-        self.cold.push(Cold::Unlinked { at, link });
-        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
-        self.a.cmp(dword_ptr(ADDRESS), 0)?;
-        self.a.jne(at)?;
-        if target == i64::from(self.ops[0].page_offset)
-            && let Some(start) = self.start
-        {
-            // A block that runs is valid: it needs no link to itself.
-            return Ok(self.a.jmp(start)?);
-        }
-        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
-        let valid = self.rip_relative(link + Link::VALIDITY);
-        self.put(Instruction::with2(Code::Cmp_r64_rm64, Register::from(ADDRESS), valid)?)?;
-        self.a.jne(at)?;
-        let pages = target & !(PAGE_MASK as i64);
-        if pages != 0 {
-            let pages = i32::try_from(pages).map_err(|_| Failure::Unsuited)?;
-            self.a.add(slot(reg::IP_BASE), pages)?;
-        }
-        let code = self.rip_relative(link + Link::CODE);
-        self.put(Instruction::with1(Code::Jmp_rm64, code)?)
-    }
-
-    fn rip_relative(&self, address: u64) -> MemoryOperand {
-        MemoryOperand::with_base_displ(Register::RIP, address as i64)
-    }
-
-    /// Ends the block: goes on at the address in [`ADDRESS`]. `taken` takes the branch back.
-    pub(super) fn go_to_address(&mut self, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
-        self.count()?;
-        self.a.mov(VALUE, taken)?;
-        let indirect = self.routines.indirect;
-        Ok(self.a.jmp(indirect)?)
-    }
-
-    /// Emits what lies behind the run.
+    /// Emits what lies behind the region.
     fn put_cold(&mut self) -> Result<()> {
-        // Whatever these refer to was noted with them: none asks for another.
-        let cold = std::mem::take(&mut self.cold);
-        let leave = self.routines.leave;
-        for piece in cold {
-            match piece {
-                Cold::LookUp { mut at, back, linear, recent, routine, index } => {
-                    self.a.set_label(&mut at)?;
-                    // Computed again, not got back from the page: that would wait for the last access's page.
-                    self.linear(&linear)?;
-                    self.a.mov(r14d, recent as u32)?;
-                    self.a.call(routine)?;
-                    self.a.je(back)?;
-                    let interpreter = self.interpreter_label(index);
-                    self.a.jmp(interpreter)?;
-                }
-                Cold::GetFlagsBack { mut at, index } => {
-                    self.a.set_label(&mut at)?;
-                    self.got_back[index] = Some(at);
-                    self.a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
-                    let interpreter = self.interpreter_label(index);
-                    self.a.jmp(interpreter)?;
-                }
-                Cold::Interpret { mut at, index } => {
-                    self.a.set_label(&mut at)?;
-                    self.interpret[index] = Some(at);
-                    self.a.mov(ADDRESS, std::ptr::from_ref(&self.ops[index]) as u64)?;
-                    self.a.mov(r14d, index as u32)?;
-                    self.a.jmp(leave)?;
-                }
-                Cold::Raise { mut at, back, routine } => {
-                    self.a.set_label(&mut at)?;
-                    self.a.call(routine)?;
-                    self.a.jmp(back)?;
-                }
-                Cold::Unlinked { mut at, link } => {
-                    self.a.set_label(&mut at)?;
-                    self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
-                    self.a.jmp(leave)?;
-                }
+        while !self.cold.is_empty() {
+            // Ends of blocks ask for more.
+            for piece in std::mem::take(&mut self.cold) {
+                self.put_piece(piece)?;
             }
         }
         Ok(())
     }
 
-    /// Where the run is now, with what is to be done about faults in it.
-    pub(super) fn finish(mut self, recovery: &mut Recovery) -> Result<u64> {
-        self.put_cold()?;
-        let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
-        let at = self.arena.next();
-        let code = self.a.assemble_options(at, options)?;
-        let offsets = &code.inner.new_instruction_offsets;
-        let mut entries = Vec::with_capacity(self.faulting.len());
-        for (instruction, index) in self.faulting {
-            let label = self.got_back[index].or(self.interpret[index]).ok_or(Failure::Unsuited)?;
-            let from = offsets.get(instruction).copied().filter(|&offset| offset != u32::MAX);
-            let from = from.ok_or(Failure::Unsuited)?;
-            entries.push((at + u64::from(from), code.label_ip(&label)?));
+    fn put_piece(&mut self, piece: Cold<'a>) -> Result<()> {
+        let leave = self.routines.leave;
+        let (Cold::LookUp { at, .. }
+        | Cold::Find { at, .. }
+        | Cold::GetFlagsBack { at, .. }
+        | Cold::Interpret { at, .. }
+        | Cold::Unlinked { at, .. }
+        | Cold::Polled { at, .. }
+        | Cold::Raise { at, .. }
+        | Cold::Entry { at, .. }
+        | Cold::Exit { at, .. }
+        | Cold::Deep { at, .. }
+        | Cold::ReturnMissed { at, .. }) = piece;
+        self.place(at)?;
+        match piece {
+            Cold::LookUp { back, linear, recent, routine, interpreter, .. } => {
+                self.linear(&linear)?;
+                self.a.mov(r14d, recent as u32)?;
+                self.a.call(routine)?;
+                match back {
+                    Back::Check(back) | Back::Value(back) => self.a.je(back)?,
+                    Back::Address(back) => {
+                        self.a.jne(interpreter)?;
+                        self.a.add(ADDRESS, VALUE)?;
+                        return Ok(self.a.jmp(back)?);
+                    }
+                }
+                self.a.jmp(interpreter)?;
+            }
+            Cold::Find { back, linear, routine, alignment, interpreter, .. } => {
+                self.linear(&linear)?;
+                self.a.call(routine)?;
+                self.a.jne(interpreter)?;
+                if alignment != 0 {
+                    self.a.test(r15b, i32::from(alignment))?;
+                    self.a.jne(interpreter)?;
+                }
+                self.a.jmp(back)?;
+            }
+            Cold::GetFlagsBack { interpreter, .. } => {
+                self.a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
+                self.a.jmp(interpreter)?;
+            }
+            Cold::Interpret { op, index, owed, .. } => {
+                if owed != 0 {
+                    self.a.add(instructions(), owed)?;
+                }
+                self.a.mov(ADDRESS, op)?;
+                self.a.mov(r14d, index as u32)?;
+                self.a.jmp(leave)?;
+            }
+            Cold::Raise { back, routine, .. } => {
+                self.a.call(routine)?;
+                self.a.jmp(back)?;
+            }
+            Cold::Unlinked { link, .. } => {
+                self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
+                self.a.jmp(leave)?;
+            }
+            Cold::Polled { flags, owed, link, .. } => {
+                self.flags = flags;
+                self.free_host_flags()?;
+                if owed != 0 {
+                    self.a.add(instructions(), owed)?;
+                }
+                self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
+                self.a.jmp(leave)?;
+            }
+            Cold::Entry { target, .. } => self.make_up(&target)?,
+            Cold::Exit { flags, owed, target, taken, .. } => {
+                self.flags = flags;
+                self.go_out(owed, target, taken)?;
+            }
+            Cold::Deep { back, .. } => {
+                self.a.mov(rsp, field(offset_of!(Cpu, translator.stack)))?;
+                self.a.jmp(back)?;
+            }
+            Cold::ReturnMissed { taken, .. } => {
+                self.a.mov(VALUE, taken)?;
+                let missed = self.routines.return_missed;
+                self.a.jmp(missed)?;
+            }
         }
-        let start = self.arena.add(&code.inner.code_buffer).ok_or(Failure::Full)?;
-        debug_assert_eq!(start, at);
-        entries.into_iter().for_each(|(from, to)| recovery.add(from, to));
-        Ok(start)
+        Ok(())
     }
+
+    /// Where the region is now, with what is to be done about faults in it: for each run the number of the block, the operation that it
+    /// begins with, and its code.
+    pub(super) fn finish(mut self, recovery: &mut Recovery) -> Result<Vec<(usize, usize, u64)>> {
+        self.put_cold()?;
+        let layout = Layout::new(&mut self.a, self.arena, Some(self.routines.frame))?;
+        let address = |instruction: usize| -> Result<u64> {
+            let offset = layout.offsets.get(instruction).copied().ok_or(Failure::Unsuited)?;
+            Ok(layout.at + u64::from(offset))
+        };
+        let placed = |label| address(*self.placed.get(&label).ok_or(Failure::Unsuited)?);
+        let faulting = self.faulting.iter().map(|&(from, to)| Ok((address(from)?, placed(to)?)));
+        let faulting = faulting.collect::<Result<Vec<_>>>()?;
+        let entries = self.entries.iter().map(|entry| Ok((entry.member, entry.index, placed(entry.at)?)));
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let start = self.arena.add(&layout.bytes).ok_or(Failure::Full)?;
+        debug_assert_eq!(start, layout.at);
+        faulting.into_iter().for_each(|(from, to)| recovery.add(from, to));
+        Ok(entries)
+    }
+}
+
+/// Where instructions are counted, in the [`Cpu`].
+pub(super) const COUNT: usize = offset_of!(Cpu, counters.instructions);
+
+/// What counts instructions.
+pub(super) fn instructions() -> AsmMemoryOperand {
+    field(COUNT)
 }

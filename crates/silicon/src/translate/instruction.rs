@@ -2,18 +2,16 @@
 
 use std::mem::offset_of;
 
-use iced_x86::code_asm::{
-    ax, byte_ptr, dword_ptr, qword_ptr, r11, r11b, r11d, r11w, r14b, r14d, r14w, rax, rbp, word_ptr,
-};
+use iced_x86::code_asm::{AsmRegister64, ax, byte_ptr, qword_ptr, r11, r11b, r11d, r11w, rax, rbp};
 use iced_x86::{
-    Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind,
-    Register,
+    Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Instruction, MemoryOperand, Mnemonic,
+    OpAccess, OpKind, Register,
 };
 
 use super::Failure;
 use super::emit::{Emitter, Flags, Kind, Linear, Result};
-use super::memory::suits_memory;
-use super::operands::part;
+use super::memory::{Rules, suits_memory};
+use super::operands::{part, wanted};
 use super::registers::{
     ADDRESS, At, GUEST_RAX, GUEST_RSP, Place, VALUE, field, field16, is_high_byte, place_of, set_memory,
     sized, slot,
@@ -21,8 +19,9 @@ use super::registers::{
 use crate::cpu::Cpu;
 use crate::exec::mov;
 use crate::exec::operand::{is_immediate, is_memory, operand_size};
+use crate::flags::Rflags;
 use crate::hostexec::stub::{STATUS, writes};
-use crate::state::reg;
+use crate::state::{Seg, Segment, reg};
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +38,14 @@ enum How {
     Multiply,
     /// DIV and IDIV of four and eight bytes.
     Divide,
-    /// CMPXCHG with LOCK.
+    /// CMPXCHG of memory.
     CompareExchange,
+    /// PUSHFQ.
+    PushFlags,
+    /// CLI at the highest privilege.
+    ClearInterrupts,
+    /// SWAPGS at the highest privilege.
+    SwapGs,
     /// CBW, CWDE, CDQE.
     ExtendRax,
     /// CWD, CDQ, CQO.
@@ -72,7 +77,10 @@ fn how(ins: &Instruction) -> Option<How> {
         Cbw | Cwde | Cdqe => How::ExtendRax,
         Cwd | Cdq | Cqo => How::ExtendIntoRdx,
         Div | Idiv if operand_size(ins, 0) >= 4 => How::Divide,
-        Cmpxchg if ins.has_lock_prefix() => How::CompareExchange,
+        Cmpxchg if is_memory(ins, 0) => How::CompareExchange,
+        Pushfq => How::PushFlags,
+        Cli => How::ClearInterrupts,
+        Swapgs => How::SwapGs,
         Bt | Btc | Btr | Bts if is_memory(ins, 0) && !is_immediate(ins, 1) => return None,
         Bswap if ins.op0_register().size() == 2 => return None,
         Mov | Movzx | Movsx | Movsxd | Movbe | Xchg | Bswap | Add | Or | Adc | Sbb | And | Sub | Xor
@@ -232,7 +240,30 @@ fn needs_flags(ins: &Instruction) -> bool {
         // A count of nothing changes no flags.
         !is_immediate(ins, last) || ins.immediate(last) & 0x1f == 0
     };
-    ins.rflags_read() & STATUS != 0 || partly || by_count
+    // What the SDM leaves undefined some processors leave alone, and for the decoder some rotations do nothing.
+    let keeps = matches!(ins.mnemonic(), Mnemonic::Imul | Mnemonic::Rcl | Mnemonic::Rcr);
+    ins.rflags_read() & STATUS != 0 || partly || by_count || keeps
+}
+
+/// Whether there may be other flags after it than before it. RCL and RCR by as many bits as they have, and the carry, change
+/// nothing for Intel's processors and the decoder; AMD's compute OF.
+fn changes_flags(ins: &Instruction) -> bool {
+    ins.rflags_modified() & STATUS != 0 || matches!(ins.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+}
+
+/// Whether these instructions overwrite all status flags before anything can see them.
+pub(super) fn lose_flags(instructions: &[Instruction]) -> bool {
+    for ins in instructions {
+        let plain = matches!(how(ins), Some(How::Copy | How::Lea | How::Nothing | How::ExtendRax));
+        let accesses = how(ins) == Some(How::Copy) && ins.op_kinds().any(|kind| kind == OpKind::Memory);
+        if !plain || accesses || !suits(ins) || needs_flags(ins) {
+            return false;
+        }
+        if ins.rflags_modified() & STATUS == STATUS {
+            return true;
+        }
+    }
+    false
 }
 
 impl Emitter<'_> {
@@ -248,6 +279,9 @@ impl Emitter<'_> {
             How::Multiply => self.multiply(ins, index),
             How::Divide => self.divide(ins, index),
             How::CompareExchange => self.compare_exchange(ins, index),
+            How::PushFlags => self.push_flags(index),
+            How::ClearInterrupts => self.clear_interrupts(index),
+            How::SwapGs => self.swap_gs(index),
             How::ExtendRax => self.extend_rax(ins),
             How::ExtendIntoRdx => self.extend_into_rdx(ins),
         }
@@ -262,6 +296,7 @@ impl Emitter<'_> {
             let info = self.info.info(ins);
             [0, 1, 2, 3].map(|operand| info.op_access(operand))
         };
+        let mut free: &[AsmRegister64] = &[VALUE, ADDRESS];
         if memory {
             let operand = ins.op_kinds().position(|kind| kind == OpKind::Memory).unwrap_or(0);
             let size = ins.memory_size().size();
@@ -270,21 +305,20 @@ impl Emitter<'_> {
                 () if writes(access[operand]) => Kind::Store,
                 () => Kind::Load,
             };
-            self.access(ins, kind, size, index)?;
-            if kind == Kind::Lock {
-                self.within_line(size, index)?;
-            }
-            set_memory(&mut host, operand as u32, At::Address);
+            let rules = Rules { within_line: kind == Kind::Lock, ..Rules::size(size) };
+            let at = self.access(ins, kind, rules, wanted(ins), index)?;
+            free = at.free();
+            set_memory(&mut host, operand as u32, at);
         }
         if needs_flags(ins) {
             self.load_flags()?;
         }
-        let redirected = self.redirect(ins, &mut host, &access, memory)?;
+        let redirected = self.redirect(ins, &mut host, &access, free, !memory)?;
         if memory {
             self.may_fault(index);
         }
         self.put(host)?;
-        if ins.rflags_modified() & STATUS != 0 {
+        if changes_flags(ins) {
             self.flags = Flags::Host;
         }
         self.settle(redirected)
@@ -294,8 +328,7 @@ impl Emitter<'_> {
         let to = ins.op0_register();
         let mut host = *ins;
         host.set_ip(0);
-        self.offset(ins)?;
-        set_memory(&mut host, 1, At::Address);
+        self.operand(ins, &mut host)?;
         match place_of(to) {
             Place::Host(full) => {
                 host.set_op0_register(sized(full.into(), to).ok_or(Failure::Unsuited)?);
@@ -303,6 +336,8 @@ impl Emitter<'_> {
             }
             Place::State(number) => {
                 if to.size() < 4 {
+                    self.offset(ins)?;
+                    set_memory(&mut host, 1, At::Address);
                     self.a.mov(VALUE, slot(number))?;
                 }
                 host.set_op0_register(sized(VALUE.into(), to).ok_or(Failure::Unsuited)?);
@@ -316,44 +351,85 @@ impl Emitter<'_> {
         let kept = field(offset_of!(Cpu, translator.kept));
         let memory = ins.op0_kind() == OpKind::Memory;
         if memory {
-            self.access(ins, Kind::Load, 8, index)?;
+            let from = self.access(ins, Kind::Load, Rules::size(8), 0, index)?;
             self.may_fault(index);
-            self.a.mov(VALUE, qword_ptr(ADDRESS))?;
-            self.a.mov(kept, VALUE)?;
+            self.a.mov(ADDRESS, from.quad())?;
+            self.a.mov(kept, ADDRESS)?;
         }
-        self.stack(-8, Kind::Store, index)?;
+        let to = self.stack(-8, Kind::Store, index)?.quad();
         if memory {
-            self.a.mov(VALUE, kept)?;
+            self.a.mov(ADDRESS, kept)?;
             self.may_fault(index);
-            self.a.mov(qword_ptr(ADDRESS), VALUE)?;
+            self.a.mov(to, ADDRESS)?;
         } else if ins.op0_kind() == OpKind::Register {
-            let value = self.in_register(ins.op0_register(), VALUE)?;
+            let value = self.in_register(ins.op0_register(), ADDRESS)?;
             self.may_fault(index);
-            self.a.mov(qword_ptr(ADDRESS), value)?;
+            self.a.mov(to, value)?;
         } else {
             self.may_fault(index);
-            self.a.mov(qword_ptr(ADDRESS), ins.immediate(0) as i32)?;
+            self.a.mov(to, ins.immediate(0) as i32)?;
         }
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
     }
 
+    fn push_flags(&mut self, index: usize) -> Result<()> {
+        let to = self.stack(-8, Kind::Store, index)?.quad();
+        self.load_flags()?;
+        self.a.pushfq()?;
+        self.a.pop(ADDRESS)?;
+        self.free_host_flags()?;
+        self.a.and(ADDRESS, Rflags::STATUS.bits() as i32)?;
+        self.a.or(ADDRESS, field(offset_of!(Cpu, state.rflags_system)))?;
+        self.may_fault(index);
+        self.a.mov(to, ADDRESS)?;
+        Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
+    }
+
+    /// At other privileges the operation is the interpreter's.
+    fn is_supervisor(&mut self, index: usize) -> Result<()> {
+        self.free_host_flags()?;
+        self.a.cmp(byte_ptr(offset_of!(Cpu, state.cpl) as u64).gs(), 0)?;
+        let interpreter = self.interpreter_label(index);
+        Ok(self.a.jne(interpreter)?)
+    }
+
+    fn clear_interrupts(&mut self, index: usize) -> Result<()> {
+        self.is_supervisor(index)?;
+        let cleared = !(Rflags::IF.bits() as i32);
+        Ok(self.a.and(field(offset_of!(Cpu, state.rflags_system)), cleared)?)
+    }
+
+    fn swap_gs(&mut self, index: usize) -> Result<()> {
+        self.is_supervisor(index)?;
+        let base =
+            offset_of!(Cpu, state.segs) + size_of::<Segment>() * Seg::Gs as usize + offset_of!(Segment, base);
+        let other = offset_of!(Cpu, state.kernel_gs_base);
+        let current = offset_of!(Cpu, state.ea_base) + 8 * Seg::Gs as usize;
+        self.a.mov(VALUE, field(base))?;
+        self.a.mov(ADDRESS, field(other))?;
+        self.a.mov(field(other), VALUE)?;
+        self.a.mov(field(base), ADDRESS)?;
+        Ok(self.a.mov(field(current), ADDRESS)?)
+    }
+
     fn pop(&mut self, ins: &Instruction, index: usize) -> Result<()> {
-        self.stack(0, Kind::Load, index)?;
+        let from = self.stack(0, Kind::Load, index)?.quad();
         self.may_fault(index);
         match place_of(ins.op0_register()) {
-            Place::Host(host) => self.a.mov(host, qword_ptr(ADDRESS))?,
+            Place::Host(host) => self.a.mov(host, from)?,
             Place::State(number) => {
-                self.a.mov(VALUE, qword_ptr(ADDRESS))?;
-                self.a.mov(slot(number), VALUE)?;
+                self.a.mov(ADDRESS, from)?;
+                self.a.mov(slot(number), ADDRESS)?;
             }
         }
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP + 8))?)
     }
 
     fn leave(&mut self, index: usize) -> Result<()> {
-        self.check(Linear::Register(rbp, 0), usize::from(reg::RBP), Kind::Load, 8, index)?;
+        let linear = Linear::Register(rbp, 0);
+        let from = self.check(linear, usize::from(reg::RBP), Kind::Load, Rules::size(8), 1, index)?.quad();
         self.may_fault(index);
-        self.a.mov(ADDRESS, qword_ptr(ADDRESS))?;
+        self.a.mov(ADDRESS, from)?;
         self.a.lea(GUEST_RSP, qword_ptr(rbp + 8))?;
         Ok(self.a.mov(rbp, ADDRESS)?)
     }
@@ -366,15 +442,19 @@ impl Emitter<'_> {
             return part(full, register.size());
         }
         let size = ins.memory_size().size();
-        self.access(ins, Kind::Load, size, index)?;
+        let at = self.access(ins, Kind::Load, Rules::size(size), 0, index)?;
+        let factor = part(VALUE, size)?;
+        let load = match size {
+            1 => Code::Mov_r8_rm8,
+            2 => Code::Mov_r16_rm16,
+            4 => Code::Mov_r32_rm32,
+            _ => Code::Mov_r64_rm64,
+        };
+        let mut load = Instruction::with2(load, factor, MemoryOperand::with_base(ADDRESS.into()))?;
+        set_memory(&mut load, 1, at);
         self.may_fault(index);
-        match size {
-            1 => self.a.mov(r14b, byte_ptr(ADDRESS))?,
-            2 => self.a.mov(r14w, word_ptr(ADDRESS))?,
-            4 => self.a.mov(r14d, dword_ptr(ADDRESS))?,
-            _ => self.a.mov(VALUE, qword_ptr(ADDRESS))?,
-        }
-        part(VALUE, size)
+        self.put(load)?;
+        Ok(factor)
     }
 
     /// The instruction on RAX, with another register for its operand. The guest's flags are loaded first: what comes of those
@@ -425,14 +505,15 @@ impl Emitter<'_> {
     }
 
     fn compare_exchange(&mut self, ins: &Instruction, index: usize) -> Result<()> {
-        let size = ins.memory_size().size();
-        self.access(ins, Kind::Lock, size, index)?;
-        self.within_line(size, index)?;
+        let locks = ins.has_lock_prefix();
+        let rules = Rules { within_line: locks, ..Rules::size(ins.memory_size().size()) };
+        let kind = if locks { Kind::Lock } else { Kind::Store };
+        let at = self.access(ins, kind, rules, wanted(ins), index)?;
         let mut host = *ins;
         host.set_ip(0);
-        set_memory(&mut host, 0, At::Address);
+        set_memory(&mut host, 0, at);
         let access = [OpAccess::ReadWrite, OpAccess::Read];
-        self.redirect(ins, &mut host, &access, true)?;
+        self.redirect(ins, &mut host, &access, at.free(), false)?;
         self.a.mov(field16(offset_of!(Cpu, state.status)), ax)?;
         self.a.mov(rax, GUEST_RAX)?;
         self.may_fault_without_rax(index);

@@ -1,7 +1,7 @@
-//! Links: where a block goes on after a direct branch.
+//! Links: where a block goes on after a direct branch out of its region; and where computed branches go on.
 //!
-//! A link holds while its number is [`Translator::validity`](super::Translator), which stands for everything that it depends
-//! on: the address space and mode, the epoch that bytes were compared in, and no block dropped since.
+//! A link holds while its number is the [`Translator`](super::Translator)'s, which stands for everything that it depends
+//! on: the epoch that bytes were compared in, no block dropped since, and, unless it stays in its page, the address space and mode.
 #![expect(unsafe_code, reason = "links are written in the arena's writable view")]
 
 use std::mem::offset_of;
@@ -49,5 +49,32 @@ impl Link {
                 (*link).validity = validity;
             }
         }
+    }
+}
+
+/// Where code at a linear address was found to be: what computed branches look at.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(32))]
+pub(super) struct Jump {
+    pub(super) lin: u64,
+    /// As a link's.
+    pub(super) validity: u64,
+    pub(super) code: u64,
+}
+
+impl Jump {
+    /// Entries of the cache.
+    pub(super) const ENTRIES: usize = 1 << 12;
+    /// How far the address is shifted for the other half of its hash.
+    pub(super) const SHIFT: u32 = 15;
+
+    /// An empty cache: zero is no valid number.
+    pub(super) fn cache() -> Box<[Jump]> {
+        vec![Jump::default(); Jump::ENTRIES].into_boxed_slice()
+    }
+
+    /// The entry for `lin`.
+    pub(super) fn of(cache: &mut [Jump], lin: u64) -> &mut Jump {
+        &mut cache[(lin ^ (lin >> Jump::SHIFT)) as usize & (Jump::ENTRIES - 1)]
     }
 }

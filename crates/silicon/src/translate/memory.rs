@@ -2,23 +2,32 @@
 
 use std::mem::offset_of;
 
-use iced_x86::code_asm::{qword_ptr, r14d, r15d};
-use iced_x86::{Instruction, Register};
+use iced_x86::code_asm::qword_ptr;
+use iced_x86::{Code, Instruction, MemoryOperand, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Kind, Linear, Result};
-use super::registers::{ADDRESS, GUEST_RSP, VALUE, field, slot};
+use super::registers::{ADDRESS, At, GUEST_RSP, Place, VALUE, field, place_of, slot};
 use crate::cpu::Cpu;
+use crate::hostexec::stub::writes;
+use crate::mmu::tlb::{PAGE_SHIFT, PAGE_SIZE, Recent};
 use crate::state::{Seg, reg};
 
-/// Bytes in a cache line.
-const LINE: i32 = 64;
-
-/// Ways of access besides those by a general register: see [`Recent::WAYS`].
-const IP: usize = 16;
-const NO_BASE: usize = 17;
-const FS: usize = 18;
-const GS: usize = 19;
+/// Which way ([`Recent::WAYS`]) an access by this operand goes: operands with the same registers whose displacements are in the same
+/// page are likely to lie in one page.
+fn way(ins: &Instruction) -> usize {
+    let base = match (ins.memory_segment(), ins.memory_base()) {
+        (Register::FS, _) => 17,
+        (Register::GS, _) => 18,
+        (_, Register::RIP) => 16,
+        (_, Register::None) => 19,
+        (_, base) => base.number(),
+    };
+    let index = if ins.memory_index() == Register::None { 0 } else { 1 + ins.memory_index().number() };
+    let page = (ins.memory_displacement64().wrapping_add(PAGE_SIZE / 2) >> PAGE_SHIFT) as usize;
+    let mixed = (base + 32 * index + 1024 * page).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed >> (usize::BITS - Recent::WAYS.trailing_zeros())
+}
 
 fn segment_base(seg: Seg) -> usize {
     offset_of!(Cpu, state.ea_base) + 8 * seg as usize
@@ -35,32 +44,42 @@ pub(super) fn suits_memory(ins: &Instruction) -> bool {
         && i32::try_from(ins.memory_displacement64() as i64).is_ok()
 }
 
+/// Whether the instruction, a MOV, takes something from memory.
+fn reads_memory(ins: &Instruction) -> bool {
+    ins.mnemonic() == Mnemonic::Pop || ins.op_kinds().nth(1) == Some(OpKind::Memory)
+}
+
 impl Emitter<'_> {
     /// Loads [`ADDRESS`] with the offset part of the memory operand. Changes [`VALUE`], and no flags.
     pub(super) fn offset(&mut self, ins: &Instruction) -> Result<()> {
+        let mut lea =
+            Instruction::with2(Code::Lea_r64_m, ADDRESS.into(), MemoryOperand::with_base(ADDRESS.into()))?;
+        self.operand(ins, &mut lea)?;
+        self.put(lea)
+    }
+
+    /// Has the memory operand of `host`, an LEA, be that of `ins` in host registers. Changes [`ADDRESS`] and [`VALUE`], and no flags.
+    pub(super) fn operand(&mut self, ins: &Instruction, host: &mut Instruction) -> Result<()> {
         let displacement = ins.memory_displacement64() as i64;
-        let displacement = i32::try_from(displacement).map_err(|_| Failure::Unsuited)?;
-        let (base, index) = (ins.memory_base(), ins.memory_index());
-        let base = match base {
-            Register::None => None,
+        i32::try_from(displacement).map_err(|_| Failure::Unsuited)?;
+        let base = match ins.memory_base() {
+            Register::None => Register::None,
             Register::RIP => {
                 self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
-                Some(ADDRESS)
+                ADDRESS.into()
             }
-            base => Some(self.in_register(base, ADDRESS)?),
+            base => self.in_register(base, ADDRESS)?.into(),
         };
-        let index = match index {
-            Register::None => None,
-            index => Some((self.in_register(index, VALUE)?, ins.memory_index_scale() as i32)),
+        let index = match ins.memory_index() {
+            Register::None => Register::None,
+            index => self.in_register(index, VALUE)?.into(),
         };
-        match (base, index) {
-            (None, None) => self.a.mov(ADDRESS, i64::from(displacement))?,
-            (Some(base), None) => self.a.lea(ADDRESS, qword_ptr(base + displacement))?,
-            (None, Some((index, scale))) => self.a.lea(ADDRESS, qword_ptr(index * scale + displacement))?,
-            (Some(base), Some((index, scale))) => {
-                self.a.lea(ADDRESS, qword_ptr(base + index * scale + displacement))?;
-            }
-        }
+        host.set_segment_prefix(Register::None);
+        host.set_memory_base(base);
+        host.set_memory_index(index);
+        host.set_memory_index_scale(ins.memory_index_scale());
+        host.set_memory_displ_size(if displacement == 0 && base != Register::None { 0 } else { 8 });
+        host.set_memory_displacement64(displacement as u64);
         Ok(())
     }
 
@@ -81,32 +100,73 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Has [`ADDRESS`] be the host address of the memory operand. [`VALUE`] is lost, and the flags are in RAX.
-    pub(super) fn access(&mut self, ins: &Instruction, kind: Kind, size: usize, index: usize) -> Result<()> {
-        let way = match (ins.memory_segment(), ins.memory_base()) {
-            (Register::FS, _) => FS,
-            (Register::GS, _) => GS,
-            (_, Register::RIP) => IP,
-            (_, Register::None) => NO_BASE,
-            (_, base) => base.number(),
+    /// Where the memory operand is, if the access is to the page accessed last in the same way or one that the TLB has and
+    /// suits `rules`; else operation `index` is the interpreter's. `free` scratch registers have to be left, one at most. The
+    /// flags are in RAX.
+    pub(super) fn access(
+        &mut self,
+        ins: &Instruction,
+        kind: Kind,
+        rules: Rules,
+        free: usize,
+        index: usize,
+    ) -> Result<At> {
+        let plain = !matches!(ins.memory_segment(), Register::FS | Register::GS)
+            && ins.memory_index() == Register::None
+            && !matches!(ins.memory_base(), Register::RIP | Register::None);
+        let displacement =
+            i32::try_from(ins.memory_displacement64() as i64).map_err(|_| Failure::Unsuited)?;
+        let linear = match place_of(ins.memory_base()) {
+            Place::Host(base) if plain => Linear::Register(base, displacement),
+            _ => Linear::Operand(*ins),
         };
-        self.check(Linear::Operand(*ins), way, kind, size, index)
-    }
-
-    /// Has [`ADDRESS`] be the host address of the word at RSP plus `offset`. [`VALUE`] is lost, and the flags are in RAX.
-    pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<()> {
-        self.check(Linear::Register(GUEST_RSP, offset), usize::from(reg::RSP), kind, 8, index)
-    }
-
-    /// A locked access at [`ADDRESS`] is the interpreter's if it is split between two cache lines. Changes [`VALUE`].
-    pub(super) fn within_line(&mut self, size: usize, index: usize) -> Result<()> {
-        if size > 1 {
-            self.a.mov(r14d, r15d)?;
-            self.a.and(r14d, LINE - 1)?;
-            self.a.cmp(r14d, LINE - size as i32)?;
-            let split = self.interpreter_label(index);
-            self.a.ja(split)?;
+        if kind != Kind::Lock && self.is_scattered(ins) {
+            return self.find(linear, kind, rules, index);
         }
-        Ok(())
+        self.check(linear, way(ins), kind, rules, free, index)
+    }
+
+    /// Whether what the operand points to is likely to be in another page each time: its address has come from memory.
+    fn is_scattered(&self, ins: &Instruction) -> bool {
+        let segment = matches!(ins.memory_segment(), Register::FS | Register::GS);
+        let loaded =
+            |register: Register| register.is_gpr() && self.pointers & 1 << (register.number() & 15) != 0;
+        !segment && (loaded(ins.memory_base()) || loaded(ins.memory_index()))
+    }
+
+    /// Notes which registers the instruction, which has just been translated, has loaded from memory.
+    pub(super) fn note_pointers(&mut self, ins: &Instruction) {
+        let written = self.info.info(ins).used_registers().iter().filter(|used| writes(used.access()));
+        let written = written.map(|used| used.register()).filter(|register| register.is_gpr());
+        let written = written.fold(0, |all, register| all | 1 << (register.number() & 15));
+        self.pointers &= !written;
+        // What is extended from less is more likely to be an index into something small.
+        if matches!(ins.mnemonic(), Mnemonic::Mov | Mnemonic::Movsxd | Mnemonic::Pop) && reads_memory(ins) {
+            self.pointers |= written & !(1 << reg::RSP);
+        }
+    }
+
+    /// Where the word at RSP plus `offset` is; [`ADDRESS`] is free. The flags are in RAX.
+    pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<At> {
+        let linear = Linear::Register(GUEST_RSP, offset);
+        self.check(linear, usize::from(reg::RSP), kind, Rules::size(8), 1, index)
+    }
+}
+
+/// What an access must be, besides within a page.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// Bytes.
+    pub(super) size: usize,
+    /// Bits of the address that must be clear.
+    pub(super) alignment: u8,
+    /// It must not be split between two cache lines.
+    pub(super) within_line: bool,
+}
+
+impl Rules {
+    /// No more than that it has this size.
+    pub(super) fn size(size: usize) -> Rules {
+        Rules { size, alignment: 0, within_line: false }
     }
 }

@@ -14,7 +14,8 @@
 //!
 //! # How blocks follow each other
 //!
-//! By [`link`]s, or by the jump cache ([`routines`]) where the target is computed. Each time, requests of other threads are
+//! Within a [`region`] by branches ([`edges`]); to other regions by [`link`]s, or by the cache of [`link::Jump`]s where the target is
+//! computed; back from calls by the host's own returns. Whenever a region is left or goes backwards, requests of other threads are
 //! looked for, so nothing is noticed later than by the interpreter.
 //!
 //! # Flags
@@ -24,20 +25,25 @@
 //!
 //! # What keeps the guest out of host memory
 //!
-//! Every access is to `host + (lin ^ page)` of a [`Recent`](crate::mmu::tlb::Recent) page with `lin ^ page` not above the last
-//! place in the page where the access fits, checked right before it. Pages get there from the TLB alone, and leave when
-//! anything about them changes ([`crate::mmu::tlb`]). Besides that, code writes only its own [`Cpu`], at offsets that are
-//! constants, and jumps only to what the translator has emitted: links and entries of the jump cache are written by it alone.
+//! Every access is to a page of a [`Recent`](crate::mmu::tlb::Recent) or a [`Found`](crate::mmu::tlb::Found), with `lin ^ page` not above the
+//! last place in the page where the access fits, checked right before it. Pages get there from the TLB alone, and leave when
+//! anything about them changes ([`crate::mmu::tlb`]). Besides that, code writes only its own [`Cpu`] and [`frame`], at offsets that are
+//! constants, and the host's stack, within bounds that calls check. It jumps only to what the translator has emitted: links and
+//! jumps are written by it alone, and a return goes where a call of the same stay came from.
 #![expect(unsafe_code, reason = "sets the GS base")]
 
 mod branch;
 mod check;
 mod choice;
+mod edges;
 mod emit;
+mod frame;
 mod instruction;
+mod layout;
 mod link;
 mod memory;
 mod operands;
+mod region;
 mod registers;
 mod routines;
 mod run;
@@ -48,20 +54,22 @@ mod vector;
 use std::arch::asm;
 use std::sync::Arc;
 
-use iced_x86::{FlowControl, Instruction};
+use iced_x86::Instruction;
 
 use self::check::Checks;
 pub use self::choice::Engine;
 use self::choice::has_fsgsbase;
 use self::emit::Emitter;
+use self::link::Jump;
+use self::region::Member;
 use self::routines::Routines;
-use self::run::{count, enter};
-use crate::code::BlockRef;
+pub(crate) use self::run::count;
+use self::run::enter;
 use crate::code::lower::LowerCtx;
-use crate::code::op::{Flow, Op};
+use crate::code::op::Op;
 use crate::code::thread::interpreted;
+use crate::code::{BlockRef, CodeCache};
 use crate::cpu::{Cpu, Requests};
-use crate::exception::Abort;
 use crate::hostexec::arena::Arena;
 use crate::mmu::host::{self, Recovery};
 use crate::model::Features;
@@ -89,6 +97,8 @@ const POINTER: u64 = (1 << 48) - 1;
 enum Failure {
     /// It is the interpreter's.
     Unsuited,
+    /// Its page is not at hand: another time, perhaps.
+    Later,
     /// There is no room: all translations have to go first.
     Full,
 }
@@ -102,10 +112,15 @@ pub(crate) struct Translator {
     requests: *const Requests,
     /// Links hold if they have this number: it stands for the current epoch, block generation and context of fetches.
     validity: u64,
-    /// The context of fetches, in RIP's half of the address space.
-    context: u64,
+    /// The same for links within a page, which hold in all contexts.
+    validity_within: u64,
+    /// Where computed branches have led to: [`Jump::ENTRIES`] entries of `code`'s.
+    jumps: *const Jump,
     /// What an instruction has loaded, while it looks at where it stores something.
     kept: u64,
+    /// While host code runs: where its stack is, and where there is no more room for return addresses.
+    stack: u64,
+    stack_limit: u64,
     /// How often a block runs before it is translated.
     after: u32,
     /// What of the guest's vector registers is in the host's: a [`vector::Live`]. Nothing, when host code does not run.
@@ -116,6 +131,8 @@ pub(crate) struct Translator {
     /// Conditions that were in force lately, with their numbers, and the number given out last.
     known: [(Conditions, u64); 8],
     last: u64,
+    /// The epoch and generation that `validity_within` stands for.
+    within: [u64; 2],
     /// The GS base of the host.
     host_gs: u64,
 }
@@ -124,9 +141,10 @@ struct Code {
     arena: Arena,
     routines: Routines,
     recovery: Box<Recovery>,
+    jumps: Box<[Jump]>,
 }
 
-// SAFETY: the pointer is to requests that the CPU shares, set anew whenever it enters guest mode.
+// SAFETY: the pointers are to requests that the CPU shares and to what `code` owns, set anew whenever it enters guest mode.
 unsafe impl Send for Translator {}
 
 impl Translator {
@@ -146,14 +164,18 @@ impl Translator {
         Translator {
             requests: std::ptr::null(),
             validity: 0,
-            context: 0,
+            validity_within: 0,
+            jumps: std::ptr::null(),
             kept: 0,
+            stack: 0,
+            stack_limit: 0,
             after,
             vectors: 0,
             code,
             checks,
             known: [([0; 3], 0); 8],
             last: 0,
+            within: [0; 2],
             host_gs: 0,
         }
     }
@@ -189,7 +211,7 @@ impl Code {
         });
         let mut arena = arena.ok()?;
         let routines = Routines::new(&mut arena)?;
-        Some(Code { arena, routines, recovery: Box::default() })
+        Some(Code { arena, routines, recovery: Box::default(), jumps: Jump::cache() })
     }
 
     /// Forgets all translations.
@@ -208,6 +230,7 @@ impl Cpu {
             // SAFETY: the table is changed by `translate_block` alone, which no translated code calls.
             unsafe { host::translated_code_lies_at(code.arena.range(), &raw const *code.recovery) };
             self.translator.requests = Arc::as_ptr(&self.requests);
+            self.translator.jumps = code.jumps.as_ptr();
             // SAFETY: `Code::new` has found that programs may use the instructions; libraries do not use GS.
             unsafe {
                 asm!("rdgsbase {}", out(reg) self.translator.host_gs, options(nomem, nostack, preserves_flags));
@@ -233,42 +256,59 @@ impl Cpu {
         }
     }
 
-    /// Translates the block that begins with `first`, and has it run as translated from now on.
+    /// Translates the block that begins with `first`, and those of its page that it leads to, and has them run as translated
+    /// from now on.
     fn translate_block(&mut self, first: &Op) -> Result<(), Failure> {
-        let block = self.block_of(first).ok_or(Failure::Unsuited)?;
-        let instructions = self.decode_again(block);
-        let ops = block.ops();
+        if !self.page_at_hand(self.ip_of(first)) {
+            return Err(Failure::Later);
+        }
+        let (root, within_page) = self.block_of(first).ok_or(Failure::Unsuited)?;
+        first.handler.set(interpreted(first));
+        let members = region::gather(self.member(root), |offset| {
+            let block =
+                self.block_in_page_of(first, offset).filter(|block| within_page && block.may_join())?;
+            Some(self.member(block)).filter(Member::begins)
+        });
+        match self.translate_region(&members) {
+            Err(Failure::Unsuited) if members.len() > 1 => {
+                let alone = region::gather(self.member(root), |_| None);
+                self.translate_region(&alone)
+            }
+            result => result,
+        }
+    }
+
+    fn member(&self, block: BlockRef) -> Member {
         // Whoever does not want to wait wants to see everything translated.
         let shortest = if self.translator.after == 0 { 1 } else { SHORTEST };
-        let loops = self.translator.checks.is_none();
+        Member::new(block, self.decode_again(block), &self.features, shortest)
+    }
+
+    /// Translates a region.
+    fn translate_region(&mut self, members: &[Member]) -> Result<(), Failure> {
+        // Where engines are compared the interpreter executes blocks one by one.
+        let closed = self.translator.checks.is_some();
         let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
-        first.handler.set(interpreted(first));
-        self.counters.blocks_translated += 1;
-        for run in runs(&instructions, &self.features) {
-            let whole = run.start == 0 && run.end == instructions.len();
-            if run.len() < shortest && !whole {
-                continue;
+        self.counters.blocks_translated += members.len() as u64;
+        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, closed)?;
+        for (number, member) in members.iter().enumerate() {
+            let follower = members.get(number + 1).map(Member::offset);
+            for run in &member.runs {
+                let follower = follower.filter(|_| run.end == member.instructions.len());
+                emitter.begin(member.block.ops(), number, run.start, follower)?;
+                emitter.run(&member.instructions, run.clone(), &self.features)?;
             }
-            let mut emitter = Emitter::new(&mut code.arena, code.routines, ops, loops && run.start == 0)?;
-            for index in run.clone() {
-                let ins = &instructions[index];
-                match Family::of(ins, &self.features).ok_or(Failure::Unsuited)? {
-                    Family::Integer => emitter.instruction(ins, index)?,
-                    Family::Vector => emitter.vector(ins, index)?,
-                    Family::Branch => emitter.branch(ins, index)?,
-                }
-            }
-            match instructions.get(run.end) {
-                Some(_) => emitter.interpret(run.end)?,
-                None if instructions[run.end - 1].flow_control() != FlowControl::Next => {}
-                None => emitter.go_to(i64::from(ops[run.end].page_offset), 0)?,
-            }
-            let at = emitter.finish(&mut code.recovery)?;
-            if run.start == 0 {
+        }
+        let entries = emitter.finish(&mut code.recovery)?;
+        CodeCache::join(members.iter().map(|member| member.block));
+        for (number, index, at) in entries {
+            let block = members[number].block;
+            let op = &block.ops()[index];
+            op.translation.set(at);
+            op.handler.set(enter);
+            if index == 0 {
                 block.set_translation(at);
             }
-            ops[run.start].translation.set(at);
-            ops[run.start].handler.set(enter);
         }
         Ok(())
     }
@@ -301,18 +341,20 @@ impl Cpu {
     /// What host code goes by is up to date for code in RIP's half of the address space.
     #[inline(always)]
     fn prepare(&mut self, rip: u64) {
-        let context = self.fetch_context(rip);
-        let conditions = [self.code.epoch, self.code.generation, context];
-        self.translator.context = context;
-        self.translator.validity = self.translator.number(conditions);
+        let (epoch, generation) = (self.code.epoch, self.code.generation);
+        self.translator.validity = self.translator.number([epoch, generation, self.fetch_context(rip)]);
+        if self.translator.within != [epoch, generation] {
+            self.translator.within = [epoch, generation];
+            self.translator.last += 1;
+            self.translator.validity_within = self.translator.last;
+        }
     }
 
-    /// RIP is where the guest goes on; all that it has done is counted. `at` is any operation.
-    fn end_at_rip(&mut self, at: &Op) -> Result<Flow, Abort> {
+    /// The block ends: RIP is where the guest goes on, and all that it has done is counted. `at` is any operation.
+    fn end_at_rip(&mut self, at: &Op) {
         self.enter_block(at);
         // The engine counts one more.
         self.counters.instructions = self.counters.instructions.wrapping_sub(1);
-        Ok(Flow::End)
     }
 }
 
@@ -334,19 +376,4 @@ impl Family {
             () => None,
         }
     }
-}
-
-/// The runs of instructions that can be translated.
-fn runs(instructions: &[Instruction], features: &Features) -> Vec<std::ops::Range<usize>> {
-    let suits = |ins: &Instruction| Family::of(ins, features).is_some();
-    let mut runs = Vec::new();
-    let mut start = 0;
-    while start < instructions.len() {
-        let length = instructions[start..].iter().take_while(|ins| suits(ins)).count();
-        if length != 0 {
-            runs.push(start..start + length);
-        }
-        start += length + 1;
-    }
-    runs
 }

@@ -5,9 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Regis
 
 use super::Failure;
 use super::emit::{Emitter, Result};
-use super::registers::{
-    ADDRESS, At, Place, VALUE, is_high_byte, place_of, set_memory, sized, slot, slot_offset,
-};
+use super::registers::{At, Place, is_high_byte, place_of, set_memory, sized, slot, slot_offset};
 use crate::hostexec::stub::writes;
 
 /// What is still to be done after an instruction with redirected operands.
@@ -70,19 +68,18 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Redirects the general-register operands of `host`, and loads those that are in the state. `memory`: one operand is
-    /// memory, or none may become it.
+    /// Redirects the general-register operands of `host`, and loads those that are in the state into `free` registers.
+    /// `in_place`: one may become a memory operand.
     pub(super) fn redirect(
         &mut self,
         ins: &Instruction,
         host: &mut Instruction,
         access: &[OpAccess],
-        memory: bool,
+        free: &'static [AsmRegister64],
+        mut in_place: bool,
     ) -> Result<Redirected> {
-        let mut scratch =
-            Scratch { free: if memory { &[VALUE] } else { &[VALUE, ADDRESS] }, used: [None; 2] };
+        let mut scratch = Scratch { free, used: [None; 2] };
         let mut written = [false; 2];
-        let mut in_place = memory;
         let turned = turned(ins, access);
         for operand in 0..ins.op_count() {
             let register = ins.op_register(operand);
@@ -109,14 +106,14 @@ impl Emitter<'_> {
                         host.set_op_register(operand, part);
                     }
                 }
-                Place::State(number) if !in_place && can_be_memory(host, operand, writes) => {
+                Place::State(number) if in_place && can_be_memory(host, operand, writes) => {
                     set_memory(host, operand, At::Field(slot_offset(number)));
-                    in_place = true;
+                    in_place = false;
                 }
                 Place::State(number) => {
                     let (at, new) = scratch.of(number)?;
                     let held = scratch.free[at];
-                    if new {
+                    if new && !overwrites(ins, operand, access) {
                         self.a.mov(held, slot(number))?;
                     }
                     written[at] |= writes;
@@ -148,6 +145,28 @@ impl Emitter<'_> {
             }
         }
     }
+}
+
+/// Whether nothing of what the register operand was before matters.
+fn overwrites(ins: &Instruction, operand: u32, access: &[OpAccess]) -> bool {
+    let register = ins.op_register(operand);
+    let same = |other: u32| {
+        ins.op_kind(other) == OpKind::Register
+            && ins.op_register(other).full_register() == register.full_register()
+    };
+    let alone = (0..ins.op_count()).filter(|&other| same(other)).count() == 1;
+    alone && access[operand as usize] == OpAccess::Write && register.size() >= 4
+}
+
+/// Scratch registers that the register operands of an instruction with a memory operand may need: one at most has to be left.
+pub(super) fn wanted(ins: &Instruction) -> usize {
+    let wants = |operand: u32| {
+        let register = ins.op_register(operand);
+        ins.op_kind(operand) == OpKind::Register
+            && register.is_gpr()
+            && (matches!(place_of(register), Place::State(_)) || is_high_byte(register))
+    };
+    usize::from((0..ins.op_count()).any(wants))
 }
 
 /// The low `size` bytes of `full`.

@@ -9,7 +9,7 @@
 //! | GS base | the [`Cpu`] |
 //! | all others | the guest's register of the same name |
 //!
-//! The guest's R11, R13, R14 and R15 stay in [`CpuState`](crate::state::CpuState): compilers use them least.
+//! The guest's R11, R13, R14 and R15 are in memory: compilers use them least.
 
 use std::mem::offset_of;
 
@@ -80,8 +80,8 @@ pub(super) fn field16(offset: usize) -> AsmMemoryOperand {
 }
 
 /// Offset of a general register, or of one of the slots behind them, in the [`Cpu`].
-pub(super) fn slot_offset(number: u8) -> usize {
-    offset_of!(Cpu, state.regs) + 8 * usize::from(number)
+pub(super) const fn slot_offset(number: u8) -> usize {
+    offset_of!(Cpu, state.regs) + 8 * number as usize
 }
 
 /// A general register in the state.
@@ -109,25 +109,22 @@ pub(super) fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
-/// Has operand `operand` be memory: `base` if there is one, else the field at `offset` of the [`Cpu`].
+/// Has operand `operand` be the memory at `at`.
 pub(super) fn set_memory(ins: &mut Instruction, operand: u32, at: At) {
     ins.set_op_kind(operand, OpKind::Memory);
-    ins.set_memory_index(Register::None);
     ins.set_memory_index_scale(1);
-    match at {
-        At::Address => {
-            ins.set_segment_prefix(Register::None);
-            ins.set_memory_base(ADDRESS.into());
-            ins.set_memory_displ_size(0);
-            ins.set_memory_displacement64(0);
+    let (segment, base, index, displacement) = match at {
+        At::Address => (Register::None, ADDRESS.into(), Register::None, 0),
+        At::Sum(base, displacement) => {
+            (Register::None, base.into(), VALUE.into(), i64::from(displacement) as u64)
         }
-        At::Field(offset) => {
-            ins.set_segment_prefix(Register::GS);
-            ins.set_memory_base(Register::None);
-            ins.set_memory_displ_size(8);
-            ins.set_memory_displacement64(offset as u64);
-        }
-    }
+        At::Field(offset) => (Register::GS, Register::None, Register::None, offset as u64),
+    };
+    ins.set_segment_prefix(segment);
+    ins.set_memory_base(base);
+    ins.set_memory_index(index);
+    ins.set_memory_displ_size(if displacement == 0 && base != Register::None { 0 } else { 8 });
+    ins.set_memory_displacement64(displacement);
 }
 
 /// A memory operand of translated code.
@@ -135,8 +132,31 @@ pub(super) fn set_memory(ins: &mut Instruction, operand: u32, at: At) {
 pub(super) enum At {
     /// What [`ADDRESS`] points to.
     Address,
+    /// What a register, a displacement and [`VALUE`], the page's addend, point to.
+    Sum(AsmRegister64, i32),
     /// A field of the [`Cpu`].
     Field(usize),
+}
+
+impl At {
+    /// Eight bytes there.
+    pub(super) fn quad(self) -> AsmMemoryOperand {
+        match self {
+            At::Address => qword_ptr(ADDRESS),
+            At::Sum(base, displacement) => qword_ptr(base + VALUE + displacement),
+            At::Field(offset) => field(offset),
+        }
+    }
+
+    /// Scratch registers that it leaves free.
+    pub(super) fn free(self) -> &'static [AsmRegister64] {
+        match self {
+            At::Address => &[VALUE],
+            At::Sum(base, _) if base == ADDRESS => &[],
+            At::Sum(..) => &[ADDRESS],
+            At::Field(_) => &[VALUE, ADDRESS],
+        }
+    }
 }
 
 #[cfg(test)]

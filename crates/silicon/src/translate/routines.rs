@@ -2,20 +2,23 @@
 
 use std::mem::offset_of;
 
+use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeAssembler, CodeLabel, ax, dword_ptr, eax, ecx, edx, qword_ptr, r12, r13, r14, r15, rax, rcx, rdi, rdx,
+    CodeAssembler, CodeLabel, ax, byte_ptr, dword_ptr, eax, ecx, edx, qword_ptr, r12, r13, r14, r14d, r15,
+    rax, rcx, rdi, rdx, rsp,
 };
-use iced_x86::{BlockEncoderOptions, IcedError};
 
 use super::LEAVE_INDIRECT;
 use super::emit::Kind;
+use super::frame::Frame;
+use super::layout::Layout;
+use super::link::Jump;
 use super::registers::{ADDRESS, HELD, VALUE, field, field16, slot};
 use super::vector::{self, Live};
-use crate::code::{Block, JUMP_ENTRIES, JumpEntry};
 use crate::cpu::Cpu;
 use crate::flags::Status;
 use crate::hostexec::arena::Arena;
-use crate::mmu::tlb::{Entry, L1_SLOTS, PAGE_MASK, PAGE_SHIFT, Recent};
+use crate::mmu::tlb::{Entry, Found, L1_SLOTS, PAGE_MASK, PAGE_SHIFT, Recent};
 use crate::state::reg;
 
 /// Addresses of the shared code.
@@ -23,12 +26,18 @@ use crate::state::reg;
 pub(super) struct Routines {
     /// `extern fn(code in RAX)`, called with GS set; see [`super::call`].
     pub(super) enter: u64,
+    /// What host code keeps in memory near itself.
+    pub(super) frame: Frame,
     /// Jumped to, to leave: [`ADDRESS`] and [`VALUE`] are what [`super::call`] returns, RAX holds the flags.
     pub(super) leave: u64,
     /// Jumped to with a target in [`ADDRESS`]: goes on there, or leaves.
     pub(super) indirect: u64,
+    /// Likewise, for returns to another address than the one on top of the host's stack.
+    pub(super) return_missed: u64,
     /// Those that [`Routines::look_up`] gives, by what they are for.
     pages: [[u64; SIZES.len()]; Recent::KINDS],
+    /// Those that [`Routines::find`] gives.
+    finds: [[u64; SIZES.len()]; 2],
     /// Those that [`Routines::raise`] gives.
     raise: [u64; Live::SOME.len()],
 }
@@ -39,28 +48,44 @@ const SIZES: [usize; 8] = [1, 2, 4, 8, 10, 16, 32, 64];
 impl Routines {
     /// Makes them; `None` without room.
     pub(super) fn new(arena: &mut Arena) -> Option<Routines> {
-        let enter = assemble(arena, enter)?;
-        let leave = assemble(arena, leave)?;
-        let indirect = assemble(arena, |a| indirect(a, leave))?;
+        let frame = Frame::new(arena)?;
+        let leave = assemble(arena, |a| leave(a, frame))?;
+        let indirect = assemble_near(arena, |a| indirect(a, leave), Some(frame))?;
+        let bottom = assemble(arena, |a| bottom(a, indirect))?;
+        let enter = assemble(arena, |a| enter(a, bottom, frame))?;
+        let return_missed = assemble(arena, |a| return_missed(a, indirect))?;
         let mut pages = [[0; SIZES.len()]; Recent::KINDS];
         for (kind, routines) in Kind::ALL.into_iter().zip(&mut pages) {
             for (size, routine) in SIZES.into_iter().zip(routines) {
                 *routine = assemble(arena, |a| look_up_page(a, kind, size))?;
             }
         }
+        let mut finds = [[0; SIZES.len()]; 2];
+        for (kind, routines) in [Kind::Load, Kind::Store].into_iter().zip(&mut finds) {
+            for (size, routine) in SIZES.into_iter().zip(routines) {
+                *routine = assemble(arena, |a| find_page(a, kind, size))?;
+            }
+        }
         let mut raise = [0; Live::SOME.len()];
         for (live, routine) in Live::SOME.into_iter().zip(&mut raise) {
             *routine = assemble(arena, |a| vector::raise(a, live))?;
         }
-        Some(Routines { enter, leave, indirect, pages, raise })
+        Some(Routines { enter, frame, leave, indirect, return_missed, pages, finds, raise })
     }
 
     /// To be called where an access is not to the page accessed last: [`ADDRESS`] holds the linear address,
-    /// [`VALUE`] the offset of its [`Recent`] in the [`Cpu`]. Returns ZF set with the host address in [`ADDRESS`], or
-    /// ZF clear. Changes nothing else but flags and [`VALUE`].
+    /// [`VALUE`] the offset of its [`Recent`] in the [`Cpu`]. Returns ZF set if that is of its page now, with the page's
+    /// addend in [`VALUE`], or ZF clear. Changes nothing else but flags and [`VALUE`].
     pub(super) fn look_up(&self, kind: Kind, size: usize) -> Option<u64> {
         let at = SIZES.iter().position(|&known| known == size)?;
         Some(self.pages[kind as usize][at])
+    }
+
+    /// To be called where the page of an access is not among those found: [`ADDRESS`] holds the linear address. Returns ZF set
+    /// with the host address there, or ZF clear. Changes nothing else but flags and [`VALUE`]. No locked accesses.
+    pub(super) fn find(&self, kind: Kind, size: usize) -> Option<u64> {
+        let at = SIZES.iter().position(|&known| known == size)?;
+        Some(self.finds.get(kind as usize)?[at])
     }
 
     /// To be called to have vector registers be live, where they are not; changes flags alone.
@@ -73,98 +98,115 @@ fn assemble(
     arena: &mut Arena,
     emit: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
 ) -> Option<u64> {
-    let mut a = CodeAssembler::new(64).ok()?;
-    emit(&mut a).ok()?;
-    let code = a.assemble_options(arena.next(), BlockEncoderOptions::NONE).ok()?;
-    arena.add(&code.inner.code_buffer)
+    assemble_near(arena, emit, None)
 }
 
-/// Loads the guest's registers and goes on at RDI.
-fn enter(a: &mut CodeAssembler) -> Result<(), IcedError> {
+/// Assembles code that uses the frame, if there is one, for what is in it.
+fn assemble_near(
+    arena: &mut Arena,
+    emit: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    frame: Option<Frame>,
+) -> Option<u64> {
+    let mut a = CodeAssembler::new(64).ok()?;
+    emit(&mut a).ok()?;
+    let layout = Layout::new(&mut a, arena, frame).ok()?;
+    arena.add(&layout.bytes)
+}
+
+/// Bytes of the host's stack for return addresses: two for each call, the guest's and below it the host's own.
+const RETURNS: i32 = 4096;
+
+/// Loads the guest's registers and goes on at RDI. No return has come from a call yet: what stands for that is `bottom`.
+fn enter(a: &mut CodeAssembler, bottom: u64, frame: Frame) -> Result<(), IcedError> {
     for saved in [r12, r13, r14, r15] {
         a.push(saved)?;
     }
+    a.mov(r14, bottom)?;
+    a.push(0)?;
+    a.push(r14)?;
+    a.mov(field(offset_of!(Cpu, translator.stack)), rsp)?;
+    a.lea(r14, qword_ptr(rsp - RETURNS))?;
+    a.mov(field(offset_of!(Cpu, translator.stack_limit)), r14)?;
     a.mov(r15, rdi)?;
     a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
     a.and(eax, u32::from(Status::MASK))?;
+    frame.load(a)?;
     for (number, host) in HELD {
         a.mov(host, slot(number))?;
     }
     a.jmp(r15)
 }
 
+/// The guest returns to address 0, and what there is on the stack is no call's: it stays there.
+fn bottom(a: &mut CodeAssembler, indirect: u64) -> Result<(), IcedError> {
+    a.lea(rsp, qword_ptr(rsp - 8))?;
+    a.jmp(indirect)
+}
+
+/// Whoever has called in vain is forgotten, for the next one may be whom the guest returns to.
+fn return_missed(a: &mut CodeAssembler, indirect: u64) -> Result<(), IcedError> {
+    a.cmp(rsp, field(offset_of!(Cpu, translator.stack)))?;
+    a.je(indirect)?;
+    a.lea(rsp, qword_ptr(rsp + 16))?;
+    a.cmp(ADDRESS, qword_ptr(rsp + 8))?;
+    a.jne(indirect)?;
+    a.ret()
+}
+
 /// Stores the guest's registers and returns [`ADDRESS`] in RAX, [`VALUE`] in RDX.
-fn leave(a: &mut CodeAssembler) -> Result<(), IcedError> {
+fn leave(a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
     a.mov(field16(offset_of!(Cpu, state.status)), ax)?;
     vector::store_all(a)?;
     for (number, host) in HELD {
         a.mov(slot(number), host)?;
     }
+    frame.store(a)?;
     a.mov(rax, ADDRESS)?;
     a.mov(rdx, VALUE)?;
+    a.mov(rsp, field(offset_of!(Cpu, translator.stack)))?;
+    a.lea(rsp, qword_ptr(rsp + 16))?;
     for saved in [r15, r14, r13, r12] {
         a.pop(saved)?;
     }
     a.ret()
 }
 
-/// Asks the jump cache, as `Cpu::block_at_hand` does. [`VALUE`] is kept for whoever has to take the jump back.
+/// Asks the cache of [`Jump`]s. [`VALUE`] is kept for whoever has to take the jump back.
 fn indirect(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
-    let mut out = a.create_label();
-    a.mov(field(offset_of!(Cpu, state.rip)), ADDRESS)?;
+    let (mut out, mut invalid) = (a.create_label(), a.create_label());
+    let of_entry = |offset: usize| qword_ptr(rcx + offset);
     a.push(rcx)?;
-    a.push(rdx)?;
-    a.mov(rcx, field(offset_of!(Cpu, translator.requests)))?;
-    a.cmp(dword_ptr(rcx), 0)?;
-    a.jne(out)?;
-    // The context is that of one half of the address space.
     a.mov(rcx, ADDRESS)?;
-    a.xor(rcx, slot(reg::IP_BASE))?;
-    a.js(out)?;
-    a.mov(rdx, ADDRESS)?;
-    a.shr(rdx, 15)?;
-    a.xor(rdx, ADDRESS)?;
-    a.and(edx, (JUMP_ENTRIES - 1) as u32)?;
-    a.shl(edx, size_of::<JumpEntry>().trailing_zeros())?;
-    a.add(rdx, field(offset_of!(Cpu, code.jump)))?;
-    a.cmp(qword_ptr(rdx + offset_of!(JumpEntry, lin)), ADDRESS)?;
+    a.shr(rcx, Jump::SHIFT)?;
+    a.xor(rcx, ADDRESS)?;
+    a.and(ecx, (Jump::ENTRIES - 1) as u32)?;
+    a.shl(ecx, size_of::<Jump>().trailing_zeros())?;
+    a.add(rcx, field(offset_of!(Cpu, translator.jumps)))?;
+    a.cmp(ADDRESS, of_entry(offset_of!(Jump, lin)))?;
     a.jne(out)?;
-    for (held, of_entry) in [
-        (offset_of!(Cpu, translator.context), offset_of!(JumpEntry, context)),
-        (offset_of!(Cpu, code.generation), offset_of!(JumpEntry, generation)),
-    ] {
-        a.mov(rcx, field(held))?;
-        a.cmp(qword_ptr(rdx + of_entry), rcx)?;
-        a.jne(out)?;
-    }
-    a.mov(rdx, qword_ptr(rdx + offset_of!(JumpEntry, block)))?;
-    a.mov(rcx, field(offset_of!(Cpu, code.epoch)))?;
-    a.cmp(qword_ptr(rdx + offset_of!(Block, checked)), rcx)?;
-    a.jne(out)?;
-    a.mov(rcx, qword_ptr(rdx + offset_of!(Block, translation)))?;
-    a.test(rcx, rcx)?;
-    a.je(out)?;
-    a.mov(rdx, ADDRESS)?;
-    a.and(rdx, !(PAGE_MASK as i32))?;
-    a.mov(slot(reg::IP_BASE), rdx)?;
-    a.mov(ADDRESS, rcx)?;
-    a.pop(rdx)?;
+    a.and(ADDRESS, !(PAGE_MASK as i32))?;
+    a.mov(slot(reg::IP_BASE), ADDRESS)?;
+    a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
+    a.cmp(ADDRESS, of_entry(offset_of!(Jump, validity)))?;
+    a.jne(invalid)?;
+    a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
+    a.cmp(dword_ptr(ADDRESS), 0)?;
+    a.jne(invalid)?;
+    a.mov(ADDRESS, of_entry(offset_of!(Jump, code)))?;
     a.pop(rcx)?;
     a.jmp(ADDRESS)?;
+    a.set_label(&mut invalid)?;
+    a.mov(ADDRESS, of_entry(offset_of!(Jump, lin)))?;
     a.set_label(&mut out)?;
-    a.pop(rdx)?;
     a.pop(rcx)?;
+    a.mov(field(offset_of!(Cpu, state.rip)), ADDRESS)?;
     a.mov(ADDRESS, LEAVE_INDIRECT)?;
     a.jmp(leave)
 }
 
-/// Looks for a page in the first level of the TLB, and keeps it as the one accessed last.
-fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedError> {
+/// Loads RDX with the entry of the first level of the TLB for the access at [`ADDRESS`], or goes to `out` with ZF clear. Changes RCX.
+fn first_level(a: &mut CodeAssembler, kind: Kind, size: usize, out: CodeLabel) -> Result<(), IcedError> {
     let tag = if kind == Kind::Load { offset_of!(Entry, read) } else { offset_of!(Entry, write) };
-    let recent = |offset: usize| qword_ptr(VALUE + offset).gs();
-    let mut out: CodeLabel = a.create_label();
-    a.push(rcx)?;
-    a.push(rdx)?;
     a.lea(rcx, qword_ptr(ADDRESS + (size - 1)))?;
     a.and(rcx, !(PAGE_MASK as i32))?;
     a.or(rcx, field(offset_of!(Cpu, mmu.tlb.space)))?;
@@ -174,7 +216,16 @@ fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), Ic
     a.and(edx, ((L1_SLOTS - 1) << entry) as u32)?;
     a.add(rdx, field(offset_of!(Cpu, mmu.tlb.table)))?;
     a.cmp(rcx, qword_ptr(rdx + tag))?;
-    a.jne(out)?;
+    a.jne(out)
+}
+
+/// Looks for a page in the first level of the TLB, and keeps it as the one accessed last.
+fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedError> {
+    let recent = |offset: usize| qword_ptr(VALUE + offset).gs();
+    let mut out: CodeLabel = a.create_label();
+    a.push(rcx)?;
+    a.push(rdx)?;
+    first_level(a, kind, size, out)?;
     if kind == Kind::Lock {
         // The sign says that the memory is not write-back; ZF is clear then.
         a.cmp(qword_ptr(rdx + offset_of!(Entry, frame)), 0)?;
@@ -183,9 +234,38 @@ fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), Ic
     a.mov(rcx, ADDRESS)?;
     a.and(rcx, !(PAGE_MASK as i32))?;
     a.mov(recent(offset_of!(Recent, page)), rcx)?;
-    a.add(rcx, qword_ptr(rdx + offset_of!(Entry, addend)))?;
-    a.mov(recent(offset_of!(Recent, host)), rcx)?;
-    a.add(ADDRESS, qword_ptr(rdx + offset_of!(Entry, addend)))?;
+    a.mov(rcx, qword_ptr(rdx + offset_of!(Entry, addend)))?;
+    a.mov(recent(offset_of!(Recent, addend)), rcx)?;
+    a.mov(VALUE, rcx)?;
+    a.cmp(ecx, ecx)?;
+    a.set_label(&mut out)?;
+    a.pop(rdx)?;
+    a.pop(rcx)?;
+    a.ret()
+}
+
+/// Looks for a page in the first level of the TLB, and notes it among those found.
+fn find_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedError> {
+    let column = if kind == Kind::Store { size_of::<Found>() * Found::SLOTS } else { 0 };
+    let slot = size_of::<Found>().trailing_zeros();
+    let (mut out, mut unnoted) = (a.create_label(), a.create_label());
+    a.push(rcx)?;
+    a.push(rdx)?;
+    first_level(a, kind, size, out)?;
+    a.mov(rdx, qword_ptr(rdx + offset_of!(Entry, addend)))?;
+    a.cmp(byte_ptr(offset_of!(Cpu, mmu.tlb.notes_found) as u64).gs(), 0)?;
+    a.je(unnoted)?;
+    a.mov(VALUE, ADDRESS)?;
+    a.shr(VALUE, PAGE_SHIFT - slot)?;
+    a.and(r14d, ((Found::SLOTS - 1) << slot) as u32)?;
+    a.add(VALUE, field(offset_of!(Cpu, mmu.tlb.found)))?;
+    a.mov(rcx, ADDRESS)?;
+    a.and(rcx, !(PAGE_MASK as i32))?;
+    a.mov(qword_ptr(VALUE + column + offset_of!(Found, page)), rcx)?;
+    a.add(rcx, rdx)?;
+    a.mov(qword_ptr(VALUE + column + offset_of!(Found, host)), rcx)?;
+    a.set_label(&mut unnoted)?;
+    a.add(ADDRESS, rdx)?;
     a.cmp(ecx, ecx)?;
     a.set_label(&mut out)?;
     a.pop(rdx)?;

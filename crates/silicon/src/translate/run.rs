@@ -2,18 +2,21 @@
 #![expect(unsafe_code, reason = "calls host code, and reaches operations by what it returns")]
 
 use std::arch::asm;
+use std::num::NonZeroU64;
+use std::ptr::NonNull;
 
-use super::link::Link;
-use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER};
+use super::link::{Jump, Link};
+use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, Translator};
 use crate::code::op::{Flow, Op};
+use crate::code::resync;
 use crate::code::thread::interpreted;
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Requests};
 use crate::exception::Abort;
 use crate::mmu::tlb::PAGE_MASK;
 use crate::state::reg;
 
 /// Handler of the first operation of a block that has not been translated: translates it when it has run often enough.
-pub(super) fn count(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+pub(crate) fn count(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     let times = op.translation.get() + 1;
     op.translation.set(times);
     if times <= u64::from(cpu.translator.after) || !cpu.affords_translation() {
@@ -22,6 +25,10 @@ pub(super) fn count(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     match cpu.translate_block(op) {
         Ok(()) => {}
         Err(Failure::Unsuited) => op.handler.set(interpreted(op)),
+        Err(Failure::Later) => {
+            op.translation.set(0);
+            return resync(cpu, op);
+        }
         Err(Failure::Full) => {
             cpu.at(op);
             cpu.code.clear();
@@ -34,14 +41,26 @@ pub(super) fn count(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     (op.handler.get())(cpu, op)
 }
 
-/// Handler of the first operation of a translated run: goes on in host code.
+/// Handler of the first operation of a translated run: goes on in host code, and then with what is the interpreter's. (That call must be
+/// in tail position: nothing else is done here.)
 pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
-    let (Some(way_in), true) = (cpu.translator.code.as_ref().map(|code| code.routines.enter), !cpu.stepping)
-    else {
-        return (interpreted(op))(cpu, op);
+    match run(cpu, op) {
+        // SAFETY: host code names operations of blocks that are not dropped while they run.
+        Some(next) => unsafe { (interpreted(next.as_ref()))(cpu, next.as_ref()) },
+        None => Ok(Flow::End),
+    }
+}
+
+/// Goes on in host code from `op` until it leaves for an operation that is the interpreter's, or for the engine.
+#[inline(never)]
+fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
+    let way_in = cpu.translator.code.as_ref().map(|code| code.routines.enter);
+    // Who asks for attention gets it between any two blocks.
+    let asked = cpu.requests.get() & Requests::FOREIGN != 0;
+    let Some(way_in) = way_in.filter(|_| !cpu.stepping && !asked) else {
+        return Some(NonNull::from(op));
     };
-    let ip_base = cpu.state.regs[usize::from(reg::IP_BASE)];
-    cpu.prepare(ip_base);
+    cpu.prepare(cpu.state.regs[usize::from(reg::IP_BASE)]);
     let mut code = op.translation.get();
     loop {
         // SAFETY: `translate_block` has put the address of a run that begins with this operation there, or it is a block's
@@ -53,55 +72,72 @@ pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
                 call(way_in, code)
             }
         };
+        let ip_base = cpu.state.regs[usize::from(reg::IP_BASE)];
         let link = if exit == LEAVE_INDIRECT {
-            let rip = cpu.state.rip;
-            if !cpu.state.canonical(rip) {
-                return take_back(cpu, extra);
+            if !cpu.state.canonical(cpu.state.rip) {
+                return Some(take_back(cpu, extra));
             }
             None
         } else if exit & LEAVE_LINK != 0 {
             let link = exit & !LEAVE_LINK;
             let found = cpu.translator.code.as_ref().and_then(|code| Link::target(&code.arena, link));
             let (target, taken) = found.unwrap_or_default();
-            let ip_base = cpu.state.regs[usize::from(reg::IP_BASE)];
             cpu.state.rip = ip_base.wrapping_add_signed(target);
             if taken != 0 && !cpu.state.canonical(cpu.state.rip) {
-                return take_back(cpu, taken);
+                return Some(take_back(cpu, taken));
             }
-            Some((link, ip_base))
+            Some(link)
         } else {
-            // SAFETY: host code names operations of its own block, which is not dropped while it runs.
-            let op = unsafe { &*(exit as *const Op) };
-            cpu.at(op);
+            let next = NonNull::new(exit as *mut Op)?;
+            // SAFETY: host code names operations of its own blocks, which are not dropped while it runs.
+            cpu.at(unsafe { next.as_ref() });
             cpu.block_start = cpu.current_op - extra as usize * size_of::<Op>();
-            return (interpreted(op))(cpu, op);
+            return Some(next);
         };
-        let rip = cpu.state.rip;
-        let one_block = cfg!(debug_assertions) || cpu.translator.checks.is_some();
-        if !cpu.state.canonical(rip) || cpu.requests.any() || one_block {
-            return cpu.end_at_rip(op);
-        }
-        let Some(block) = cpu.block_to_go_on(rip) else { return cpu.end_at_rip(op) };
-        let Some(translation) = block.translation() else { return cpu.end_at_rip(op) };
+        let at_hand = go_on(cpu);
+        let Some(translation) = at_hand else {
+            cpu.end_at_rip(op);
+            return None;
+        };
         code = translation.get();
-        cpu.state.regs[usize::from(reg::IP_BASE)] = rip & !PAGE_MASK;
-        match link {
-            Some((link, from)) if (from ^ rip) >> 63 == 0 => {
-                let validity = cpu.translator.validity;
-                if let Some(translated) = &cpu.translator.code {
-                    Link::set(&translated.arena, link, validity, code);
-                }
-            }
-            _ => cpu.prepare(rip),
-        }
+        note(cpu, ip_base, link, code);
     }
 }
 
-/// Takes back a branch to an address that nothing can be at, and gives it to the interpreter to fault.
+/// Host code has left for RIP: what it can go on with there.
+fn go_on(cpu: &mut Cpu) -> Option<NonZeroU64> {
+    cpu.requests.settle();
+    let rip = cpu.state.rip;
+    let one_block = cfg!(debug_assertions) || cpu.translator.checks.is_some();
+    if !cpu.state.canonical(rip) || cpu.requests.any() || one_block {
+        return None;
+    }
+    cpu.block_to_go_on(rip)?.translation()
+}
+
+/// Host code goes on at RIP, in `code`: next time it finds that by itself, by `link` or by the address. It came from a page at `from`.
+fn note(cpu: &mut Cpu, from: u64, link: Option<u64>, code: u64) {
+    let rip = cpu.state.rip;
+    cpu.state.regs[usize::from(reg::IP_BASE)] = rip & !PAGE_MASK;
+    let link = link.filter(|_| (from ^ rip) >> 63 == 0);
+    if link.is_none() {
+        cpu.prepare(rip);
+    }
+    let Translator { validity, validity_within, .. } = cpu.translator;
+    let Some(translated) = &mut cpu.translator.code else { return };
+    match link {
+        Some(link) if from == rip & !PAGE_MASK => Link::set(&translated.arena, link, validity_within, code),
+        Some(link) => Link::set(&translated.arena, link, validity, code),
+        None => *Jump::of(&mut translated.jumps, rip) = Jump { lin: rip, validity, code },
+    }
+}
+
+/// Takes back a branch to an address that nothing can be at: the operation, for the interpreter to have it fault.
 #[cold]
-fn take_back(cpu: &mut Cpu, extra: u64) -> Result<Flow, Abort> {
-    // SAFETY: as in `enter`.
-    let op = unsafe { &*((extra & POINTER) as *const Op) };
+fn take_back(cpu: &mut Cpu, extra: u64) -> NonNull<Op> {
+    let op = (extra & POINTER) as *mut Op;
+    // SAFETY: host code names operations of its own blocks, which are not dropped while it runs.
+    let op = unsafe { &*op };
     let taken = i64::from((extra >> 48) as u16 as i16);
     let rsp = &mut cpu.state.regs[usize::from(reg::RSP)];
     *rsp = rsp.wrapping_add_signed(-taken);
@@ -109,7 +145,7 @@ fn take_back(cpu: &mut Cpu, extra: u64) -> Result<Flow, Abort> {
     // The operation ends its block, whose instructions host code has counted; the interpreter counts from here.
     cpu.block_start = cpu.current_op;
     cpu.counters.instructions = cpu.counters.instructions.wrapping_sub(1);
-    (interpreted(op))(cpu, op)
+    NonNull::from(op)
 }
 
 /// Runs host code at `code` until it leaves; the two words that it leaves with.

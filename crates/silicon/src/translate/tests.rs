@@ -3,6 +3,7 @@
 use iced_x86::code_asm::*;
 
 use super::{Engine, Translator};
+use crate::cpu::Requests;
 use crate::exception::Exception;
 use crate::exec::testing::{CODE, DATA, Guest, STACK, TABLES, UNMAPPED};
 use crate::mmu::host;
@@ -15,31 +16,38 @@ fn guest(engine: Engine) -> Guest {
     let mut guest = Guest::new(CodeSize::Bits64);
     guest.cpu.translator = Translator::new(engine);
     let state = &mut guest.cpu.state;
-    state.cr4 |= cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+    state.cr4 |= cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
+    state.kernel_gs_base = 0x1234_5678_0000;
     state.cr0 = (state.cr0 | cr0::MP) & !cr0::TS;
     state.xcr0 = 0xe7;
     guest.cpu.refresh_mode();
     guest
 }
 
-/// The same guest on both engines.
-fn pair() -> [Guest; 2] {
-    [Engine::Interpret, Engine::Translate(0)].map(guest)
+/// The same guest on both engines, one of which translates what has run so often: at once, blocks are translated alone; later,
+/// together with those that they lead to.
+fn pair(after: u32) -> [Guest; 2] {
+    [Engine::Interpret, Engine::Translate(after)].map(guest)
 }
 
-/// What a program leaves behind.
-fn outcome(guest: &Guest) -> (Vec<u64>, u64, u64, u64, Vec<u8>, Vec<u8>) {
+/// What a program leaves behind: registers, RIP, RFLAGS and the count of instructions; vector registers; memory.
+fn outcome(guest: &Guest) -> ([u64; 19], Vec<u8>, Vec<u8>) {
     let state = &guest.cpu.state;
     let vectors = state.zmm.iter().flat_map(|zmm| zmm.0).chain(state.k.iter().flat_map(|k| k.to_le_bytes()));
+    let mut registers = [0; 19];
+    registers[..16].copy_from_slice(&state.regs[..16]);
+    registers[16..].copy_from_slice(&[state.rip, state.rflags(), guest.cpu.instructions()]);
     let memory = [guest.bytes(DATA, 0x4000), guest.bytes(STACK - 0x1000, 0x1000)].concat();
-    (
-        state.regs[..16].to_vec(),
-        state.rip,
-        state.rflags(),
-        guest.cpu.instructions(),
-        vectors.collect(),
-        memory,
-    )
+    (registers, vectors.collect(), memory)
+}
+
+/// Where two memories differ first, and what is there.
+fn first_difference(one: &[u8], other: &[u8]) -> Option<(usize, u8, u8)> {
+    one.iter()
+        .zip(other)
+        .enumerate()
+        .find(|(_, (one, other))| one != other)
+        .map(|(at, (one, other))| (at, *one, *other))
 }
 
 /// Runs `code` on both, from the same random registers, and compares; the exit.
@@ -59,8 +67,10 @@ fn compare(guests: &mut [Guest; 2], code: &[u8], seed: u64) -> Exit {
         guest.run(code)
     });
     assert_eq!(exits[0], exits[1], "seed {seed:#x}: {code:02x?}");
-    let [interpreted, translated] = guests;
-    assert_eq!(outcome(translated), outcome(interpreted), "seed {seed:#x}: {code:02x?}");
+    let [(registers, vectors, memory), translated] = [&guests[0], &guests[1]].map(outcome);
+    assert_eq!(translated.0, registers, "seed {seed:#x}: {code:02x?}");
+    assert_eq!(first_difference(&translated.1, &vectors), None, "vectors; seed {seed:#x}: {code:02x?}");
+    assert_eq!(first_difference(&translated.2, &memory), None, "memory; seed {seed:#x}: {code:02x?}");
     exits[0]
 }
 
@@ -238,15 +248,17 @@ fn program(random: &mut Random) -> Vec<u8> {
 
 #[test]
 fn random_programs_do_the_same() {
-    let mut guests = pair();
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    for _ in 0..3000 {
-        let seed = random.next();
-        let code = program(&mut random);
-        compare(&mut guests, &code, seed);
+    for after in [0, 1, 2] {
+        let mut guests = pair(after);
+        for _ in 0..3000 {
+            let seed = random.next();
+            let code = program(&mut random);
+            compare(&mut guests, &code, seed);
+        }
+        assert!(guests[1].cpu.counters.blocks_translated > 3000);
+        assert_eq!(guests[0].cpu.counters.blocks_translated, 0);
     }
-    assert!(guests[1].cpu.counters.blocks_translated > 3000);
-    assert_eq!(guests[0].cpu.counters.blocks_translated, 0);
 }
 
 /// Code made with the assembler, on both engines, three times.
@@ -254,11 +266,55 @@ fn check(emit: impl Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -
     let mut a = CodeAssembler::new(64).unwrap();
     emit(&mut a).unwrap();
     let code = a.assemble(CODE).unwrap();
-    let mut guests = pair();
-    for seed in 1..4 {
-        compare(&mut guests, &code, seed);
+    for after in [2, 1, 0] {
+        let mut guests = pair(after);
+        for seed in 1..8 {
+            compare(&mut guests, &code, seed);
+        }
+        if after == 0 {
+            return guests;
+        }
     }
-    guests
+    unreachable!("zero is the last")
+}
+
+#[test]
+fn loops_end_when_another_thread_asks() {
+    // again: inc rax; jne again; jmp again
+    let code = [0x48, 0xff, 0xc0, 0x75, 0xfb, 0xeb, 0xf9];
+    for after in [0, 2] {
+        let mut guest = guest(Engine::Translate(after));
+        let requests = guest.cpu.requests.clone();
+        let kicker = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            requests.post(Requests::KICK);
+        });
+        assert_eq!(guest.run(&code), Exit::ExternalInterrupt);
+        kicker.join().unwrap();
+        assert!(guest.cpu.counters.blocks_translated > 0);
+    }
+}
+
+#[test]
+fn system_instructions_that_host_code_executes() {
+    check(|a| {
+        a.cmp(rax, rbx)?;
+        a.pushfq()?;
+        a.pop(rcx)?;
+        a.stc()?;
+        a.cli()?;
+        a.pushfq()?;
+        a.pop(r11)?;
+        a.swapgs()?;
+        a.rdgsbase(r9)?;
+        a.swapgs()?;
+        a.mov(rax, qword_ptr(rsi + 8))?;
+        a.cmpxchg(qword_ptr(rsi + 8), r13)?;
+        a.setc(dl)?;
+        a.cmpxchg(qword_ptr(rsi + 16), r13)?;
+        a.pushfq()?;
+        a.pop(r14)
+    });
 }
 
 #[test]
@@ -315,7 +371,7 @@ fn branches_into_the_canonical_hole_fault_where_they_are() {
         (&[0x85, 0xc0, 0x0f, 0x88, 0, 0x10, 0, 0], LAST + 2),
         (&[0x85, 0xc0, 0xe8, 0, 0x10, 0, 0], LAST + 2),
     ] {
-        for mut guest in pair() {
+        for mut guest in pair(0) {
             let entry = |table: u64, index: u64| TABLES + table * 0x1000 + index * 8;
             guest.put(entry(0, 255), &(TABLES + 0x1003).to_le_bytes());
             guest.put(entry(1, 511), &(TABLES + 0x2003).to_le_bytes());
@@ -404,7 +460,7 @@ fn pushes_of_memory_and_fences() {
 
 #[test]
 fn every_address_finds_its_own_page() {
-    let mut guests = pair();
+    let mut guests = pair(0);
     // mov rax, [rbx] where RBX alternates between pages, RIP-relative and absolute accesses beside it
     let mut a = CodeAssembler::new(64).unwrap();
     let mut again = a.create_label();
@@ -445,7 +501,7 @@ fn a_program_that_changes_itself_is_translated_anew() {
 
 #[test]
 fn a_full_arena_is_emptied() {
-    let mut guests = pair();
+    let mut guests = pair(0);
     guests[1].cpu.translator = Translator::with_room(Engine::Translate(0), 64 << 10);
     let mut random = Random(77);
     for _ in 0..300 {

@@ -8,15 +8,16 @@
 use std::mem::offset_of;
 
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm, CodeAssembler, get_xmm, get_ymm,
-    get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, r15b, xmmword_ptr, ymmword_ptr, zmmword_ptr,
+    AsmMemoryOperand, AsmRegister64, AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm, CodeAssembler, get_xmm,
+    get_ymm, get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, xmmword_ptr, ymmword_ptr, zmmword_ptr,
 };
 use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Flags, Kind, Result};
-use super::memory::suits_memory;
-use super::registers::{ADDRESS, At, field, field32, set_memory, slot};
+use super::memory::{Rules, suits_memory};
+use super::operands::wanted;
+use super::registers::{ADDRESS, VALUE, field, field32, set_memory, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::is_immediate;
 use crate::exec::{fpu, fpu_image, vector};
@@ -47,15 +48,32 @@ impl Live {
     pub(super) const SOME: [Live; 3] = [Live::Xmm, Live::Full, Live::All];
 }
 
-/// What a vector or x87 instruction needs: its classes, and what must be live.
-struct Needs {
-    classes: u32,
-    live: Live,
+/// What is known of vector and x87 registers, or needed: which classes of instructions ([`crate::hostexec::class`]) may run, and what
+/// is live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Known {
+    pub(super) classes: u32,
+    pub(super) live: Live,
 }
 
-fn needs(ins: &Instruction) -> Option<Needs> {
+impl Known {
+    pub(super) const NOTHING: Known = Known { classes: 0, live: Live::Nothing };
+
+    /// Both.
+    pub(super) fn and(self, other: Known) -> Known {
+        Known { classes: self.classes | other.classes, live: self.live.max(other.live) }
+    }
+
+    /// What is in both.
+    pub(super) fn or(self, other: Known) -> Known {
+        Known { classes: self.classes & other.classes, live: self.live.min(other.live) }
+    }
+}
+
+/// What a vector or x87 instruction needs.
+pub(super) fn needs(ins: &Instruction) -> Option<Known> {
     if fpu::is_x87(ins) {
-        return Some(Needs { classes: class::X87, live: Live::Nothing });
+        return Some(Known { classes: class::X87, live: Live::Nothing });
     }
     let classes = vector::classify(ins)?;
     let live = match () {
@@ -64,7 +82,7 @@ fn needs(ins: &Instruction) -> Option<Needs> {
         () if classes & class::AVX != 0 => Live::Full,
         () => Live::Xmm,
     };
-    Some(Needs { classes, live })
+    Some(Known { classes, live })
 }
 
 /// Whether this is a vector or x87 instruction that can be translated.
@@ -119,21 +137,19 @@ impl Emitter<'_> {
             let info = self.info.info(ins);
             [0, 1, 2, 3, 4].map(|operand| info.op_access(operand))
         };
+        let mut free: &[AsmRegister64] = &[VALUE, ADDRESS];
         if let Some(operand) = memory {
             let kind = if writes(access[operand]) { Kind::Store } else { Kind::Load };
-            self.access(ins, kind, ins.memory_size().size(), index)?;
-            let mask = if needs.classes & class::X87 == 0 { vector::alignment(ins) } else { 0 };
-            if mask != 0 {
-                self.a.test(r15b, i32::from(mask))?;
-                let unaligned = self.interpreter_label(index);
-                self.a.jne(unaligned)?;
-            }
-            set_memory(&mut host, operand as u32, At::Address);
+            let alignment = if needs.classes & class::X87 == 0 { vector::alignment(ins) } else { 0 };
+            let rules = Rules { alignment, ..Rules::size(ins.memory_size().size()) };
+            let at = self.access(ins, kind, rules, wanted(ins), index)?;
+            free = at.free();
+            set_memory(&mut host, operand as u32, at);
         }
         if ins.rflags_read() & STATUS != 0 || !matches!(ins.rflags_modified() & STATUS, 0 | STATUS) {
             self.load_flags()?;
         }
-        let redirected = self.redirect(ins, &mut host, &access, true)?;
+        let redirected = self.redirect(ins, &mut host, &access, free, false)?;
         if memory.is_some() {
             self.save_flags()?;
             self.may_fault(index);
@@ -149,17 +165,17 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Sees that instructions of these classes may run, and that their registers are live; not twice in a run.
-    fn admit(&mut self, needs: &Needs, index: usize) -> Result<()> {
-        let classes = needs.classes & !self.admitted;
+    /// Sees that instructions of these classes may run, and that their registers are live, unless that is known; else operation
+    /// `index` is the interpreter's.
+    pub(super) fn admit(&mut self, needs: &Known, index: usize) -> Result<()> {
+        let classes = needs.classes & !self.known.classes;
         if classes != 0 {
             self.free_host_flags()?;
             self.a.test(field32(offset_of!(Cpu, hostexec.gate)), classes)?;
             let held_back = self.interpreter_label(index);
             self.a.jne(held_back)?;
-            self.admitted |= classes;
         }
-        if needs.live > self.live {
+        if needs.live > self.known.live {
             self.free_host_flags()?;
             self.a.cmp(live_now(), needs.live as i32)?;
             let (at, mut back) = (self.a.create_label(), self.a.create_label());
@@ -167,8 +183,8 @@ impl Emitter<'_> {
             self.a.set_label(&mut back)?;
             self.a.zero_bytes()?;
             self.raise_vectors(at, back, needs.live);
-            self.live = needs.live;
         }
+        self.known = self.known.and(*needs);
         Ok(())
     }
 

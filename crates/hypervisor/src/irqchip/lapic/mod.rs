@@ -221,6 +221,11 @@ impl Lapic {
         self.enter(|state, _| state.acknowledge())
     }
 
+    /// The vector that its timer sends, if it sends any.
+    pub(crate) fn timer_vector(&self) -> Option<u8> {
+        self.enter(|state, _| state.timer_vector())
+    }
+
     /// Takes `vector`, which nobody has sent, into service, as an interrupt that the processor takes now. False: its priority does not allow
     /// it, or the APIC is disabled.
     pub(crate) fn take(&self, vector: u8) -> bool {

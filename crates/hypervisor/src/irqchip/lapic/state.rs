@@ -167,6 +167,12 @@ impl State {
         self.regs.highest(IRR).filter(|&vector| u32::from(vector & 0xf0) > ppr)
     }
 
+    /// The vector that the timer sends, unless that is masked.
+    pub(super) fn timer_vector(&self) -> Option<u8> {
+        let lvt = self.regs.get(LVT_TIMER);
+        (lvt & LVT_MASKED == 0).then_some(lvt as u8)
+    }
+
     /// Takes the deliverable vector into service.
     pub(super) fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.deliverable()?;

@@ -8,6 +8,8 @@ use std::sync::Once;
 
 use iced_x86::{Code, Encoder, Instruction, MemoryOperand, Register};
 
+use crate::mmu::host;
+
 /// Everything that the instructions under test can read or write, but memory.
 #[derive(Clone)]
 #[repr(C, align(64))]
@@ -75,12 +77,15 @@ fn install() {
     }
 }
 
-extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let resume = RESUME.replace(0);
-    // SAFETY: the kernel passes a ucontext; a fault that is not the harness's ends the process on return.
+    // SAFETY: the kernel passes a siginfo and a ucontext; a fault that is neither the harness's nor that of a guest in another
+    // test ends the process on return.
     unsafe {
         if resume == 0 {
-            libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+            if !host::recover(signal, info, context) {
+                libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+            }
             return;
         }
         (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] = resume as i64;

@@ -1,0 +1,240 @@
+//! How blocks go on: to others of the region, by links to those outside, by addresses, and back from calls.
+
+use std::mem::offset_of;
+
+use iced_x86::code_asm::{CodeLabel, dword_ptr, qword_ptr, r15d, rsp};
+use iced_x86::{Code, Instruction, MemoryOperand, Register};
+
+use super::Failure;
+use super::emit::{Cold, Emitter, Flags, Result, Target, instructions};
+use super::link::Link;
+use super::registers::{ADDRESS, VALUE, field, slot};
+use crate::cpu::{Cpu, Requests};
+use crate::mmu::host;
+use crate::mmu::tlb::PAGE_MASK;
+use crate::state::reg;
+
+impl Emitter<'_> {
+    /// Instructions executed but not counted at the end of the block.
+    fn due(&self) -> i32 {
+        self.owed + self.length()
+    }
+
+    /// Ends the block: goes on at `target`, relative to the start of its page. `taken` takes the branch back, if it is one.
+    pub(super) fn go_to(&mut self, target: i64, taken: u64) -> Result<()> {
+        let due = self.due();
+        match self.targets.get(&target).copied() {
+            Some(to) => self.go_on_within(&to, target, due, taken),
+            None => self.go_out(due, target, taken),
+        }
+    }
+
+    /// Ends the block: goes on at `target` if the condition in RFLAGS, `jump`, holds, and at `next` if not, where `jump_not` is the
+    /// opposite.
+    pub(super) fn go_either_way(
+        &mut self,
+        [jump, jump_not]: [Jump; 2],
+        target: i64,
+        next: i64,
+        taken: u64,
+    ) -> Result<()> {
+        let due = self.due();
+        match self.targets.get(&target).copied() {
+            Some(to) if self.is_free(&to, target, due) => jump(self, to.label)?,
+            Some(to) => {
+                let past = self.a.create_label();
+                jump_not(self, past)?;
+                let flags = self.flags;
+                self.go_within(&to, target, due, taken)?;
+                self.a.jmp(to.label)?;
+                self.flags = flags;
+                self.place(past)?;
+            }
+            None => {
+                let at = self.a.create_label();
+                jump(self, at)?;
+                self.cold.push(Cold::Exit { at, flags: self.flags, owed: due, target, taken });
+            }
+        }
+        self.go_to(next, 0)
+    }
+
+    /// Whether nothing is to be done on the way.
+    fn is_free(&self, to: &Target, target: i64, due: i32) -> bool {
+        let flags = match to.start.flags {
+            Some(Flags::Host) => self.flags != Flags::Saved,
+            Some(_) => self.flags != Flags::Host,
+            None => true,
+        };
+        flags && due == to.start.owed && !self.is_backwards(target)
+    }
+
+    /// Every loop within a region goes backwards somewhere.
+    fn is_backwards(&self, target: i64) -> bool {
+        target <= i64::from(self.ops[0].page_offset)
+    }
+
+    /// Ends the block: goes on in the region, with `due` instructions to be counted so far.
+    fn go_on_within(&mut self, to: &Target, target: i64, due: i32, taken: u64) -> Result<()> {
+        self.go_within(to, target, due, taken)?;
+        if self.follower != Some(target) {
+            self.a.jmp(to.label)?;
+        }
+        Ok(())
+    }
+
+    /// Does what has to be done before a jump within the region, with `due` instructions to be counted so far.
+    fn go_within(&mut self, to: &Target, target: i64, due: i32, taken: u64) -> Result<()> {
+        if self.is_backwards(target) {
+            self.poll(target, due, taken)?;
+        }
+        match to.start.flags {
+            Some(Flags::Host) => self.load_flags()?,
+            Some(_) => self.save_flags()?,
+            None => {}
+        }
+        let owed = due - to.start.owed;
+        if owed != 0 && to.start.flags.is_none() {
+            self.a.add(instructions(), owed)?;
+        } else if owed != 0 {
+            // In a way that keeps the flags.
+            self.a.mov(ADDRESS, instructions())?;
+            self.a.lea(ADDRESS, qword_ptr(ADDRESS + owed))?;
+            self.a.mov(instructions(), ADDRESS)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves before going on at `target` if somebody wants something: by a load that faults then, which keeps the flags, or by a
+    /// comparison where nobody recovers from faults.
+    fn poll(&mut self, target: i64, due: i32, taken: u64) -> Result<()> {
+        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
+        let at = self.a.create_label();
+        let recovers = host::recovers();
+        if !recovers {
+            self.free_host_flags()?;
+        }
+        self.cold.push(Cold::Polled { at, flags: self.flags, owed: due, link });
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
+        if !recovers {
+            self.a.cmp(dword_ptr(ADDRESS), 0)?;
+            return Ok(self.a.jne(at)?);
+        }
+        self.a.mov(ADDRESS, qword_ptr(ADDRESS + offset_of!(Requests, poll)))?;
+        self.polls(at);
+        Ok(self.a.mov(r15d, dword_ptr(ADDRESS))?)
+    }
+
+    /// Counts instructions. The flags are in RAX.
+    fn count(&mut self, due: i32) -> Result<()> {
+        if due != 0 {
+            self.a.add(instructions(), due)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on outside the region, with `due` instructions to be counted.
+    pub(super) fn go_out(&mut self, due: i32, target: i64, taken: u64) -> Result<()> {
+        self.free_host_flags()?;
+        self.count(due)?;
+        let code = self.linked(target, taken)?;
+        self.put(Instruction::with1(Code::Jmp_rm64, code)?)
+    }
+
+    /// Where the address of the code at `target` is: leaves if it is not known, or if somebody wants something. The flags are in RAX.
+    fn linked(&mut self, target: i64, taken: u64) -> Result<MemoryOperand> {
+        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
+        let at = self.a.create_label();
+        self.cold.push(Cold::Unlinked { at, link });
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
+        self.a.cmp(dword_ptr(ADDRESS), 0)?;
+        self.a.jne(at)?;
+        let pages = target & !(PAGE_MASK as i64);
+        let validity = match pages {
+            0 => offset_of!(Cpu, translator.validity_within),
+            _ => offset_of!(Cpu, translator.validity),
+        };
+        self.a.mov(ADDRESS, field(validity))?;
+        let valid = rip_relative(link + Link::VALIDITY);
+        self.put(Instruction::with2(Code::Cmp_r64_rm64, Register::from(ADDRESS), valid)?)?;
+        self.a.jne(at)?;
+        if pages != 0 {
+            let pages = i32::try_from(pages).map_err(|_| Failure::Unsuited)?;
+            self.a.add(slot(reg::IP_BASE), pages)?;
+        }
+        Ok(rip_relative(link + Link::CODE))
+    }
+
+    /// Ends the block: goes on at the address in [`ADDRESS`]. `taken` takes the branch back.
+    pub(super) fn go_to_address(&mut self, taken: u64) -> Result<()> {
+        self.free_host_flags()?;
+        self.count(self.due())?;
+        self.a.mov(VALUE, taken)?;
+        let indirect = self.routines.indirect;
+        Ok(self.a.jmp(indirect)?)
+    }
+
+    /// Ends the block with a call of `target`, which returns to `next`. [`ADDRESS`] is the return address.
+    pub(super) fn call(&mut self, target: i64, next: i64, taken: u64) -> Result<()> {
+        self.free_host_flags()?;
+        self.count(self.due())?;
+        self.keep_return()?;
+        let code = self.linked(target, taken)?;
+        self.put(Instruction::with1(Code::Call_rm64, code)?)?;
+        self.land(next)
+    }
+
+    /// Ends the block with a call of the address in `kept`, likewise.
+    pub(super) fn call_address(&mut self, next: i64, taken: u64) -> Result<()> {
+        self.free_host_flags()?;
+        self.count(self.due())?;
+        self.keep_return()?;
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.kept)))?;
+        self.a.mov(VALUE, taken)?;
+        let indirect = self.routines.indirect;
+        self.a.call(indirect)?;
+        self.land(next)
+    }
+
+    /// Keeps the return address in [`ADDRESS`] on the host's stack, where [`Emitter::return_to_address`] looks for it above the
+    /// host's own.
+    fn keep_return(&mut self) -> Result<()> {
+        let (at, back) = (self.a.create_label(), self.a.create_label());
+        self.a.cmp(rsp, field(offset_of!(Cpu, translator.stack_limit)))?;
+        self.a.jb(at)?;
+        self.place(back)?;
+        self.cold.push(Cold::Deep { at, back });
+        Ok(self.a.push(ADDRESS)?)
+    }
+
+    /// Behind a call: [`ADDRESS`] is the return address again, and the flags are in RAX.
+    fn land(&mut self, next: i64) -> Result<()> {
+        self.a.lea(rsp, qword_ptr(rsp + 8))?;
+        self.a.lea(ADDRESS, qword_ptr(ADDRESS - next as i32))?;
+        self.a.mov(slot(reg::IP_BASE), ADDRESS)?;
+        self.flags = Flags::Saved;
+        match self.targets.get(&next).copied() {
+            Some(to) => self.go_on_within(&to, next, 0, 0),
+            None => self.go_out(0, next, 0),
+        }
+    }
+
+    /// Ends the block with a return to the address in [`ADDRESS`].
+    pub(super) fn return_to_address(&mut self, taken: u64) -> Result<()> {
+        self.free_host_flags()?;
+        self.count(self.due())?;
+        let at = self.a.create_label();
+        self.a.cmp(ADDRESS, qword_ptr(rsp + 8))?;
+        self.a.jne(at)?;
+        self.cold.push(Cold::ReturnMissed { at, taken });
+        Ok(self.a.ret()?)
+    }
+}
+
+/// Emits a jump to a label.
+pub(super) type Jump = fn(&mut Emitter<'_>, CodeLabel) -> Result<()>;
+
+/// The memory at `address`, which the code reaches.
+pub(super) fn rip_relative(address: u64) -> MemoryOperand {
+    MemoryOperand::with_base_displ(Register::RIP, address as i64)
+}

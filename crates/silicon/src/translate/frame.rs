@@ -1,0 +1,75 @@
+//! What translated code changes often in memory: the guest's registers that no host register holds, the base of RIP, and the count of
+//! instructions.
+//!
+//! While host code runs these are not in the [`Cpu`], which GS points to, but in a frame near the code, reached relative to RIP:
+//! processors forward what was stored to loads from the same address much faster where no segment has a base. Code is emitted
+//! as if they were in the [`Cpu`] all the time; [`Frame::place`] has it use the frame.
+
+use iced_x86::code_asm::{CodeAssembler, rcx};
+use iced_x86::{Code, IcedError, Instruction, MemoryOperand, OpKind, Register};
+
+use super::edges::rip_relative;
+use super::emit::COUNT;
+use super::registers::{field, slot_offset};
+use crate::hostexec::arena::Arena;
+use crate::state::reg;
+
+/// Where the frame is, for code to reach.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Frame(u64);
+
+/// Offsets in the [`Cpu`](crate::cpu::Cpu) of what is in the frame, eight bytes each.
+const FIELDS: [usize; 6] = [
+    slot_offset(reg::R11),
+    slot_offset(reg::R13),
+    slot_offset(reg::R14),
+    slot_offset(reg::R15),
+    slot_offset(reg::IP_BASE),
+    COUNT,
+];
+
+impl Frame {
+    /// A frame in the arena.
+    pub(super) fn new(arena: &mut Arena) -> Option<Frame> {
+        arena.data(8 * FIELDS.len()).map(|data| Frame(data.writable.as_ptr() as u64))
+    }
+
+    /// Has instructions use the frame for what is in it.
+    pub(super) fn place(self, instructions: &mut [Instruction]) {
+        for ins in instructions {
+            let of_cpu = ins.segment_prefix() == Register::GS
+                && ins.memory_base() == Register::None
+                && ins.op_kinds().any(|kind| kind == OpKind::Memory);
+            let field =
+                FIELDS.iter().position(|&field| of_cpu && field as u64 == ins.memory_displacement64());
+            if let Some(field) = field {
+                ins.set_segment_prefix(Register::None);
+                ins.set_memory_base(Register::RIP);
+                ins.set_memory_displ_size(8);
+                ins.set_memory_displacement64(self.0 + 8 * field as u64);
+            }
+        }
+    }
+
+    /// Copies the fields from the [`Cpu`](crate::cpu::Cpu). Changes RCX.
+    pub(super) fn load(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        for (at, offset) in FIELDS.into_iter().enumerate() {
+            a.mov(rcx, field(offset))?;
+            a.add_instruction(Instruction::with2(Code::Mov_rm64_r64, self.field(at), Register::RCX)?)?;
+        }
+        Ok(())
+    }
+
+    /// Copies them back. Changes RCX.
+    pub(super) fn store(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        for (at, offset) in FIELDS.into_iter().enumerate() {
+            a.add_instruction(Instruction::with2(Code::Mov_r64_rm64, Register::RCX, self.field(at))?)?;
+            a.mov(field(offset), rcx)?;
+        }
+        Ok(())
+    }
+
+    fn field(self, at: usize) -> MemoryOperand {
+        rip_relative(self.0 + 8 * at as u64)
+    }
+}
