@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::capabilities::{Capabilities, Vendor};
 use crate::generate::Case;
@@ -156,29 +156,29 @@ pub const ROWS: &[Row] = &[
         what: "CMPS looks at the operand at RDI first, and at the alignment of both before it reads them (measured on family 1Ah)",
         applies: |seen| {
             let compares = matches!(seen.mnemonic(), Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq);
-            compares && seen.host_faults(&[14, 17]) && seen.guest_faults(&[14])
+            compares && seen.host_faults(MEMORY_FAULTS) && seen.guest_faults(MEMORY_FAULTS)
         },
         parts: &[Part::All],
     },
     Row {
         vendor: Vendor::Amd,
-        what: "VPMOV with a size changed and VBROADCAST take memory operands of less than 16 bytes of any alignment (measured on family 1Ah)",
+        what: "EVEX instructions take memory operands of less than 16 bytes of any alignment (measured on family 1Ah)",
         applies: |seen| {
-            let name = format!("{:?}", seen.mnemonic());
-            let moves = name.starts_with("Vpmov") || name.starts_with("Vbroadcast");
-            moves && seen.operand_in_memory() && seen.guest_faults(&[17]) && !seen.host_faults(&[17])
+            let instruction = &seen.case.instruction;
+            let short = instruction.encoding() == EncodingKind::EVEX && instruction.memory_size().size() < 16;
+            short && seen.guest_faults(&[17]) && !seen.host_faults(&[17])
         },
         parts: &[Part::All],
     },
     Row {
         vendor: Vendor::Amd,
-        what: "VREDUCE gives a denormal although MXCSR.FZ is set, if underflow is unmasked (measured on family 1Ah)",
+        what: "VREDUCE gives a denormal although MXCSR.FZ is set, if underflow is unmasked, and calls it exact (measured on family 1Ah)",
         applies: |seen| {
             const UM: u32 = 1 << 11;
             let reduces = format!("{:?}", seen.mnemonic()).starts_with("Vreduce");
             reduces && seen.case.machine.vectors.mxcsr & UM == 0
         },
-        parts: &[Part::VectorOperands],
+        parts: &[Part::VectorOperands, Part::Mxcsr],
     },
     Row {
         vendor: Vendor::Amd,

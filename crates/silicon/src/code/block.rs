@@ -81,7 +81,8 @@ impl Block {
 
     /// There is no host code any more; it may be translated again.
     pub(super) fn forget_translation(&self) {
-        if self.translation.take() != 0 || self.others.take().is_some() {
+        let (translated, joined) = (self.translation.take() != 0, self.others.take().is_some());
+        if translated || joined {
             for op in &self.ops[..self.ops.len() - 1] {
                 op.handler.set(thread::interpreted(op));
                 op.translation.set(0);

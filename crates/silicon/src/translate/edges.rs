@@ -150,11 +150,7 @@ impl Emitter<'_> {
         self.a.cmp(dword_ptr(ADDRESS), 0)?;
         self.a.jne(at)?;
         let pages = target & !(PAGE_MASK as i64);
-        let validity = match pages {
-            0 => offset_of!(Cpu, translator.validity_within),
-            _ => offset_of!(Cpu, translator.validity),
-        };
-        self.a.mov(ADDRESS, field(validity))?;
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
         let valid = rip_relative(link + Link::VALIDITY);
         self.put(Instruction::with2(Code::Cmp_r64_rm64, Register::from(ADDRESS), valid)?)?;
         self.a.jne(at)?;

@@ -1,7 +1,7 @@
 //! Links: where a block goes on after a direct branch out of its region; and where computed branches go on.
 //!
 //! A link holds while its number is the [`Translator`](super::Translator)'s, which stands for everything that it depends
-//! on: the epoch that bytes were compared in, no block dropped since, and, unless it stays in its page, the address space and mode.
+//! on: the address space and mode, the epoch that bytes were compared in, and no block dropped since.
 #![expect(unsafe_code, reason = "links are written in the arena's writable view")]
 
 use std::mem::offset_of;

@@ -6,7 +6,7 @@ use std::num::NonZeroU64;
 use std::ptr::NonNull;
 
 use super::link::{Jump, Link};
-use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, Translator};
+use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER};
 use crate::code::op::{Flow, Op};
 use crate::code::resync;
 use crate::code::thread::interpreted;
@@ -120,13 +120,11 @@ fn note(cpu: &mut Cpu, from: u64, link: Option<u64>, code: u64) {
     let rip = cpu.state.rip;
     cpu.state.regs[usize::from(reg::IP_BASE)] = rip & !PAGE_MASK;
     let link = link.filter(|_| (from ^ rip) >> 63 == 0);
-    if link.is_none() {
-        cpu.prepare(rip);
-    }
-    let Translator { validity, validity_within, .. } = cpu.translator;
+    // Finding the block may have dropped others: host code must not go by what held before.
+    cpu.prepare(rip);
+    let validity = cpu.translator.validity;
     let Some(translated) = &mut cpu.translator.code else { return };
     match link {
-        Some(link) if from == rip & !PAGE_MASK => Link::set(&translated.arena, link, validity_within, code),
         Some(link) => Link::set(&translated.arena, link, validity, code),
         None => *Jump::of(&mut translated.jumps, rip) = Jump { lin: rip, validity, code },
     }
