@@ -66,7 +66,12 @@ impl Vcpu {
                 self.events.raise(Exception::UD);
                 return None;
             }
-            if let Err(fault) = self.patch_hypercall(if native { VMMCALL } else { VMCALL }) {
+            // A kernel that protects its code, and has been told the other vendor's name (QEMU's `max` on AMD's hosts), cannot be
+            // helped by a fault that it does not expect: it gets what it asks for.
+            let patched = self.patch_hypercall(if native { VMMCALL } else { VMCALL });
+            if let Err(fault) = patched
+                && self.cpu.state.cpl != 0
+            {
                 self.events.raise(fault);
                 return None;
             }
