@@ -79,10 +79,11 @@ impl Block {
         })
     }
 
-    /// There is no host code any more; it may be translated again.
+    /// There is no host code any more; it may be translated again. It depends on its own bytes alone then.
     pub(super) fn forget_translation(&self) {
-        let (translated, joined) = (self.translation.take() != 0, self.others.take().is_some());
-        if translated || joined {
+        // Host code may begin within it, so that only `others` says that there is some.
+        let joined = self.others.take().is_some();
+        if self.translation.take() != 0 || joined {
             for op in &self.ops[..self.ops.len() - 1] {
                 op.handler.set(thread::interpreted(op));
                 op.translation.set(0);
