@@ -39,7 +39,7 @@ const JUMP_ENTRIES: usize = 1 << 14;
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 /// Bytes in an instruction at most.
-const INSTRUCTION_LONGEST: usize = 15;
+pub(crate) const INSTRUCTION_LONGEST: usize = 15;
 
 /// Entry of the jump cache.
 #[derive(Clone, Copy)]

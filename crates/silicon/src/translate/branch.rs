@@ -12,6 +12,7 @@ use super::memory::{Rules, suits_memory};
 use super::registers::{ADDRESS, At, GUEST_RSP, field, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::{condition, is_memory};
+use crate::mmu::tlb::PAGE_SIZE;
 use crate::state::reg;
 
 /// Whether the branch can be translated.
@@ -49,7 +50,8 @@ impl Emitter<'_> {
             FlowControl::Call => {
                 let to = self.stack(-8, Kind::Store, index)?;
                 self.push_return(to, next, index)?;
-                self.call(ins.near_branch_target() as i64, next, self.taken(index, -8))
+                let (target, taken) = (ins.near_branch_target() as i64, self.taken(index, -8));
+                if returns_to_page(next) { self.call(target, next, taken) } else { self.go_to(target, taken) }
             }
             FlowControl::IndirectBranch => {
                 self.target(ins, index)?;
@@ -105,8 +107,18 @@ impl Emitter<'_> {
         self.a.mov(kept, ADDRESS)?;
         let to = self.stack(-8, Kind::Store, index)?;
         self.push_return(to, next, index)?;
-        self.call_address(next, self.taken(index, -8))
+        if returns_to_page(next) {
+            return self.call_address(next, self.taken(index, -8));
+        }
+        self.a.mov(ADDRESS, kept)?;
+        self.go_to_address(self.taken(index, -8))
     }
+}
+
+/// Whether what a call returns to lies in its page. What is behind the page may be no address that a return can go to, and the
+/// return has to find that out.
+fn returns_to_page(next: i64) -> bool {
+    next < PAGE_SIZE as i64
 }
 
 /// Conditional jumps, by the number of the condition. Those of opposite conditions lie next to each other.

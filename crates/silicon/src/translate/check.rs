@@ -79,7 +79,7 @@ impl Cpu {
     pub(super) unsafe fn checked_call(&mut self, way_in: u64, code: u64, first: &Op) -> (u64, u64) {
         let due = self.translator.checks.as_mut().is_some_and(|checks| checks.is_due(code));
         // Links and the jump cache would lead on to other blocks.
-        self.translator.validity = u64::MAX;
+        (self.translator.validity, self.translator.validity_within) = (u64::MAX, u64::MAX);
         // SAFETY: `enter_block` gave the running block's first operation its address.
         let block = self.block_of(unsafe { &*(self.block_start as *const Op) }).map(|(block, _)| block);
         let (true, Some(block)) = (due && self.replay.done.is_empty(), block) else {

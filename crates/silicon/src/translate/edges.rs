@@ -149,11 +149,15 @@ impl Emitter<'_> {
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
         self.a.cmp(dword_ptr(ADDRESS), 0)?;
         self.a.jne(at)?;
-        let pages = target & !(PAGE_MASK as i64);
-        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
+        let validity = match Link::stays_in_page(target) {
+            true => offset_of!(Cpu, translator.validity_within),
+            false => offset_of!(Cpu, translator.validity),
+        };
+        self.a.mov(ADDRESS, field(validity))?;
         let valid = rip_relative(link + Link::VALIDITY);
         self.put(Instruction::with2(Code::Cmp_r64_rm64, Register::from(ADDRESS), valid)?)?;
         self.a.jne(at)?;
+        let pages = target & !(PAGE_MASK as i64);
         if pages != 0 {
             let pages = i32::try_from(pages).map_err(|_| Failure::Unsuited)?;
             self.a.add(slot(reg::IP_BASE), pages)?;

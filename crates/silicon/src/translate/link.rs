@@ -1,12 +1,15 @@
 //! Links: where a block goes on after a direct branch out of its region; and where computed branches go on.
 //!
 //! A link holds while its number is the [`Translator`](super::Translator)'s, which stands for everything that it depends
-//! on: the address space and mode, the epoch that bytes were compared in, and no block dropped since.
+//! on: the epoch that bytes were compared in, no block dropped since, and, unless it leads to what certainly lies in its page, the
+//! address space and mode.
 #![expect(unsafe_code, reason = "links are written in the arena's writable view")]
 
 use std::mem::offset_of;
 
+use crate::code::INSTRUCTION_LONGEST;
 use crate::hostexec::arena::Arena;
+use crate::mmu::tlb::PAGE_SIZE;
 
 /// A link, in the data of an arena. Zero is no valid number, so a new link goes nowhere.
 #[repr(C)]
@@ -22,6 +25,12 @@ pub(super) struct Link {
 impl Link {
     pub(super) const VALIDITY: u64 = offset_of!(Link, validity) as u64;
     pub(super) const CODE: u64 = offset_of!(Link, code) as u64;
+
+    /// Whether what begins at `target`, relative to the start of a page, lies in the page whatever it is. Then a link within the page
+    /// holds in all address spaces: who gets to it has found the page there.
+    pub(super) fn stays_in_page(target: i64) -> bool {
+        (0..=(PAGE_SIZE - INSTRUCTION_LONGEST as u64) as i64).contains(&target)
+    }
 
     /// A new link; the address at which code reads it.
     pub(super) fn make(arena: &mut Arena, target: i64, taken: u64) -> Option<u64> {

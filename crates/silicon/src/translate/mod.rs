@@ -112,6 +112,8 @@ pub(crate) struct Translator {
     requests: *const Requests,
     /// Links hold if they have this number: it stands for the current epoch, block generation and context of fetches.
     validity: u64,
+    /// The same for links that [stay in their page](link::Link::stays_in_page), which hold in all contexts.
+    validity_within: u64,
     /// Where computed branches have led to: [`Jump::ENTRIES`] entries of `code`'s.
     jumps: *const Jump,
     /// What an instruction has loaded, while it looks at where it stores something.
@@ -129,6 +131,8 @@ pub(crate) struct Translator {
     /// Conditions that were in force lately, with their numbers, and the number given out last.
     known: [(Conditions, u64); 8],
     last: u64,
+    /// The epoch and generation that `validity_within` stands for.
+    within: [u64; 2],
     /// The GS base of the host.
     host_gs: u64,
 }
@@ -160,6 +164,7 @@ impl Translator {
         Translator {
             requests: std::ptr::null(),
             validity: 0,
+            validity_within: 0,
             jumps: std::ptr::null(),
             kept: 0,
             stack: 0,
@@ -170,6 +175,7 @@ impl Translator {
             checks,
             known: [([0; 3], 0); 8],
             last: 0,
+            within: [0; 2],
             host_gs: 0,
         }
     }
@@ -337,6 +343,11 @@ impl Cpu {
     fn prepare(&mut self, rip: u64) {
         let (epoch, generation) = (self.code.epoch, self.code.generation);
         self.translator.validity = self.translator.number([epoch, generation, self.fetch_context(rip)]);
+        if self.translator.within != [epoch, generation] {
+            self.translator.within = [epoch, generation];
+            self.translator.last += 1;
+            self.translator.validity_within = self.translator.last;
+        }
     }
 
     /// The block ends: RIP is where the guest goes on, and all that it has done is counted. `at` is any operation.

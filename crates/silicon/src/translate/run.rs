@@ -6,7 +6,7 @@ use std::num::NonZeroU64;
 use std::ptr::NonNull;
 
 use super::link::{Jump, Link};
-use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER};
+use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, Translator};
 use crate::code::op::{Flow, Op};
 use crate::code::resync;
 use crate::code::thread::interpreted;
@@ -86,7 +86,7 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
             if taken != 0 && !cpu.state.canonical(cpu.state.rip) {
                 return Some(take_back(cpu, taken));
             }
-            Some(link)
+            Some((link, target))
         } else {
             let next = NonNull::new(exit as *mut Op)?;
             // SAFETY: host code names operations of its own blocks, which are not dropped while it runs.
@@ -115,17 +115,21 @@ fn go_on(cpu: &mut Cpu) -> Option<NonZeroU64> {
     cpu.block_to_go_on(rip)?.translation()
 }
 
-/// Host code goes on at RIP, in `code`: next time it finds that by itself, by `link` or by the address. It came from a page at `from`.
-fn note(cpu: &mut Cpu, from: u64, link: Option<u64>, code: u64) {
+/// Host code goes on at RIP, in `code`: next time it finds that by itself, by the link and its target or by the address. It came from a
+/// page at `from`.
+fn note(cpu: &mut Cpu, from: u64, link: Option<(u64, i64)>, code: u64) {
     let rip = cpu.state.rip;
     cpu.state.regs[usize::from(reg::IP_BASE)] = rip & !PAGE_MASK;
     let link = link.filter(|_| (from ^ rip) >> 63 == 0);
     // Finding the block may have dropped others: host code must not go by what held before.
     cpu.prepare(rip);
-    let validity = cpu.translator.validity;
+    let Translator { validity, validity_within, .. } = cpu.translator;
     let Some(translated) = &mut cpu.translator.code else { return };
     match link {
-        Some(link) => Link::set(&translated.arena, link, validity, code),
+        Some((link, target)) => {
+            let validity = if Link::stays_in_page(target) { validity_within } else { validity };
+            Link::set(&translated.arena, link, validity, code);
+        }
         None => *Jump::of(&mut translated.jumps, rip) = Jump { lin: rip, validity, code },
     }
 }

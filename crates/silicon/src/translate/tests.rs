@@ -398,11 +398,16 @@ fn branches_to_where_nothing_can_be_fault_where_they_are() {
 #[test]
 fn branches_into_the_canonical_hole_fault_where_they_are() {
     const LAST: u64 = 0x7fff_ffff_f000;
-    // jmp, js (of a negative number), call, each past the page; falling off it is the fetch's fault.
-    for (code, at) in [
-        (&[0x85, 0xc0, 0xe9, 0, 0x10, 0, 0][..], LAST + 2),
-        (&[0x85, 0xc0, 0x0f, 0x88, 0, 0x10, 0, 0], LAST + 2),
-        (&[0x85, 0xc0, 0xe8, 0, 0x10, 0, 0], LAST + 2),
+    // jmp, js (of a negative number), call, each past the page; falling off it is the fetch's fault. A call at its end, which
+    // returns to what is behind it: ret.
+    let mut call_at_end = vec![0xc3];
+    call_at_end.resize(0xffb, 0x90);
+    call_at_end.extend([0xe8, 0, 0xf0, 0xff, 0xff]);
+    for (code, start, at, stack) in [
+        (&[0x85, 0xc0, 0xe9, 0, 0x10, 0, 0][..], 0, 2, STACK),
+        (&[0x85, 0xc0, 0x0f, 0x88, 0, 0x10, 0, 0], 0, 2, STACK),
+        (&[0x85, 0xc0, 0xe8, 0, 0x10, 0, 0], 0, 2, STACK),
+        (&call_at_end[..], 0xffb, 0, STACK - 8),
     ] {
         for mut guest in pair(0) {
             let entry = |table: u64, index: u64| TABLES + table * 0x1000 + index * 8;
@@ -412,9 +417,9 @@ fn branches_into_the_canonical_hole_fault_where_they_are() {
             guest.put(entry(3, 511), &(CODE | 3).to_le_bytes());
             guest.put(CODE, code).set(reg::RAX, 1 << 31);
             for _ in 0..3 {
-                guest.cpu.state.rip = LAST;
+                guest.set(reg::RSP, STACK).cpu.state.rip = LAST + start;
                 assert_eq!(guest.cpu.run(), Exit::Exception(Exception::gp(0)));
-                assert_eq!((guest.cpu.state.rip, guest.reg(reg::RSP)), (at, STACK), "{code:02x?}");
+                assert_eq!((guest.cpu.state.rip, guest.reg(reg::RSP)), (LAST + at, stack), "{code:02x?}");
             }
         }
     }
