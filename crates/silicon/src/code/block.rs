@@ -22,7 +22,7 @@ const JOINED_OFTEN: u8 = 4;
 pub(crate) struct Block {
     /// Epoch in which `source` was last compared.
     pub(super) checked: Cell<u64>,
-    /// Where the host code for the whole block is ([`crate::translate`]); 0: there is none.
+    /// Where the host code from the block's beginning is ([`crate::translate`]); 0: there is none.
     pub(super) translation: Cell<u64>,
     pub(super) ops: Box<[Op]>,
     /// The bytes that were decoded.
