@@ -404,11 +404,16 @@ mod tests {
     use crate::thread::Inside;
     use std::sync::atomic::AtomicI32;
 
-    static VALUE: AtomicI32 = AtomicI32::new(0);
+    /// The sum of the codes by signal: the tests run at the same time, each with a signal of its own.
+    static CODES: [AtomicI32; SIGNALS] = [const { AtomicI32::new(0) }; SIGNALS];
 
-    extern "C" fn handler(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
+    extern "C" fn handler(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
         // SAFETY: the kernel passes a siginfo.
-        VALUE.fetch_add(unsafe { (*info).si_code }, Ordering::SeqCst);
+        CODES[signal as usize].fetch_add(unsafe { (*info).si_code }, Ordering::SeqCst);
+    }
+
+    fn codes(signal: c_int) -> i32 {
+        CODES[signal as usize].load(Ordering::SeqCst)
     }
 
     fn action(handler: sighandler_t, flags: c_int) -> SigAction {
@@ -438,14 +443,14 @@ mod tests {
         assert_eq!(change(libc::SIGUSR2, Some(action(handler, libc::SA_NODEFER)), None), 0);
         let mask = raw::change_mask(libc::SIG_BLOCK, 0);
         send(libc::SIGUSR2);
-        assert_eq!(VALUE.load(Ordering::SeqCst), libc::SI_QUEUE);
+        assert_eq!(codes(libc::SIGUSR2), libc::SI_QUEUE);
         let inside = Inside::enter();
         assert!(!inside.deferred());
         send(libc::SIGUSR2);
         assert!(inside.deferred());
-        assert_eq!(VALUE.load(Ordering::SeqCst), libc::SI_QUEUE);
+        assert_eq!(codes(libc::SIGUSR2), libc::SI_QUEUE);
         inside.leave();
-        assert_eq!(VALUE.load(Ordering::SeqCst), 2 * libc::SI_QUEUE, "with what was said of it");
+        assert_eq!(codes(libc::SIGUSR2), 2 * libc::SI_QUEUE, "with what was said of it");
         assert_eq!(raw::change_mask(libc::SIG_BLOCK, 0), mask, "the mask is as before");
     }
 
@@ -459,6 +464,7 @@ mod tests {
         let now = shown(libc::SIGURG);
         assert_eq!((now.sa_sigaction, now.sa_flags), (handler, libc::SA_RESETHAND));
         send(libc::SIGURG);
+        assert_eq!(codes(libc::SIGURG), libc::SI_QUEUE);
         assert_eq!(shown(libc::SIGURG).sa_sigaction, SIG_DFL, "it was for one time");
         assert_eq!(simple(libc::SIGURG, SIG_IGN, libc::SA_RESTART, true), SIG_DFL);
         assert_eq!(simple(libc::SIGURG, SIG_DFL, libc::SA_RESTART, true), SIG_IGN);
