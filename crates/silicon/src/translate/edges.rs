@@ -2,12 +2,13 @@
 
 use std::mem::offset_of;
 
-use iced_x86::code_asm::{CodeLabel, dword_ptr, qword_ptr, r15d, rsp};
+use iced_x86::code_asm::{CodeLabel, dword_ptr, qword_ptr, r14d, r15d, rsp};
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
 use super::Failure;
-use super::emit::{Cold, Emitter, Flags, Result, Target, instructions};
-use super::link::Link;
+use super::emit::{Cold, Emitter, Result, Target, instructions};
+use super::flags::{Flags, Rax, Wanted};
+use super::link::{self, Link};
 use super::registers::{ADDRESS, VALUE, field, slot};
 use crate::cpu::{Cpu, Requests};
 use crate::mmu::host;
@@ -39,6 +40,14 @@ impl Emitter<'_> {
         taken: u64,
     ) -> Result<()> {
         let due = self.due();
+        for way in [target, next] {
+            // Both ways may want the same.
+            if let Some(Wanted::Marked(recipe)) = self.targets.get(&way).and_then(|to| to.start.flags)
+                && self.flags.recipe == Some(recipe)
+            {
+                self.mark_flags(recipe)?;
+            }
+        }
         match self.targets.get(&target).copied() {
             Some(to) if self.is_free(&to, target, due) => jump(self, to.label)?,
             Some(to) => {
@@ -62,8 +71,13 @@ impl Emitter<'_> {
     /// Whether nothing is to be done on the way.
     fn is_free(&self, to: &Target, target: i64, due: i32) -> bool {
         let flags = match to.start.flags {
-            Some(Flags::Host) => self.flags != Flags::Saved,
-            Some(_) => self.flags != Flags::Host,
+            Some(Wanted::Host) => self.flags.host,
+            Some(Wanted::Saved) => self.flags.rax == Rax::Flags,
+            Some(Wanted::Marked(recipe)) => match self.flags.rax {
+                Rax::Nothing => false,
+                Rax::Flags => true,
+                Rax::Marked => self.flags.recipe == Some(recipe),
+            },
             None => true,
         };
         flags && due == to.start.owed && !self.is_backwards(target)
@@ -89,12 +103,13 @@ impl Emitter<'_> {
             self.poll(target, due, taken)?;
         }
         match to.start.flags {
-            Some(Flags::Host) => self.load_flags()?,
-            Some(_) => self.save_flags()?,
+            Some(Wanted::Host) => self.load_flags()?,
+            Some(Wanted::Saved) => self.save_flags()?,
+            Some(Wanted::Marked(recipe)) => self.mark_flags(recipe)?,
             None => {}
         }
         let owed = due - to.start.owed;
-        if owed != 0 && to.start.flags.is_none() {
+        if owed != 0 && to.start.flags != Some(Wanted::Host) {
             self.a.add(instructions(), owed)?;
         } else if owed != 0 {
             // In a way that keeps the flags.
@@ -135,7 +150,7 @@ impl Emitter<'_> {
 
     /// Goes on outside the region, with `due` instructions to be counted.
     pub(super) fn go_out(&mut self, due: i32, target: i64, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
+        self.settle_flags()?;
         self.count(due)?;
         let code = self.linked(target, taken)?;
         self.put(Instruction::with1(Code::Jmp_rm64, code)?)
@@ -167,16 +182,41 @@ impl Emitter<'_> {
 
     /// Ends the block: goes on at the address in [`ADDRESS`]. `taken` takes the branch back.
     pub(super) fn go_to_address(&mut self, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
+        self.settle_flags()?;
         self.count(self.due())?;
-        self.a.mov(VALUE, taken)?;
-        let indirect = self.routines.indirect;
-        Ok(self.a.jmp(indirect)?)
+        self.find_jump(taken)?;
+        Ok(self.a.jmp(qword_ptr(VALUE + offset_of!(link::Jump, code)))?)
+    }
+
+    /// Has [`VALUE`] point to the [`Jump`](link::Jump) for the address in [`ADDRESS`], or leaves. Each branch does that by itself, for
+    /// the host predicts the jump by where it is. The flags are in RAX.
+    fn find_jump(&mut self, taken: u64) -> Result<()> {
+        let (unknown, invalid) = (self.a.create_label(), self.a.create_label());
+        let of_entry = |offset: usize| qword_ptr(VALUE + offset);
+        self.a.mov(VALUE, ADDRESS)?;
+        self.a.shr(VALUE, link::Jump::SHIFT)?;
+        self.a.xor(VALUE, ADDRESS)?;
+        self.a.and(r14d, (link::Jump::ENTRIES - 1) as i32)?;
+        self.a.shl(r14d, size_of::<link::Jump>().trailing_zeros())?;
+        self.a.add(VALUE, field(offset_of!(Cpu, translator.jumps)))?;
+        self.a.cmp(ADDRESS, of_entry(offset_of!(link::Jump, lin)))?;
+        self.a.jne(unknown)?;
+        self.a.and(ADDRESS, !(PAGE_MASK as i32))?;
+        self.a.mov(slot(reg::IP_BASE), ADDRESS)?;
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
+        self.a.cmp(ADDRESS, of_entry(offset_of!(link::Jump, validity)))?;
+        self.a.jne(invalid)?;
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
+        self.a.cmp(dword_ptr(ADDRESS), 0)?;
+        self.a.jne(invalid)?;
+        self.cold.push(Cold::NoJump { at: unknown, overwritten: false, taken });
+        self.cold.push(Cold::NoJump { at: invalid, overwritten: true, taken });
+        Ok(())
     }
 
     /// Ends the block with a call of `target`, which returns to `next`. [`ADDRESS`] is the return address.
     pub(super) fn call(&mut self, target: i64, next: i64, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
+        self.settle_flags()?;
         self.count(self.due())?;
         self.keep_return()?;
         let code = self.linked(target, taken)?;
@@ -186,13 +226,12 @@ impl Emitter<'_> {
 
     /// Ends the block with a call of the address in `kept`, likewise.
     pub(super) fn call_address(&mut self, next: i64, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
+        self.settle_flags()?;
         self.count(self.due())?;
         self.keep_return()?;
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.kept)))?;
-        self.a.mov(VALUE, taken)?;
-        let indirect = self.routines.indirect;
-        self.a.call(indirect)?;
+        self.find_jump(taken)?;
+        self.a.call(qword_ptr(VALUE + offset_of!(link::Jump, code)))?;
         self.land(next)
     }
 
@@ -212,7 +251,7 @@ impl Emitter<'_> {
         self.a.lea(rsp, qword_ptr(rsp + 8))?;
         self.a.lea(ADDRESS, qword_ptr(ADDRESS - next as i32))?;
         self.a.mov(slot(reg::IP_BASE), ADDRESS)?;
-        self.flags = Flags::Saved;
+        self.flags = Flags::SAVED;
         match self.targets.get(&next).copied() {
             Some(to) => self.go_on_within(&to, next, 0, 0),
             None => self.go_out(0, next, 0),
@@ -221,7 +260,7 @@ impl Emitter<'_> {
 
     /// Ends the block with a return to the address in [`ADDRESS`].
     pub(super) fn return_to_address(&mut self, taken: u64) -> Result<()> {
-        self.free_host_flags()?;
+        self.settle_flags()?;
         self.count(self.due())?;
         let at = self.a.create_label();
         self.a.cmp(ADDRESS, qword_ptr(rsp + 8))?;

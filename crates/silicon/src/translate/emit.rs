@@ -5,11 +5,13 @@ use std::mem::offset_of;
 use std::ops::Range;
 
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, al, eax, qword_ptr, r14b, r14d, r15b, rsp,
+    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, eax, qword_ptr, r14b, r14d, r15b, rsp,
 };
 use iced_x86::{FlowControl, IcedError, Instruction, InstructionInfoFactory};
 
+use super::flags::{Flags, Rax, Recipe, Wanted};
 use super::layout::Layout;
+use super::link::Jump;
 use super::memory::Rules;
 use super::region::{Member, Start};
 use super::registers::{ADDRESS, At, VALUE, field, field16};
@@ -33,17 +35,6 @@ impl From<IcedError> for Failure {
     fn from(_: IcedError) -> Self {
         Failure::Unsuited
     }
-}
-
-/// Where the guest's status flags are. Where host code is entered and left they are in RAX.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flags {
-    /// In the host's RFLAGS.
-    Host,
-    /// In RAX.
-    Saved,
-    /// In both.
-    Both,
 }
 
 /// What is done with memory.
@@ -74,6 +65,8 @@ pub(super) enum Linear {
 pub(super) enum Cold<'a> {
     /// The access at `back` is not to the page accessed last.
     LookUp { at: CodeLabel, back: Back, linear: Linear, recent: usize, routine: u64, interpreter: CodeLabel },
+    /// An instruction is the interpreter's, and the flags are where RAX and the recipe say.
+    Recompute { at: CodeLabel, rax: Rax, recipe: Recipe, interpreter: CodeLabel },
     /// An access has faulted whose flags are in the state.
     GetFlagsBack { at: CodeLabel, interpreter: CodeLabel },
     /// An instruction is the interpreter's.
@@ -101,6 +94,9 @@ pub(super) enum Cold<'a> {
     Deep { at: CodeLabel, back: CodeLabel },
     /// The return address is not the one on top of the stack.
     ReturnMissed { at: CodeLabel, taken: u64 },
+    /// There is no code at hand for a computed target, which is in [`ADDRESS`], or, where it is `overwritten`, in the [`Jump`] that
+    /// [`VALUE`] points to.
+    NoJump { at: CodeLabel, overwritten: bool, taken: u64 },
 }
 
 /// Where an access goes on whose page has been looked up.
@@ -136,6 +132,8 @@ struct Entry {
 pub(super) struct Emitter<'a> {
     pub(super) a: CodeAssembler,
     pub(super) flags: Flags,
+    /// It is better to compute them again, if that can be, than to save them.
+    pub(super) recomputes: bool,
     pub(super) info: InstructionInfoFactory,
     /// What is known of vector and x87 registers.
     pub(super) known: Known,
@@ -159,6 +157,8 @@ pub(super) struct Emitter<'a> {
     faulting: Vec<(usize, CodeLabel)>,
     /// For each operation of the run the label where it is given to the interpreter.
     interpret: Vec<Option<CodeLabel>>,
+    /// Likewise, where the flags are found by a recipe.
+    pub(super) recomputing: Vec<Option<((Rax, Recipe), CodeLabel)>>,
 }
 
 impl<'a> Emitter<'a> {
@@ -173,13 +173,14 @@ impl<'a> Emitter<'a> {
         let mut targets = HashMap::new();
         for member in members.iter().filter(|member| !closed && member.begins()) {
             let label = a.create_label();
-            let entry = if member.start == Start::ENTRY { label } else { a.create_label() };
+            let entry = if member.start.is_like_entry() { label } else { a.create_label() };
             let ops = member.block.ops();
             targets.insert(member.offset(), Target { ops, label, entry, start: member.start });
         }
         Ok(Emitter {
             a,
-            flags: Flags::Saved,
+            flags: Flags::SAVED,
+            recomputes: false,
             info: InstructionInfoFactory::new(),
             known: Known::NOTHING,
             pointers: 0,
@@ -194,6 +195,7 @@ impl<'a> Emitter<'a> {
             placed: HashMap::new(),
             faulting: Vec::new(),
             interpret: Vec::new(),
+            recomputing: Vec::new(),
         })
     }
 
@@ -207,6 +209,7 @@ impl<'a> Emitter<'a> {
     ) -> Result<()> {
         (self.ops, self.follower) = (ops, follower);
         self.interpret = vec![None; ops.len()];
+        self.recomputing = vec![None; ops.len()];
         self.pointers = 0;
         let target = self.targets.get(&i64::from(ops[0].page_offset)).copied().filter(|_| index == 0);
         let target = target.unwrap_or_else(|| {
@@ -219,7 +222,7 @@ impl<'a> Emitter<'a> {
         self.entries.push(Entry { member: number, index, at: target.entry });
         self.place(target.label)?;
         let Start { flags, owed, known } = target.start;
-        (self.flags, self.owed, self.known) = (flags.unwrap_or(Flags::Host), owed, known);
+        (self.flags, self.owed, self.known) = (Flags::at(flags), owed, known);
         Ok(())
     }
 
@@ -232,6 +235,7 @@ impl<'a> Emitter<'a> {
     ) -> Result<()> {
         for index in run.clone() {
             let ins = &instructions[index];
+            self.keep_flags_from(&instructions[index..])?;
             match Family::of(ins, features).ok_or(Failure::Unsuited)? {
                 Family::Integer => self.instruction(ins, index)?,
                 Family::Vector => self.vector(ins, index)?,
@@ -249,16 +253,17 @@ impl<'a> Emitter<'a> {
     /// Has whoever comes in from elsewhere find what the block expects.
     fn make_up(&mut self, target: &Target<'a>) -> Result<()> {
         let Start { flags, owed, known } = target.start;
-        (self.flags, self.owed, self.known) = (Flags::Saved, owed, Known::NOTHING);
+        (self.flags, self.owed, self.known) = (Flags::SAVED, owed, Known::NOTHING);
         if owed != 0 {
             self.a.sub(instructions(), owed)?;
         }
         if known != Known::NOTHING {
             self.interpret = vec![None];
+            self.recomputing = vec![None];
             self.ops = target.ops;
             self.admit(&known, 0)?;
         }
-        if flags == Some(Flags::Host) {
+        if flags == Some(Wanted::Host) {
             self.load_flags()?;
         }
         Ok(self.a.jmp(target.label)?)
@@ -276,53 +281,16 @@ impl<'a> Emitter<'a> {
         self.ops.len() as i32 - 1
     }
 
-    /// The flags are in RAX; they may be in RFLAGS as well.
-    pub(super) fn save_flags(&mut self) -> Result<()> {
-        if self.flags == Flags::Host {
-            // What RAX was does not matter: nothing waits for it.
-            self.a.mov(eax, 0)?;
-            self.a.lahf()?;
-            self.a.seto(al)?;
-            self.flags = Flags::Both;
-        }
-        Ok(())
-    }
-
-    /// RFLAGS may be overwritten: the flags are in RAX alone.
-    pub(super) fn free_host_flags(&mut self) -> Result<()> {
-        self.save_flags()?;
-        self.flags = Flags::Saved;
-        Ok(())
-    }
-
-    /// The flags are in RFLAGS; they may be in RAX as well.
-    pub(super) fn load_flags(&mut self) -> Result<()> {
-        if self.flags == Flags::Saved {
-            // AL is one or nothing: less -127 it overflows, or it does not. SAHF sets the others.
-            self.a.cmp(al, -127)?;
-            self.a.sahf()?;
-            self.flags = Flags::Both;
-        }
-        Ok(())
-    }
-
-    /// RAX may be overwritten: the flags are in RFLAGS alone.
-    pub(super) fn free_rax(&mut self) -> Result<()> {
-        self.load_flags()?;
-        self.flags = Flags::Host;
-        Ok(())
-    }
-
     /// Emits an instruction made by hand.
     pub(super) fn put(&mut self, ins: Instruction) -> Result<()> {
         Ok(self.a.add_instruction(ins)?)
     }
 
     /// Notes that the next instruction emitted is the access of operation `index`: if it faults, nothing has happened.
-    pub(super) fn may_fault(&mut self, index: usize) {
-        debug_assert_ne!(self.flags, Flags::Host);
-        let interpreter = self.interpreter_label(index);
+    pub(super) fn may_fault(&mut self, index: usize) -> Result<()> {
+        let interpreter = self.interpreter_label(index)?;
         self.faulting.push((self.a.instructions().len(), interpreter));
+        Ok(())
     }
 
     /// Notes that the next instruction emitted faults while somebody wants something: it goes on at `to` then.
@@ -332,14 +300,14 @@ impl<'a> Emitter<'a> {
 
     /// As [`Emitter::may_fault`], for an access before which the flags in RAX have been stored in the state, and RAX lost.
     pub(super) fn may_fault_without_rax(&mut self, index: usize) {
-        let interpreter = self.interpreter_label(index);
+        let interpreter = self.saved_interpreter_label(index);
         let at = self.a.create_label();
         self.faulting.push((self.a.instructions().len(), at));
         self.cold.push(Cold::GetFlagsBack { at, interpreter });
     }
 
-    /// Where operation `index` is given to the interpreter; the flags have to be in RAX.
-    pub(super) fn interpreter_label(&mut self, index: usize) -> CodeLabel {
+    /// Where operation `index` is given to the interpreter with the flags in RAX.
+    pub(super) fn saved_interpreter_label(&mut self, index: usize) -> CodeLabel {
         if let Some(label) = self.interpret[index] {
             return label;
         }
@@ -379,7 +347,7 @@ impl<'a> Emitter<'a> {
             }
         };
         let (at, back) = (self.a.create_label(), self.a.create_label());
-        let interpreter = self.interpreter_label(index);
+        let interpreter = self.interpreter_label(index)?;
         let is_ruled = rules.alignment != 0 || rules.within_line && rules.size > 1;
         let is_sum = free == 0 || matches!(linear, Linear::Register(..));
         if is_ruled {
@@ -421,8 +389,8 @@ impl<'a> Emitter<'a> {
         let column = if kind == Kind::Store { size_of::<Found>() * Found::SLOTS } else { 0 };
         let slot = size_of::<Found>().trailing_zeros();
         let (at, back) = (self.a.create_label(), self.a.create_label());
-        let interpreter = self.interpreter_label(index);
         self.free_host_flags()?;
+        let interpreter = self.interpreter_label(index)?;
         self.linear(&linear)?;
         self.a.mov(VALUE, ADDRESS)?;
         self.a.shr(VALUE, PAGE_SHIFT - slot)?;
@@ -456,7 +424,7 @@ impl<'a> Emitter<'a> {
     /// Ends the run: the interpreter goes on with operation `index`.
     pub(super) fn interpret(&mut self, index: usize) -> Result<()> {
         self.save_flags()?;
-        let label = self.interpreter_label(index);
+        let label = self.saved_interpreter_label(index);
         Ok(self.a.jmp(label)?)
     }
 
@@ -482,6 +450,7 @@ impl<'a> Emitter<'a> {
         let leave = self.routines.leave;
         let (Cold::LookUp { at, .. }
         | Cold::Find { at, .. }
+        | Cold::Recompute { at, .. }
         | Cold::GetFlagsBack { at, .. }
         | Cold::Interpret { at, .. }
         | Cold::Unlinked { at, .. }
@@ -490,7 +459,8 @@ impl<'a> Emitter<'a> {
         | Cold::Entry { at, .. }
         | Cold::Exit { at, .. }
         | Cold::Deep { at, .. }
-        | Cold::ReturnMissed { at, .. }) = piece;
+        | Cold::ReturnMissed { at, .. }
+        | Cold::NoJump { at, .. }) = piece;
         self.place(at)?;
         match piece {
             Cold::LookUp { back, linear, recent, routine, interpreter, .. } => {
@@ -517,6 +487,9 @@ impl<'a> Emitter<'a> {
                 }
                 self.a.jmp(back)?;
             }
+            Cold::Recompute { rax, recipe, interpreter, .. } => {
+                self.put_recompute(rax, recipe, interpreter)?;
+            }
             Cold::GetFlagsBack { interpreter, .. } => {
                 self.a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
                 self.a.jmp(interpreter)?;
@@ -539,7 +512,7 @@ impl<'a> Emitter<'a> {
             }
             Cold::Polled { flags, owed, link, .. } => {
                 self.flags = flags;
-                self.free_host_flags()?;
+                self.settle_flags()?;
                 if owed != 0 {
                     self.a.add(instructions(), owed)?;
                 }
@@ -559,6 +532,14 @@ impl<'a> Emitter<'a> {
                 self.a.mov(VALUE, taken)?;
                 let missed = self.routines.return_missed;
                 self.a.jmp(missed)?;
+            }
+            Cold::NoJump { overwritten, taken, .. } => {
+                if overwritten {
+                    self.a.mov(ADDRESS, qword_ptr(VALUE + offset_of!(Jump, lin)))?;
+                }
+                self.a.mov(VALUE, taken)?;
+                let no_jump = self.routines.no_jump;
+                self.a.jmp(no_jump)?;
             }
         }
         Ok(())

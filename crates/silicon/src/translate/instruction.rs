@@ -9,7 +9,7 @@ use iced_x86::{
 };
 
 use super::Failure;
-use super::emit::{Emitter, Flags, Kind, Linear, Result};
+use super::emit::{Emitter, Kind, Linear, Result};
 use super::memory::{Rules, suits_memory};
 use super::operands::{part, wanted};
 use super::registers::{
@@ -189,7 +189,7 @@ fn suits_stack(ins: &Instruction) -> bool {
 }
 
 /// The form of `code` that does not have AL, AX, EAX or RAX for its operand.
-fn general_form(code: Code) -> Code {
+pub(super) fn general_form(code: Code) -> Code {
     macro_rules! forms {
         ($($short:ident $long:ident)*) => {
             match code { $(Code::$short => Code::$long,)* _ => code }
@@ -247,8 +247,29 @@ fn needs_flags(ins: &Instruction) -> bool {
 
 /// Whether there may be other flags after it than before it. RCL and RCR by as many bits as they have, and the carry, change
 /// nothing for Intel's processors and the decoder; AMD's compute OF.
-fn changes_flags(ins: &Instruction) -> bool {
+pub(super) fn changes_flags(ins: &Instruction) -> bool {
     ins.rflags_modified() & STATUS != 0 || matches!(ins.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+}
+
+/// What an instruction that is translated does with the status flags.
+pub(super) struct Effect {
+    /// It needs them where they are.
+    pub(super) reads: bool,
+    /// It overwrites them all, whatever they were.
+    pub(super) overwrites: bool,
+}
+
+/// `None`: it ends the block, or is something else for which it does not matter.
+pub(super) fn effect_on_flags(ins: &Instruction) -> Option<Effect> {
+    let modified = ins.rflags_modified() & STATUS;
+    let (reads, overwrites) = match how(ins) {
+        Some(How::Copy) if suits(ins) => (needs_flags(ins), modified == STATUS && !needs_flags(ins)),
+        Some(How::Nothing | How::Lea | How::ExtendRax | How::Push | How::Pop | How::Leave) => (false, false),
+        Some(_) => return None,
+        None if ins.flow_control() != FlowControl::Next => return None,
+        None => (ins.rflags_read() & STATUS != 0 || !matches!(modified, 0 | STATUS), modified == STATUS),
+    };
+    Some(Effect { reads, overwrites })
 }
 
 /// Whether these instructions overwrite all status flags before anything can see them.
@@ -315,11 +336,11 @@ impl Emitter<'_> {
         }
         let redirected = self.redirect(ins, &mut host, &access, free, !memory)?;
         if memory {
-            self.may_fault(index);
+            self.may_fault(index)?;
         }
         self.put(host)?;
         if changes_flags(ins) {
-            self.flags = Flags::Host;
+            self.flags_are_of(ins);
         }
         self.settle(redirected)
     }
@@ -352,21 +373,21 @@ impl Emitter<'_> {
         let memory = ins.op0_kind() == OpKind::Memory;
         if memory {
             let from = self.access(ins, Kind::Load, Rules::size(8), 0, index)?;
-            self.may_fault(index);
+            self.may_fault(index)?;
             self.a.mov(ADDRESS, from.quad())?;
             self.a.mov(kept, ADDRESS)?;
         }
         let to = self.stack(-8, Kind::Store, index)?.quad();
         if memory {
             self.a.mov(ADDRESS, kept)?;
-            self.may_fault(index);
+            self.may_fault(index)?;
             self.a.mov(to, ADDRESS)?;
         } else if ins.op0_kind() == OpKind::Register {
             let value = self.in_register(ins.op0_register(), ADDRESS)?;
-            self.may_fault(index);
+            self.may_fault(index)?;
             self.a.mov(to, value)?;
         } else {
-            self.may_fault(index);
+            self.may_fault(index)?;
             self.a.mov(to, ins.immediate(0) as i32)?;
         }
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
@@ -380,7 +401,7 @@ impl Emitter<'_> {
         self.free_host_flags()?;
         self.a.and(ADDRESS, Rflags::STATUS.bits() as i32)?;
         self.a.or(ADDRESS, field(offset_of!(Cpu, state.rflags_system)))?;
-        self.may_fault(index);
+        self.may_fault(index)?;
         self.a.mov(to, ADDRESS)?;
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
     }
@@ -389,7 +410,7 @@ impl Emitter<'_> {
     fn is_supervisor(&mut self, index: usize) -> Result<()> {
         self.free_host_flags()?;
         self.a.cmp(byte_ptr(offset_of!(Cpu, state.cpl) as u64).gs(), 0)?;
-        let interpreter = self.interpreter_label(index);
+        let interpreter = self.interpreter_label(index)?;
         Ok(self.a.jne(interpreter)?)
     }
 
@@ -414,7 +435,7 @@ impl Emitter<'_> {
 
     fn pop(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let from = self.stack(0, Kind::Load, index)?.quad();
-        self.may_fault(index);
+        self.may_fault(index)?;
         match place_of(ins.op0_register()) {
             Place::Host(host) => self.a.mov(host, from)?,
             Place::State(number) => {
@@ -428,7 +449,7 @@ impl Emitter<'_> {
     fn leave(&mut self, index: usize) -> Result<()> {
         let linear = Linear::Register(rbp, 0);
         let from = self.check(linear, usize::from(reg::RBP), Kind::Load, Rules::size(8), 1, index)?.quad();
-        self.may_fault(index);
+        self.may_fault(index)?;
         self.a.mov(ADDRESS, from)?;
         self.a.lea(GUEST_RSP, qword_ptr(rbp + 8))?;
         Ok(self.a.mov(rbp, ADDRESS)?)
@@ -452,7 +473,7 @@ impl Emitter<'_> {
         };
         let mut load = Instruction::with2(load, factor, MemoryOperand::with_base(ADDRESS.into()))?;
         set_memory(&mut load, 1, at);
-        self.may_fault(index);
+        self.may_fault(index)?;
         self.put(load)?;
         Ok(factor)
     }
@@ -467,6 +488,7 @@ impl Emitter<'_> {
         self.free_rax()?;
         self.a.mov(rax, GUEST_RAX)?;
         self.put(plain(host))?;
+        self.flags_are_of(ins);
         Ok(self.a.mov(GUEST_RAX, rax)?)
     }
 
@@ -479,7 +501,7 @@ impl Emitter<'_> {
     fn divide(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let divisor = self.factor(ins, index)?;
         self.free_host_flags()?;
-        let interpreter = self.interpreter_label(index);
+        let interpreter = self.interpreter_label(index)?;
         let wide = operand_size(ins, 0) == 8;
         let [compare, extend, test, immediate] = if wide {
             [Code::Cmp_r64_rm64, Code::Sar_rm64_imm8, Code::Test_rm64_r64, Code::Cmp_rm64_imm8]
@@ -514,12 +536,13 @@ impl Emitter<'_> {
         set_memory(&mut host, 0, at);
         let access = [OpAccess::ReadWrite, OpAccess::Read];
         self.redirect(ins, &mut host, &access, at.free(), false)?;
+        self.save_flags()?;
         self.a.mov(field16(offset_of!(Cpu, state.status)), ax)?;
         self.a.mov(rax, GUEST_RAX)?;
         self.may_fault_without_rax(index);
         self.put(host)?;
         self.a.mov(GUEST_RAX, rax)?;
-        self.flags = Flags::Host;
+        self.flags_are_of(ins);
         Ok(())
     }
 

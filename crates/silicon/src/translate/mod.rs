@@ -20,8 +20,8 @@
 //!
 //! # Flags
 //!
-//! Checks change the host's flags. Before one the guest's are saved in RAX, and from there loaded again where an instruction
-//! reads them, so that they are exact whenever the interpreter takes over.
+//! Checks change the host's flags. Before one the guest's are saved in RAX, unless they can be computed again ([`flags`]), and loaded again
+//! where an instruction reads them, so that they are exact whenever the interpreter takes over.
 //!
 //! # What keeps the guest out of host memory
 //!
@@ -37,6 +37,7 @@ mod check;
 mod choice;
 mod edges;
 mod emit;
+mod flags;
 mod frame;
 mod instruction;
 mod layout;

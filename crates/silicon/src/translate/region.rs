@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use iced_x86::{FlowControl, Instruction};
 
-use super::emit::Flags;
+use super::flags::{Recipe, Wanted};
 use super::vector::{Known, needs};
 use super::{Family, branch, instruction};
 use crate::code::BlockRef;
@@ -36,8 +36,8 @@ pub(super) struct Member {
 /// What holds where a block of a region begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Start {
-    /// Where the flags are, RFLAGS or RAX; `None`: anywhere, for they are lost before anything can see them.
-    pub(super) flags: Option<Flags>,
+    /// Where the flags are; `None`: anywhere, for they are lost before anything can see them.
+    pub(super) flags: Option<Wanted>,
     /// Instructions executed since the last were counted.
     pub(super) owed: i32,
     /// What is known of vector registers.
@@ -46,7 +46,12 @@ pub(super) struct Start {
 
 impl Start {
     /// Where code of other regions and the interpreter come in.
-    pub(super) const ENTRY: Start = Start { flags: Some(Flags::Saved), owed: 0, known: Known::NOTHING };
+    pub(super) const ENTRY: Start = Start { flags: Some(Wanted::Saved), owed: 0, known: Known::NOTHING };
+
+    /// Whoever comes in from elsewhere has nothing to make up for.
+    pub(super) fn is_like_entry(&self) -> bool {
+        self.flags != Some(Wanted::Host) && self.owed == 0 && self.known == Known::NOTHING
+    }
 }
 
 /// A way from one block of a region to another.
@@ -55,6 +60,8 @@ struct Edge {
     to: usize,
     /// The end is a conditional branch: the flags are in RFLAGS.
     conditional: bool,
+    /// It is no return from a call: the flags are those at the end of the block.
+    passes_flags: bool,
     /// What holds at the end of the block.
     owed: Owed,
     known: Known,
@@ -188,17 +195,32 @@ fn plan(members: &mut [Member]) {
                 (_, true) => (Owed::SinceStart(length), needs),
                 (_, false) => (Owed::Exactly(length), needs),
             };
-            edges.push(Edge { from, to, conditional: end == End::Conditional, owed, known });
+            let (conditional, passes_flags) = (end == End::Conditional, end != End::Return);
+            edges.push(Edge { from, to, conditional, passes_flags, owed, known });
         }
     }
+    plan_flags(members, &edges);
+    plan_counts(members, &edges);
+    plan_vectors(members, &edges);
+}
+
+/// Where loops go on, flags may stay where a recipe finds them.
+fn plan_flags(members: &mut [Member], edges: &[Edge]) {
     for edge in edges.iter().filter(|edge| edge.conditional) {
-        members[edge.to].start.flags = Some(Flags::Host);
+        members[edge.to].start.flags = Some(Wanted::Host);
+    }
+    // The ways backwards come last: these decide.
+    let (forwards, backwards): (Vec<&Edge>, Vec<&Edge>) = edges.iter().partition(|edge| edge.to > edge.from);
+    for edge in forwards.into_iter().chain(backwards) {
+        let recipe = Recipe::after(&members[edge.from].instructions);
+        let to = &mut members[edge.to];
+        if let Some(recipe) = recipe.filter(|recipe| edge.passes_flags && recipe.lasts(&to.instructions)) {
+            to.start.flags = Some(Wanted::Marked(recipe));
+        }
     }
     for member in members.iter_mut().filter(|member| instruction::lose_flags(&member.instructions)) {
         member.start.flags = None;
     }
-    plan_counts(members, &edges);
-    plan_vectors(members, &edges);
 }
 
 /// The first way forwards to a block costs no counting; the others make up for the difference.
@@ -215,7 +237,8 @@ fn plan_counts(members: &mut [Member], edges: &[Edge]) {
     }
 }
 
-/// Live is what is so by all ways within the region: entries see to it.
+/// Live is what is so by all ways within the region: entries see to it. Of blocks that only lead to each other everything may be
+/// assumed: what is needed anywhere, if most blocks need something, so that loops do not ask each time.
 fn plan_vectors(members: &mut [Member], edges: &[Edge]) {
     let mut starts: Vec<Option<Known>> = vec![None; members.len()];
     let mut entered = vec![false; members.len()];
@@ -239,7 +262,13 @@ fn plan_vectors(members: &mut [Member], edges: &[Edge]) {
             break;
         }
     }
+    let needs = members.iter().map(|member| member.needs(&(0..member.instructions.len())));
+    let needs: Vec<Known> = needs.filter(|needs| *needs != Known::NOTHING).collect();
+    let assumed = match 2 * needs.len() >= members.len() {
+        true => needs.into_iter().fold(Known::NOTHING, Known::and),
+        false => Known::NOTHING,
+    };
     for (member, start) in members.iter_mut().zip(starts) {
-        member.start.known = start.unwrap_or(Known::NOTHING);
+        member.start.known = start.unwrap_or(assumed);
     }
 }

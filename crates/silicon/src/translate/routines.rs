@@ -30,8 +30,8 @@ pub(super) struct Routines {
     pub(super) frame: Frame,
     /// Jumped to, to leave: [`ADDRESS`] and [`VALUE`] are what [`super::call`] returns, RAX holds the flags.
     pub(super) leave: u64,
-    /// Jumped to with a target in [`ADDRESS`]: goes on there, or leaves.
-    pub(super) indirect: u64,
+    /// Jumped to, to leave for the target in [`ADDRESS`]; [`VALUE`] takes the branch back.
+    pub(super) no_jump: u64,
     /// Likewise, for returns to another address than the one on top of the host's stack.
     pub(super) return_missed: u64,
     /// Those that [`Routines::look_up`] gives, by what they are for.
@@ -50,7 +50,8 @@ impl Routines {
     pub(super) fn new(arena: &mut Arena) -> Option<Routines> {
         let frame = Frame::new(arena)?;
         let leave = assemble(arena, |a| leave(a, frame))?;
-        let indirect = assemble_near(arena, |a| indirect(a, leave), Some(frame))?;
+        let no_jump = assemble(arena, |a| no_jump(a, leave))?;
+        let indirect = assemble_near(arena, |a| indirect(a, no_jump), Some(frame))?;
         let bottom = assemble(arena, |a| bottom(a, indirect))?;
         let enter = assemble(arena, |a| enter(a, bottom, frame))?;
         let return_missed = assemble(arena, |a| return_missed(a, indirect))?;
@@ -70,7 +71,7 @@ impl Routines {
         for (live, routine) in Live::SOME.into_iter().zip(&mut raise) {
             *routine = assemble(arena, |a| vector::raise(a, live))?;
         }
-        Some(Routines { enter, frame, leave, indirect, return_missed, pages, finds, raise })
+        Some(Routines { enter, frame, leave, no_jump, return_missed, pages, finds, raise })
     }
 
     /// To be called where an access is not to the page accessed last: [`ADDRESS`] holds the linear address,
@@ -171,8 +172,16 @@ fn leave(a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
     a.ret()
 }
 
-/// Asks the cache of [`Jump`]s. [`VALUE`] is kept for whoever has to take the jump back.
-fn indirect(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
+/// The engine has to find out what is at the target in [`ADDRESS`].
+fn no_jump(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
+    a.mov(field(offset_of!(Cpu, state.rip)), ADDRESS)?;
+    a.mov(ADDRESS, LEAVE_INDIRECT)?;
+    a.jmp(leave)
+}
+
+/// Where a return goes that no call is known for: asks the cache of [`Jump`]s. [`VALUE`] is kept for whoever has to take the
+/// jump back.
+fn indirect(a: &mut CodeAssembler, no_jump: u64) -> Result<(), IcedError> {
     let (mut out, mut invalid) = (a.create_label(), a.create_label());
     let of_entry = |offset: usize| qword_ptr(rcx + offset);
     a.push(rcx)?;
@@ -199,9 +208,7 @@ fn indirect(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
     a.mov(ADDRESS, of_entry(offset_of!(Jump, lin)))?;
     a.set_label(&mut out)?;
     a.pop(rcx)?;
-    a.mov(field(offset_of!(Cpu, state.rip)), ADDRESS)?;
-    a.mov(ADDRESS, LEAVE_INDIRECT)?;
-    a.jmp(leave)
+    a.jmp(no_jump)
 }
 
 /// Loads RDX with the entry of the first level of the TLB for the access at [`ADDRESS`], or goes to `out` with ZF clear. Changes RCX.

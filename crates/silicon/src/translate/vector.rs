@@ -14,7 +14,7 @@ use iced_x86::code_asm::{
 use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
 
 use super::Failure;
-use super::emit::{Emitter, Flags, Kind, Result};
+use super::emit::{Emitter, Kind, Result};
 use super::memory::{Rules, suits_memory};
 use super::operands::wanted;
 use super::registers::{ADDRESS, VALUE, field, field32, set_memory, slot};
@@ -151,12 +151,11 @@ impl Emitter<'_> {
         }
         let redirected = self.redirect(ins, &mut host, &access, free, false)?;
         if memory.is_some() {
-            self.save_flags()?;
-            self.may_fault(index);
+            self.may_fault(index)?;
         }
         self.put(host)?;
         if ins.rflags_modified() & STATUS != 0 {
-            self.flags = Flags::Host;
+            self.flags_are_of(ins);
         }
         self.settle(redirected)?;
         if needs.classes & class::X87 != 0 {
@@ -172,7 +171,7 @@ impl Emitter<'_> {
         if classes != 0 {
             self.free_host_flags()?;
             self.a.test(field32(offset_of!(Cpu, hostexec.gate)), classes)?;
-            let held_back = self.interpreter_label(index);
+            let held_back = self.interpreter_label(index)?;
             self.a.jne(held_back)?;
         }
         if needs.live > self.known.live {

@@ -1,0 +1,371 @@
+//! Where the guest's status flags are, and how they are brought there.
+//!
+//! Checks of memory accesses change the host's RFLAGS. What is in them then need not be kept if it can be had again: a CMP whose
+//! operands are still there is executed once more by whoever wants to know, most often nobody ([`Recipe`]). Other flags go to
+//! RAX, as `LAHF; SETO AL` has them.
+
+use iced_x86::code_asm::{CodeLabel, al, eax};
+use iced_x86::{
+    Code, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpKind, Register,
+};
+
+use super::Failure;
+use super::emit::{Cold, Emitter, Result};
+use super::instruction::{changes_flags, effect_on_flags, general_form, lose_flags};
+use super::operands::part;
+use super::registers::{Place, is_high_byte, place_of};
+use crate::exec::operand::is_immediate;
+use crate::hostexec::stub::{STATUS, writes};
+
+/// What RAX is for [`Rax::Marked`]: more than flags can be.
+const MARK: i32 = -1;
+
+/// What RAX holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rax {
+    /// Nothing that matters.
+    Nothing,
+    /// The flags.
+    Flags,
+    /// The flags, or [`MARK`]: the recipe gives them then.
+    Marked,
+}
+
+/// Where the flags are: in at least one of three places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Flags {
+    /// In the host's RFLAGS.
+    pub(super) host: bool,
+    pub(super) rax: Rax,
+    /// In the operands of an instruction that gives them again.
+    pub(super) recipe: Option<Recipe>,
+}
+
+impl Flags {
+    /// In RFLAGS alone.
+    pub(super) const HOST: Flags = Flags { host: true, rax: Rax::Nothing, recipe: None };
+    /// In RAX alone. Where host code is entered and left they are there.
+    pub(super) const SAVED: Flags = Flags { host: false, rax: Rax::Flags, recipe: None };
+
+    /// Where they are at the beginning of a block.
+    pub(super) fn at(start: Option<Wanted>) -> Flags {
+        match start {
+            // Nobody will see them.
+            None | Some(Wanted::Host) => Flags::HOST,
+            Some(Wanted::Saved) => Flags::SAVED,
+            Some(Wanted::Marked(recipe)) => Flags { host: false, rax: Rax::Marked, recipe: Some(recipe) },
+        }
+    }
+}
+
+/// Where a block expects the flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// In RFLAGS.
+    Host,
+    /// In RAX.
+    Saved,
+    /// In RAX, or where the recipe finds them: it holds until the block overwrites the flags, which it does not read.
+    Marked(Recipe),
+}
+
+/// An instruction that has computed the flags from registers of the host which still hold what they can be computed from again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Recipe {
+    ins: Instruction,
+    /// The guest's registers that it needs: bit per number.
+    sources: u16,
+}
+
+impl Recipe {
+    /// Of the flags after `ins`.
+    pub(super) fn of(ins: &Instruction) -> Option<Recipe> {
+        let held = |operand: u32| {
+            let register = ins.op_register(operand);
+            let held = register.is_gpr() && !is_high_byte(register);
+            held && matches!(place_of(register), Place::Host(_))
+        };
+        let immediate = ins.op_count() == 2 && is_immediate(ins, 1);
+        let operands = (0..ins.op_count()).all(|operand| match ins.op_kind(operand) {
+            OpKind::Register => held(operand),
+            _ => operand == 1 && immediate,
+        });
+        let wide = ins.op0_register().size() >= 4;
+        let same = ins.op0_register() == ins.op1_register();
+        let suits = match ins.mnemonic() {
+            Mnemonic::Cmp | Mnemonic::Test | Mnemonic::And | Mnemonic::Or | Mnemonic::Xor => true,
+            Mnemonic::Sub => wide && !same,
+            Mnemonic::Add => wide && immediate && ins.immediate(1) as i32 != i32::MIN,
+            _ => false,
+        };
+        if !suits || !operands || ins.has_lock_prefix() {
+            return None;
+        }
+        let sources = (0..ins.op_count()).map(|operand| ins.op_register(operand));
+        let sources = sources.filter(|register| register.is_gpr());
+        let sources = sources.fold(0, |all, register| all | bit(register));
+        let mut ins = *ins;
+        ins.set_ip(0);
+        Some(Recipe { ins, sources })
+    }
+
+    /// Of the flags after these instructions.
+    pub(super) fn after(instructions: &[Instruction]) -> Option<Recipe> {
+        let last =
+            instructions.iter().rposition(|ins| changes_flags(ins) || ins.rflags_modified() & STATUS != 0)?;
+        let recipe = Recipe::of(&instructions[last])?;
+        let mut info = InstructionInfoFactory::new();
+        let spoils = |ins: &Instruction| written(&mut info, ins) & recipe.sources != 0;
+        (!instructions[last + 1..].iter().any(spoils)).then_some(recipe)
+    }
+
+    /// Whether it holds in a block of these instructions until they overwrite the flags, and nothing reads them before.
+    pub(super) fn lasts(&self, instructions: &[Instruction]) -> bool {
+        let mut info = InstructionInfoFactory::new();
+        for ins in instructions {
+            let Some(effect) = effect_on_flags(ins) else { return false };
+            if effect.overwrites {
+                return true;
+            }
+            if effect.reads || written(&mut info, ins) & self.sources != 0 {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// What the host executes to have the flags again: changes nothing else but RAX.
+    fn steps(&self) -> Result<Vec<Instruction>> {
+        let ins = &self.ins;
+        let register = |operand: u32| {
+            let register = ins.op_register(operand);
+            match place_of(register) {
+                Place::Host(full) => part(full, register.size()),
+                Place::State(_) => Err(Failure::Unsuited),
+            }
+        };
+        let first = register(0)?;
+        let mut host = *ins;
+        host.set_code(general_form(ins.code()));
+        host.set_op0_register(first);
+        if ins.op1_kind() == OpKind::Register {
+            host.set_op1_register(register(1)?);
+        }
+        let wide = first.size() == 8;
+        let scratch = if wide { Register::RAX } else { Register::EAX };
+        let lea = if wide { Code::Lea_r64_m } else { Code::Lea_r32_m };
+        let base = first.full_register();
+        Ok(match ins.mnemonic() {
+            Mnemonic::And | Mnemonic::Or | Mnemonic::Xor => {
+                let test = match first.size() {
+                    1 => Code::Test_rm8_r8,
+                    2 => Code::Test_rm16_r16,
+                    4 => Code::Test_rm32_r32,
+                    _ => Code::Test_rm64_r64,
+                };
+                vec![Instruction::with2(test, first, first)?]
+            }
+            // What the difference was taken from is the difference and what was taken.
+            Mnemonic::Sub => {
+                let sum = match ins.op1_kind() {
+                    OpKind::Register => {
+                        let index = host.op1_register().full_register();
+                        MemoryOperand::with_base_index(base, index)
+                    }
+                    _ => MemoryOperand::with_base_displ(base, i64::from(ins.immediate(1) as i32)),
+                };
+                host.set_code(compare_form(host.code())?);
+                host.set_op0_register(scratch);
+                vec![Instruction::with2(lea, scratch, sum)?, host]
+            }
+            Mnemonic::Add => {
+                let term = i64::from(ins.immediate(1) as i32);
+                host.set_op0_register(scratch);
+                let difference = MemoryOperand::with_base_displ(base, -term);
+                vec![Instruction::with2(lea, scratch, difference)?, host]
+            }
+            _ => vec![host],
+        })
+    }
+}
+
+/// The comparison with the operands of a subtraction.
+fn compare_form(subtraction: Code) -> Result<Code> {
+    use Code::*;
+    Ok(match subtraction {
+        Sub_rm32_r32 => Cmp_rm32_r32,
+        Sub_r32_rm32 => Cmp_r32_rm32,
+        Sub_rm64_r64 => Cmp_rm64_r64,
+        Sub_r64_rm64 => Cmp_r64_rm64,
+        Sub_rm32_imm32 => Cmp_rm32_imm32,
+        Sub_rm32_imm8 => Cmp_rm32_imm8,
+        Sub_rm64_imm32 => Cmp_rm64_imm32,
+        Sub_rm64_imm8 => Cmp_rm64_imm8,
+        _ => return Err(Failure::Unsuited),
+    })
+}
+
+/// Whether flags are read or overwritten in the block that goes on with these instructions. At its end they have to be in RAX, but for
+/// conditional branches.
+fn ends_within(instructions: &[Instruction]) -> bool {
+    for ins in instructions {
+        match effect_on_flags(ins) {
+            None => return ins.flow_control() == FlowControl::ConditionalBranch,
+            Some(effect) if effect.reads || effect.overwrites => return true,
+            Some(_) => {}
+        }
+    }
+    false
+}
+
+fn bit(register: Register) -> u16 {
+    1 << (register.full_register().number() & 15)
+}
+
+/// The general registers that the instruction writes: bit per number.
+pub(super) fn written(info: &mut InstructionInfoFactory, ins: &Instruction) -> u16 {
+    let used = info.info(ins).used_registers().iter();
+    let written = used.filter(|used| writes(used.access())).map(|used| used.register());
+    written.filter(|register| register.is_gpr()).fold(0, |all, register| all | bit(register))
+}
+
+impl Emitter<'_> {
+    /// The flags are in RAX; they may be in RFLAGS as well.
+    pub(super) fn save_flags(&mut self) -> Result<()> {
+        if self.flags.rax == Rax::Flags {
+            return Ok(());
+        }
+        let mut saved = self.a.create_label();
+        let unclear = self.flags.rax == Rax::Marked && !self.flags.host;
+        if unclear {
+            self.a.cmp(eax, MARK)?;
+            self.a.jne(saved)?;
+        }
+        if !self.flags.host {
+            self.recompute()?;
+        }
+        // What RAX was does not matter: nothing waits for it.
+        self.a.mov(eax, 0)?;
+        self.a.lahf()?;
+        self.a.seto(al)?;
+        if unclear {
+            self.a.set_label(&mut saved)?;
+            self.a.zero_bytes()?;
+        }
+        self.flags.rax = Rax::Flags;
+        self.flags.host = !unclear;
+        Ok(())
+    }
+
+    /// RFLAGS may be overwritten: the flags are in RAX, or can be had again.
+    pub(super) fn free_host_flags(&mut self) -> Result<()> {
+        let again = self.flags.recipe.is_some() && self.recomputes;
+        if self.flags.rax == Rax::Nothing && !again {
+            self.save_flags()?;
+        }
+        self.flags.host = false;
+        Ok(())
+    }
+
+    /// The flags are in RAX, and RFLAGS may be overwritten.
+    pub(super) fn settle_flags(&mut self) -> Result<()> {
+        self.save_flags()?;
+        self.flags.host = false;
+        Ok(())
+    }
+
+    /// The flags are in RFLAGS; they may be in RAX as well.
+    pub(super) fn load_flags(&mut self) -> Result<()> {
+        if self.flags.host {
+            return Ok(());
+        }
+        if self.flags.rax == Rax::Nothing {
+            self.recompute()?;
+        } else {
+            self.save_flags()?;
+            // AL is one or nothing: less -127 it overflows, or it does not. SAHF sets the others.
+            self.a.cmp(al, -127)?;
+            self.a.sahf()?;
+        }
+        self.flags.host = true;
+        Ok(())
+    }
+
+    /// RAX may be overwritten: the flags are in RFLAGS.
+    pub(super) fn free_rax(&mut self) -> Result<()> {
+        self.load_flags()?;
+        self.flags.rax = Rax::Nothing;
+        Ok(())
+    }
+
+    /// RFLAGS have the flags again; RAX is lost.
+    fn recompute(&mut self) -> Result<()> {
+        let recipe = self.flags.recipe.ok_or(Failure::Unsuited)?;
+        recipe.steps()?.into_iter().try_for_each(|step| self.put(step))
+    }
+
+    /// The flags are where the recipe and RAX say. Keeps RFLAGS.
+    pub(super) fn mark_flags(&mut self, recipe: Recipe) -> Result<()> {
+        let known = self.flags.recipe == Some(recipe);
+        match self.flags.rax {
+            Rax::Flags => Ok(()),
+            Rax::Marked if known => Ok(()),
+            Rax::Nothing if known => {
+                self.flags.rax = Rax::Marked;
+                Ok(self.a.mov(eax, MARK)?)
+            }
+            Rax::Marked | Rax::Nothing => self.save_flags(),
+        }
+    }
+
+    /// The next of these instructions is about to be translated: flags do not depend on a register that it writes.
+    pub(super) fn keep_flags_from(&mut self, instructions: &[Instruction]) -> Result<()> {
+        let [ins, ..] = instructions else { return Ok(()) };
+        let Some(recipe) = self.flags.recipe else { return Ok(()) };
+        self.recomputes = ends_within(instructions);
+        let overwrites = || effect_on_flags(ins).is_some_and(|effect| effect.overwrites);
+        if written(&mut self.info, ins) & recipe.sources == 0 || overwrites() {
+            return Ok(());
+        }
+        if !self.flags.host && lose_flags(instructions) {
+            self.flags = Flags::HOST;
+            return Ok(());
+        }
+        if self.flags.host && self.flags.rax == Rax::Marked {
+            self.flags.rax = Rax::Nothing;
+        } else if !self.flags.host {
+            self.save_flags()?;
+        }
+        self.flags.recipe = None;
+        Ok(())
+    }
+
+    /// The instruction has computed the flags.
+    pub(super) fn flags_are_of(&mut self, ins: &Instruction) {
+        self.flags = Flags { recipe: Recipe::of(ins), ..Flags::HOST };
+    }
+
+    /// Where operation `index` is given to the interpreter, with the flags where they are now: not in RFLAGS alone.
+    pub(super) fn interpreter_label(&mut self, index: usize) -> Result<CodeLabel> {
+        let saved = self.saved_interpreter_label(index);
+        let Flags { rax, recipe, .. } = self.flags;
+        if rax == Rax::Flags {
+            return Ok(saved);
+        }
+        let recipe = recipe.ok_or(Failure::Unsuited)?;
+        if let Some((_, label)) = self.recomputing[index].filter(|(known, _)| *known == (rax, recipe)) {
+            return Ok(label);
+        }
+        let at = self.a.create_label();
+        self.recomputing[index] = Some(((rax, recipe), at));
+        self.cold.push(Cold::Recompute { at, rax, recipe, interpreter: saved });
+        Ok(at)
+    }
+
+    /// Behind the region: gives the operation to the interpreter with the flags in RAX.
+    pub(super) fn put_recompute(&mut self, rax: Rax, recipe: Recipe, interpreter: CodeLabel) -> Result<()> {
+        self.flags = Flags { host: false, rax, recipe: Some(recipe) };
+        self.save_flags()?;
+        Ok(self.a.jmp(interpreter)?)
+    }
+}
