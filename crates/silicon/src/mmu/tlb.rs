@@ -133,10 +133,10 @@ pub(crate) struct Recent {
 }
 
 impl Recent {
-    /// Ways of access: operands that look alike go the same way.
-    pub(crate) const WAYS: usize = 32;
-    /// Kinds of access: loads, stores, locked accesses.
-    pub(crate) const KINDS: usize = 3;
+    /// Ways of access, of loads, stores, and locked accesses in turn: operands that look alike go the same way.
+    pub(crate) const WAYS: [usize; 3] = [64, 32, 8];
+    /// All of them.
+    pub(crate) const ALL: usize = Recent::WAYS[0] + Recent::WAYS[1] + Recent::WAYS[2];
 
     /// No page. Every number is the address of some page, so this has one that is not canonical, at a host address that is
     /// the kernel's: the access faults, and is made again by the interpreter ([`super::host::recover`]). Which of them is
@@ -173,7 +173,7 @@ impl Found {
 type Founds = [[Found; Found::SLOTS]; 2];
 
 /// A page for each way of each kind.
-type Recents = [[Recent; Recent::WAYS]; Recent::KINDS];
+type Recents = [Recent; Recent::ALL];
 
 /// Second-level entry.
 #[derive(Clone, Copy, Debug, Default)]
@@ -276,8 +276,8 @@ impl Default for Tlb {
         let mut tlb = Tlb {
             table,
             space: 1,
-            recent: [[no_recent; Recent::WAYS]; Recent::KINDS],
-            other_recent: [[no_recent; Recent::WAYS]; Recent::KINDS],
+            recent: [no_recent; Recent::ALL],
+            other_recent: [no_recent; Recent::ALL],
             no_recent,
             found: NonNull::from(&mut founds[0]),
             notes_found: true,
@@ -359,7 +359,7 @@ impl Tlb {
         self.table = NonNull::from(&mut self.l1[class as usize * L1_SLOTS]);
         // What a supervisor may access it may access with SMAP overridden, but not the other way round.
         if before == Class::Override {
-            self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
+            self.recent = [self.no_recent; Recent::ALL];
         }
         self.found = NonNull::from(&mut self.founds[usize::from(class.user())]);
         self.notes_found = matches!(class, Class::User | Class::Supervisor);
@@ -367,7 +367,7 @@ impl Tlb {
             std::mem::swap(&mut self.recent, &mut self.other_recent);
         }
         if class == Class::Checked {
-            self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
+            self.recent = [self.no_recent; Recent::ALL];
             self.founds[1] = [[Found::none(self.no_recent); Found::SLOTS]; 2];
         }
     }
@@ -382,7 +382,7 @@ impl Tlb {
     /// Forgets which pages were accessed last.
     #[inline]
     fn forget_recent(&mut self) {
-        self.recent = [[self.no_recent; Recent::WAYS]; Recent::KINDS];
+        self.recent = [self.no_recent; Recent::ALL];
         self.other_recent = self.recent;
     }
 

@@ -61,7 +61,7 @@ impl Emitter<'_> {
             FlowControl::Return => {
                 let taken = 8 + if ins.op_count() == 1 { ins.immediate16() as i16 } else { 0 };
                 let from = self.stack(0, Kind::Load, index)?.quad();
-                self.may_fault(index)?;
+                self.may_fault(index);
                 self.a.mov(ADDRESS, from)?;
                 self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP + i32::from(taken)))?;
                 self.return_to_address(self.taken(index, taken))
@@ -81,7 +81,7 @@ impl Emitter<'_> {
     fn push_return(&mut self, to: At, next: i64, index: usize) -> Result<()> {
         self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
         self.a.lea(ADDRESS, qword_ptr(ADDRESS + next as i32))?;
-        self.may_fault(index)?;
+        self.may_fault(index);
         self.a.mov(to.quad(), ADDRESS)?;
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
     }
@@ -90,7 +90,7 @@ impl Emitter<'_> {
     fn target(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         if is_memory(ins, 0) {
             let from = self.access(ins, Kind::Load, Rules::size(8), 0, index)?.quad();
-            self.may_fault(index)?;
+            self.may_fault(index);
             return Ok(self.a.mov(ADDRESS, from)?);
         }
         let register: Register = ins.op0_register();

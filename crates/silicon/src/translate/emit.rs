@@ -9,10 +9,10 @@ use iced_x86::code_asm::{
 };
 use iced_x86::{FlowControl, IcedError, Instruction, InstructionInfoFactory};
 
-use super::flags::{Flags, Rax, Recipe, Wanted};
+use super::flags::{Flags, Wanted};
 use super::layout::Layout;
 use super::link::Jump;
-use super::memory::Rules;
+use super::memory::{Constants, Rules};
 use super::region::{Member, Start};
 use super::registers::{ADDRESS, At, VALUE, field, field16};
 use super::routines::Routines;
@@ -49,7 +49,7 @@ pub(super) enum Kind {
 
 impl Kind {
     /// All of them, in order.
-    pub(super) const ALL: [Kind; Recent::KINDS] = [Kind::Load, Kind::Store, Kind::Lock];
+    pub(super) const ALL: [Kind; Recent::WAYS.len()] = [Kind::Load, Kind::Store, Kind::Lock];
 }
 
 /// How a linear address is computed.
@@ -65,8 +65,8 @@ pub(super) enum Linear {
 pub(super) enum Cold<'a> {
     /// The access at `back` is not to the page accessed last.
     LookUp { at: CodeLabel, back: Back, linear: Linear, recent: usize, routine: u64, interpreter: CodeLabel },
-    /// An instruction is the interpreter's, and the flags are where RAX and the recipe say.
-    Recompute { at: CodeLabel, rax: Rax, recipe: Recipe, interpreter: CodeLabel },
+    /// An instruction is the interpreter's, but the flags are not in RAX.
+    SaveFlags { at: CodeLabel, flags: Flags, interpreter: CodeLabel },
     /// An access has faulted whose flags are in the state.
     GetFlagsBack { at: CodeLabel, interpreter: CodeLabel },
     /// An instruction is the interpreter's.
@@ -139,6 +139,10 @@ pub(super) struct Emitter<'a> {
     pub(super) known: Known,
     /// General registers that have been loaded from memory in this run: bit per number. What they point to may be anywhere.
     pub(super) pointers: u16,
+    /// Of which constants the page is known in this run.
+    pub(super) constants: Constants,
+    /// Number of the page that the code is in.
+    pub(super) code_page: u64,
     pub(super) arena: &'a mut Arena,
     pub(super) routines: Routines,
     /// The blocks that branches may go on to, by where they begin in the page.
@@ -157,17 +161,18 @@ pub(super) struct Emitter<'a> {
     faulting: Vec<(usize, CodeLabel)>,
     /// For each operation of the run the label where it is given to the interpreter.
     interpret: Vec<Option<CodeLabel>>,
-    /// Likewise, where the flags are found by a recipe.
-    pub(super) recomputing: Vec<Option<((Rax, Recipe), CodeLabel)>>,
+    /// Likewise, where the flags are not in RAX.
+    pub(super) unsaved: Vec<Option<(Flags, CodeLabel)>>,
 }
 
 impl<'a> Emitter<'a> {
-    /// A region of `members` in `arena`. `closed`: every branch leaves it.
+    /// A region of `members` in `arena`, whose code is in the page of this number. `closed`: every branch leaves it.
     pub(super) fn new(
         arena: &'a mut Arena,
         routines: Routines,
         members: &'a [Member],
         closed: bool,
+        code_page: u64,
     ) -> Result<Emitter<'a>> {
         let mut a = CodeAssembler::new(64)?;
         let mut targets = HashMap::new();
@@ -184,6 +189,8 @@ impl<'a> Emitter<'a> {
             info: InstructionInfoFactory::new(),
             known: Known::NOTHING,
             pointers: 0,
+            constants: Constants::new(),
+            code_page,
             arena,
             routines,
             targets,
@@ -195,7 +202,7 @@ impl<'a> Emitter<'a> {
             placed: HashMap::new(),
             faulting: Vec::new(),
             interpret: Vec::new(),
-            recomputing: Vec::new(),
+            unsaved: Vec::new(),
         })
     }
 
@@ -209,8 +216,9 @@ impl<'a> Emitter<'a> {
     ) -> Result<()> {
         (self.ops, self.follower) = (ops, follower);
         self.interpret = vec![None; ops.len()];
-        self.recomputing = vec![None; ops.len()];
+        self.unsaved = vec![None; ops.len()];
         self.pointers = 0;
+        self.constants.clear();
         let target = self.targets.get(&i64::from(ops[0].page_offset)).copied().filter(|_| index == 0);
         let target = target.unwrap_or_else(|| {
             let label = self.a.create_label();
@@ -259,7 +267,7 @@ impl<'a> Emitter<'a> {
         }
         if known != Known::NOTHING {
             self.interpret = vec![None];
-            self.recomputing = vec![None];
+            self.unsaved = vec![None];
             self.ops = target.ops;
             self.admit(&known, 0)?;
         }
@@ -287,10 +295,9 @@ impl<'a> Emitter<'a> {
     }
 
     /// Notes that the next instruction emitted is the access of operation `index`: if it faults, nothing has happened.
-    pub(super) fn may_fault(&mut self, index: usize) -> Result<()> {
-        let interpreter = self.interpreter_label(index)?;
+    pub(super) fn may_fault(&mut self, index: usize) {
+        let interpreter = self.interpreter_label(index);
         self.faulting.push((self.a.instructions().len(), interpreter));
-        Ok(())
     }
 
     /// Notes that the next instruction emitted faults while somebody wants something: it goes on at `to` then.
@@ -323,14 +330,13 @@ impl<'a> Emitter<'a> {
     pub(super) fn check(
         &mut self,
         linear: Linear,
-        way: usize,
+        recent: usize,
         kind: Kind,
         rules: Rules,
         free: usize,
         index: usize,
     ) -> Result<At> {
-        let recent =
-            offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (kind as usize * Recent::WAYS + way);
+        self.constants.remove(&recent);
         let page = field(recent + offset_of!(Recent, page));
         let addend = field(recent + offset_of!(Recent, addend));
         let routine = self.routines.look_up(kind, rules.size).ok_or(Failure::Unsuited)?;
@@ -347,7 +353,7 @@ impl<'a> Emitter<'a> {
             }
         };
         let (at, back) = (self.a.create_label(), self.a.create_label());
-        let interpreter = self.interpreter_label(index)?;
+        let interpreter = self.interpreter_label(index);
         let is_ruled = rules.alignment != 0 || rules.within_line && rules.size > 1;
         let is_sum = free == 0 || matches!(linear, Linear::Register(..));
         if is_ruled {
@@ -390,7 +396,7 @@ impl<'a> Emitter<'a> {
         let slot = size_of::<Found>().trailing_zeros();
         let (at, back) = (self.a.create_label(), self.a.create_label());
         self.free_host_flags()?;
-        let interpreter = self.interpreter_label(index)?;
+        let interpreter = self.interpreter_label(index);
         self.linear(&linear)?;
         self.a.mov(VALUE, ADDRESS)?;
         self.a.shr(VALUE, PAGE_SHIFT - slot)?;
@@ -450,7 +456,7 @@ impl<'a> Emitter<'a> {
         let leave = self.routines.leave;
         let (Cold::LookUp { at, .. }
         | Cold::Find { at, .. }
-        | Cold::Recompute { at, .. }
+        | Cold::SaveFlags { at, .. }
         | Cold::GetFlagsBack { at, .. }
         | Cold::Interpret { at, .. }
         | Cold::Unlinked { at, .. }
@@ -487,8 +493,10 @@ impl<'a> Emitter<'a> {
                 }
                 self.a.jmp(back)?;
             }
-            Cold::Recompute { rax, recipe, interpreter, .. } => {
-                self.put_recompute(rax, recipe, interpreter)?;
+            Cold::SaveFlags { flags, interpreter, .. } => {
+                self.flags = flags;
+                self.save_flags()?;
+                self.a.jmp(interpreter)?;
             }
             Cold::GetFlagsBack { interpreter, .. } => {
                 self.a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;

@@ -345,27 +345,20 @@ impl Emitter<'_> {
         self.flags = Flags { recipe: Recipe::of(ins), ..Flags::HOST };
     }
 
-    /// Where operation `index` is given to the interpreter, with the flags where they are now: not in RFLAGS alone.
-    pub(super) fn interpreter_label(&mut self, index: usize) -> Result<CodeLabel> {
-        let saved = self.saved_interpreter_label(index);
-        let Flags { rax, recipe, .. } = self.flags;
-        if rax == Rax::Flags {
-            return Ok(saved);
+    /// Where operation `index` is given to the interpreter, with the flags where they are now. Who gets there by a check must have
+    /// [freed](Emitter::free_host_flags) RFLAGS.
+    pub(super) fn interpreter_label(&mut self, index: usize) -> CodeLabel {
+        let interpreter = self.saved_interpreter_label(index);
+        let flags = self.flags;
+        if flags.rax == Rax::Flags {
+            return interpreter;
         }
-        let recipe = recipe.ok_or(Failure::Unsuited)?;
-        if let Some((_, label)) = self.recomputing[index].filter(|(known, _)| *known == (rax, recipe)) {
-            return Ok(label);
+        if let Some((_, label)) = self.unsaved[index].filter(|(known, _)| *known == flags) {
+            return label;
         }
         let at = self.a.create_label();
-        self.recomputing[index] = Some(((rax, recipe), at));
-        self.cold.push(Cold::Recompute { at, rax, recipe, interpreter: saved });
-        Ok(at)
-    }
-
-    /// Behind the region: gives the operation to the interpreter with the flags in RAX.
-    pub(super) fn put_recompute(&mut self, rax: Rax, recipe: Recipe, interpreter: CodeLabel) -> Result<()> {
-        self.flags = Flags { host: false, rax, recipe: Some(recipe) };
-        self.save_flags()?;
-        Ok(self.a.jmp(interpreter)?)
+        self.unsaved[index] = Some((flags, at));
+        self.cold.push(Cold::SaveFlags { at, flags, interpreter });
+        at
     }
 }

@@ -9,7 +9,7 @@ use iced_x86::{
 };
 
 use super::Failure;
-use super::emit::{Emitter, Kind, Linear, Result};
+use super::emit::{Emitter, Kind, Result};
 use super::memory::{Rules, suits_memory};
 use super::operands::{part, wanted};
 use super::registers::{
@@ -21,7 +21,7 @@ use crate::exec::mov;
 use crate::exec::operand::{is_immediate, is_memory, operand_size};
 use crate::flags::Rflags;
 use crate::hostexec::stub::{STATUS, writes};
-use crate::state::{Seg, Segment, reg};
+use crate::state::{Seg, Segment};
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,7 +336,7 @@ impl Emitter<'_> {
         }
         let redirected = self.redirect(ins, &mut host, &access, free, !memory)?;
         if memory {
-            self.may_fault(index)?;
+            self.may_fault(index);
         }
         self.put(host)?;
         if changes_flags(ins) {
@@ -373,21 +373,21 @@ impl Emitter<'_> {
         let memory = ins.op0_kind() == OpKind::Memory;
         if memory {
             let from = self.access(ins, Kind::Load, Rules::size(8), 0, index)?;
-            self.may_fault(index)?;
+            self.may_fault(index);
             self.a.mov(ADDRESS, from.quad())?;
             self.a.mov(kept, ADDRESS)?;
         }
         let to = self.stack(-8, Kind::Store, index)?.quad();
         if memory {
             self.a.mov(ADDRESS, kept)?;
-            self.may_fault(index)?;
+            self.may_fault(index);
             self.a.mov(to, ADDRESS)?;
         } else if ins.op0_kind() == OpKind::Register {
             let value = self.in_register(ins.op0_register(), ADDRESS)?;
-            self.may_fault(index)?;
+            self.may_fault(index);
             self.a.mov(to, value)?;
         } else {
-            self.may_fault(index)?;
+            self.may_fault(index);
             self.a.mov(to, ins.immediate(0) as i32)?;
         }
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
@@ -401,7 +401,7 @@ impl Emitter<'_> {
         self.free_host_flags()?;
         self.a.and(ADDRESS, Rflags::STATUS.bits() as i32)?;
         self.a.or(ADDRESS, field(offset_of!(Cpu, state.rflags_system)))?;
-        self.may_fault(index)?;
+        self.may_fault(index);
         self.a.mov(to, ADDRESS)?;
         Ok(self.a.lea(GUEST_RSP, qword_ptr(GUEST_RSP - 8))?)
     }
@@ -410,7 +410,7 @@ impl Emitter<'_> {
     fn is_supervisor(&mut self, index: usize) -> Result<()> {
         self.free_host_flags()?;
         self.a.cmp(byte_ptr(offset_of!(Cpu, state.cpl) as u64).gs(), 0)?;
-        let interpreter = self.interpreter_label(index)?;
+        let interpreter = self.interpreter_label(index);
         Ok(self.a.jne(interpreter)?)
     }
 
@@ -435,7 +435,7 @@ impl Emitter<'_> {
 
     fn pop(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let from = self.stack(0, Kind::Load, index)?.quad();
-        self.may_fault(index)?;
+        self.may_fault(index);
         match place_of(ins.op0_register()) {
             Place::Host(host) => self.a.mov(host, from)?,
             Place::State(number) => {
@@ -447,9 +447,8 @@ impl Emitter<'_> {
     }
 
     fn leave(&mut self, index: usize) -> Result<()> {
-        let linear = Linear::Register(rbp, 0);
-        let from = self.check(linear, usize::from(reg::RBP), Kind::Load, Rules::size(8), 1, index)?.quad();
-        self.may_fault(index)?;
+        let from = self.saved_rbp(index)?.quad();
+        self.may_fault(index);
         self.a.mov(ADDRESS, from)?;
         self.a.lea(GUEST_RSP, qword_ptr(rbp + 8))?;
         Ok(self.a.mov(rbp, ADDRESS)?)
@@ -473,7 +472,7 @@ impl Emitter<'_> {
         };
         let mut load = Instruction::with2(load, factor, MemoryOperand::with_base(ADDRESS.into()))?;
         set_memory(&mut load, 1, at);
-        self.may_fault(index)?;
+        self.may_fault(index);
         self.put(load)?;
         Ok(factor)
     }
@@ -501,7 +500,7 @@ impl Emitter<'_> {
     fn divide(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let divisor = self.factor(ins, index)?;
         self.free_host_flags()?;
-        let interpreter = self.interpreter_label(index)?;
+        let interpreter = self.interpreter_label(index);
         let wide = operand_size(ins, 0) == 8;
         let [compare, extend, test, immediate] = if wide {
             [Code::Cmp_r64_rm64, Code::Sar_rm64_imm8, Code::Test_rm64_r64, Code::Cmp_rm64_imm8]

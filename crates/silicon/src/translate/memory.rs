@@ -1,8 +1,9 @@
 //! Memory operands: linear addresses, and the checks that make host addresses of them.
 
+use std::collections::HashMap;
 use std::mem::offset_of;
 
-use iced_x86::code_asm::qword_ptr;
+use iced_x86::code_asm::{qword_ptr, rbp};
 use iced_x86::{Code, Instruction, MemoryOperand, Mnemonic, OpKind, Register};
 
 use super::Failure;
@@ -10,12 +11,12 @@ use super::emit::{Emitter, Kind, Linear, Result};
 use super::registers::{ADDRESS, At, GUEST_RSP, Place, VALUE, field, place_of, slot};
 use crate::cpu::Cpu;
 use crate::hostexec::stub::writes;
-use crate::mmu::tlb::{PAGE_SHIFT, PAGE_SIZE, Recent};
+use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Recent};
 use crate::state::{Seg, reg};
 
 /// Which way ([`Recent::WAYS`]) an access by this operand goes: operands with the same registers whose displacements are in the same
-/// page are likely to lie in one page.
-fn way(ins: &Instruction) -> usize {
+/// page are likely to lie in one page. Code in the page of number `code` has its constants in pages of their own.
+fn way(ins: &Instruction, kind: Kind, code: u64) -> usize {
     let base = match (ins.memory_segment(), ins.memory_base()) {
         (Register::FS, _) => 17,
         (Register::GS, _) => 18,
@@ -25,9 +26,31 @@ fn way(ins: &Instruction) -> usize {
     };
     let index = if ins.memory_index() == Register::None { 0 } else { 1 + ins.memory_index().number() };
     let page = (ins.memory_displacement64().wrapping_add(PAGE_SIZE / 2) >> PAGE_SHIFT) as usize;
-    let mixed = (base + 32 * index + 1024 * page).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    mixed >> (usize::BITS - Recent::WAYS.trailing_zeros())
+    let mix = |number: usize| number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let top = |number: usize, count: usize| number >> (usize::BITS - count.trailing_zeros());
+    let like = base + 32 * index + 1024 * page;
+    match kind {
+        Kind::Lock => top(mix(like), Recent::WAYS[2]),
+        Kind::Load if base == 16 => {
+            let page = (ins.memory_displacement64() >> PAGE_SHIFT) as usize;
+            FEW + top(mix(page.wrapping_add(mix(code as usize) >> 32)), FEW)
+        }
+        _ if base < 16 && index == 0 && page == 0 => base,
+        _ => FEW / 2 + top(mix(like), FEW / 2),
+    }
 }
+
+/// Ways of stores, and of loads but for those of constants: a way for each base register, and as many for everything else.
+const FEW: usize = Recent::WAYS[1];
+
+/// Where the page accessed last in this way is, in the [`Cpu`].
+fn recent(kind: Kind, way: usize) -> usize {
+    let before: usize = Recent::WAYS[..kind as usize].iter().sum();
+    offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (before + way)
+}
+
+/// What is known of ways in a run: to which page of those around the code the last access of constants by them went.
+pub(super) type Constants = HashMap<usize, i64>;
 
 fn segment_base(seg: Seg) -> usize {
     offset_of!(Cpu, state.ea_base) + 8 * seg as usize
@@ -123,7 +146,33 @@ impl Emitter<'_> {
         if kind != Kind::Lock && self.is_scattered(ins) {
             return self.find(linear, kind, rules, index);
         }
-        self.check(linear, way(ins), kind, rules, free, index)
+        let recent = recent(kind, way(ins, kind, self.code_page));
+        let constant = kind != Kind::Lock
+            && ins.memory_base() == Register::RIP
+            && !matches!(ins.memory_segment(), Register::FS | Register::GS);
+        let page = i64::from(displacement) >> PAGE_SHIFT;
+        let within = (displacement & PAGE_MASK as i32) as usize;
+        let lies_well = within + rules.size <= PAGE_SIZE as usize && within as u8 & rules.alignment == 0;
+        if constant && lies_well && self.constants.get(&recent) == Some(&page) {
+            return self.in_known_page(displacement, recent, free);
+        }
+        let at = self.check(linear, recent, kind, rules, free, index)?;
+        if constant && lies_well {
+            self.constants.insert(recent, page);
+        }
+        Ok(at)
+    }
+
+    /// Where the constant is that lies `displacement` bytes from the start of the code's page, in a page that has been accessed in this
+    /// way before: nothing is to be checked.
+    fn in_known_page(&mut self, displacement: i32, recent: usize, free: usize) -> Result<At> {
+        self.a.mov(ADDRESS, slot(reg::IP_BASE))?;
+        self.a.mov(VALUE, field(recent + offset_of!(Recent, addend)))?;
+        if free == 0 {
+            return Ok(At::Sum(ADDRESS, displacement));
+        }
+        self.a.lea(ADDRESS, qword_ptr(ADDRESS + VALUE + displacement))?;
+        Ok(At::Address)
     }
 
     /// Whether what the operand points to is likely to be in another page each time: its address has come from memory.
@@ -149,7 +198,13 @@ impl Emitter<'_> {
     /// Where the word at RSP plus `offset` is; [`ADDRESS`] is free. The flags are in RAX.
     pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<At> {
         let linear = Linear::Register(GUEST_RSP, offset);
-        self.check(linear, usize::from(reg::RSP), kind, Rules::size(8), 1, index)
+        self.check(linear, recent(kind, usize::from(reg::RSP)), kind, Rules::size(8), 1, index)
+    }
+
+    /// Where the word at RBP is, likewise.
+    pub(super) fn saved_rbp(&mut self, index: usize) -> Result<At> {
+        let linear = Linear::Register(rbp, 0);
+        self.check(linear, recent(Kind::Load, usize::from(reg::RBP)), Kind::Load, Rules::size(8), 1, index)
     }
 }
 

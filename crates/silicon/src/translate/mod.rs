@@ -73,8 +73,9 @@ use crate::code::{BlockRef, CodeCache};
 use crate::cpu::{Cpu, Requests};
 use crate::hostexec::arena::Arena;
 use crate::mmu::host::{self, Recovery};
+use crate::mmu::tlb::PAGE_SHIFT;
 use crate::model::Features;
-use crate::state::CodeSize;
+use crate::state::{CodeSize, reg};
 
 /// Runs of fewer instructions are not worth the way in and out, unless they are whole blocks.
 const SHORTEST: usize = 4;
@@ -289,9 +290,10 @@ impl Cpu {
     fn translate_region(&mut self, members: &[Member]) -> Result<(), Failure> {
         // Where engines are compared the interpreter executes blocks one by one.
         let closed = self.translator.checks.is_some();
+        let code_page = self.state.regs[usize::from(reg::IP_BASE)] >> PAGE_SHIFT;
         let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
         self.counters.blocks_translated += members.len() as u64;
-        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, closed)?;
+        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, closed, code_page)?;
         for (number, member) in members.iter().enumerate() {
             let follower = members.get(number + 1).map(Member::offset);
             for run in &member.runs {

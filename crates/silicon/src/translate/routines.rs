@@ -35,7 +35,7 @@ pub(super) struct Routines {
     /// Likewise, for returns to another address than the one on top of the host's stack.
     pub(super) return_missed: u64,
     /// Those that [`Routines::look_up`] gives, by what they are for.
-    pages: [[u64; SIZES.len()]; Recent::KINDS],
+    pages: [[u64; SIZES.len()]; Recent::WAYS.len()],
     /// Those that [`Routines::find`] gives.
     finds: [[u64; SIZES.len()]; 2],
     /// Those that [`Routines::raise`] gives.
@@ -55,7 +55,7 @@ impl Routines {
         let bottom = assemble(arena, |a| bottom(a, indirect))?;
         let enter = assemble(arena, |a| enter(a, bottom, frame))?;
         let return_missed = assemble(arena, |a| return_missed(a, indirect))?;
-        let mut pages = [[0; SIZES.len()]; Recent::KINDS];
+        let mut pages = [[0; SIZES.len()]; Recent::WAYS.len()];
         for (kind, routines) in Kind::ALL.into_iter().zip(&mut pages) {
             for (size, routine) in SIZES.into_iter().zip(routines) {
                 *routine = assemble(arena, |a| look_up_page(a, kind, size))?;

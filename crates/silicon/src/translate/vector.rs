@@ -151,7 +151,7 @@ impl Emitter<'_> {
         }
         let redirected = self.redirect(ins, &mut host, &access, free, false)?;
         if memory.is_some() {
-            self.may_fault(index)?;
+            self.may_fault(index);
         }
         self.put(host)?;
         if ins.rflags_modified() & STATUS != 0 {
@@ -171,7 +171,7 @@ impl Emitter<'_> {
         if classes != 0 {
             self.free_host_flags()?;
             self.a.test(field32(offset_of!(Cpu, hostexec.gate)), classes)?;
-            let held_back = self.interpreter_label(index)?;
+            let held_back = self.interpreter_label(index);
             self.a.jne(held_back)?;
         }
         if needs.live > self.known.live {
