@@ -8,8 +8,9 @@
 use std::mem::offset_of;
 
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegister64, AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm, CodeAssembler, get_xmm,
-    get_ymm, get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, xmmword_ptr, ymmword_ptr, zmmword_ptr,
+    AsmMemoryOperand, AsmRegister32, AsmRegister64, AsmRegisterXmm, AsmRegisterYmm, AsmRegisterZmm,
+    CodeAssembler, dword_ptr, get_xmm, get_ymm, get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, r14d,
+    r15d, xmmword_ptr, ymmword_ptr, zmmword_ptr,
 };
 use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
 
@@ -17,12 +18,12 @@ use super::Failure;
 use super::emit::{Emitter, Kind, Result};
 use super::memory::{Rules, suits_memory};
 use super::operands::wanted;
-use super::registers::{ADDRESS, VALUE, field, field32, set_memory, slot};
+use super::registers::{ADDRESS, At, VALUE, field, field32, set_memory, slot};
 use crate::cpu::Cpu;
 use crate::exec::operand::is_immediate;
 use crate::exec::{fpu, fpu_image, vector};
-use crate::hostexec::class;
 use crate::hostexec::stub::{STATUS, nth, writes};
+use crate::hostexec::{MXCSR_DEFINED, MXCSR_FLAGS, MXCSR_MASKS, class};
 use crate::model::{Feature, Features};
 use crate::state::reg;
 
@@ -77,6 +78,7 @@ pub(super) fn needs(ins: &Instruction) -> Option<Known> {
     }
     let classes = vector::classify(ins)?;
     let live = match () {
+        () if is_mxcsr(ins) => Live::Nothing,
         () if classes & class::MMX != 0 => return None,
         () if classes & class::AVX512 != 0 => Live::All,
         () if classes & class::AVX != 0 => Live::Full,
@@ -96,10 +98,16 @@ pub(super) fn suits(ins: &Instruction, features: &Features) -> bool {
     operands_suit && if needs.classes & class::X87 != 0 { suits_x87(ins, features) } else { !is_special(ins) }
 }
 
+/// Loads and stores of MXCSR, which use no vector registers.
+fn is_mxcsr(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(ins.mnemonic(), Ldmxcsr | Vldmxcsr | Stmxcsr | Vstmxcsr)
+}
+
 /// Vector instructions with operands that are not named, or that change more than registers.
 fn is_special(ins: &Instruction) -> bool {
     use Mnemonic::*;
-    matches!(ins.mnemonic(), Ldmxcsr | Vldmxcsr | Stmxcsr | Vstmxcsr | Maskmovdqu | Vmaskmovdqu | Maskmovq)
+    matches!(ins.mnemonic(), Maskmovdqu | Vmaskmovdqu | Maskmovq)
         || matches!(
             ins.mnemonic(),
             Pcmpestri
@@ -130,6 +138,10 @@ impl Emitter<'_> {
     pub(super) fn vector(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let needs = needs(ins).ok_or(Failure::Unsuited)?;
         self.admit(&needs, index)?;
+        if is_mxcsr(ins) {
+            let stores = matches!(ins.mnemonic(), Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr);
+            return if stores { self.store_mxcsr(ins, index) } else { self.load_mxcsr(ins, index) };
+        }
         let memory = ins.op_kinds().position(|kind| kind == OpKind::Memory);
         let mut host = *ins;
         host.set_ip(0);
@@ -185,6 +197,48 @@ impl Emitter<'_> {
         }
         self.known = self.known.and(*needs);
         Ok(())
+    }
+
+    /// Stores MXCSR: the guest's controls, and flags that are in the state or in the host's register.
+    fn store_mxcsr(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let kept = offset_of!(Cpu, translator.kept);
+        let to = self.access(ins, Kind::Store, Rules::size(4), 1, index)?;
+        let (to, value) = self.spare_value(to)?;
+        self.a.stmxcsr(field32(kept))?;
+        self.a.mov(value, field32(kept))?;
+        self.free_host_flags()?;
+        self.a.and(value, MXCSR_FLAGS as i32)?;
+        self.a.or(value, field32(offset_of!(Cpu, state.mxcsr)))?;
+        self.may_fault(index);
+        Ok(self.a.mov(to, value)?)
+    }
+
+    /// Loads MXCSR, if all exceptions are and stay masked: others make instructions the interpreter's.
+    fn load_mxcsr(&mut self, ins: &Instruction, index: usize) -> Result<()> {
+        let from = self.access(ins, Kind::Load, Rules::size(4), 1, index)?;
+        let (from, value) = self.spare_value(from)?;
+        self.may_fault(index);
+        self.a.mov(value, from)?;
+        self.free_host_flags()?;
+        let unsuited = self.interpreter_label(index);
+        let guests = field32(offset_of!(Cpu, state.mxcsr));
+        self.a.mov(r15d, guests)?;
+        self.a.and(r15d, value)?;
+        self.a.not(r15d)?;
+        self.a.test(r15d, MXCSR_MASKS as i32)?;
+        self.a.jne(unsuited)?;
+        self.a.test(value, !MXCSR_DEFINED as i32)?;
+        self.a.jne(unsuited)?;
+        self.a.mov(guests, value)?;
+        Ok(self.a.ldmxcsr(guests)?)
+    }
+
+    /// A doubleword in memory by an address that leaves [`VALUE`] free, and that.
+    fn spare_value(&mut self, at: At) -> Result<(AsmMemoryOperand, AsmRegister32)> {
+        if let At::Sum(base, displacement) = at {
+            self.a.lea(ADDRESS, qword_ptr(base + VALUE + displacement))?;
+        }
+        Ok((dword_ptr(ADDRESS), r14d))
     }
 
     /// FIP: the address of the instruction.
