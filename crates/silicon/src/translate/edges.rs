@@ -80,7 +80,7 @@ impl Emitter<'_> {
             },
             None => true,
         };
-        flags && due == to.start.owed && !self.is_backwards(target)
+        flags && due == to.start.owed && (to.start.is_loop || !self.is_backwards(target))
     }
 
     /// Every loop within a region goes backwards somewhere.
@@ -99,7 +99,7 @@ impl Emitter<'_> {
 
     /// Does what has to be done before a jump within the region, with `due` instructions to be counted so far.
     fn go_within(&mut self, to: &Target, target: i64, due: i32, taken: u64) -> Result<()> {
-        if self.is_backwards(target) {
+        if self.is_backwards(target) && !to.start.is_loop {
             self.poll(target, due, taken)?;
         }
         match to.start.flags {
@@ -140,30 +140,80 @@ impl Emitter<'_> {
         Ok(self.a.mov(r15d, dword_ptr(ADDRESS))?)
     }
 
-    /// Counts instructions. The flags are in RAX.
-    fn count(&mut self, due: i32) -> Result<()> {
+    /// Counts instructions before the region is left, if there are any, and leaves it as `way` says if it is time to look for requests
+    /// and there are some. The flags are in RAX.
+    fn count(&mut self, due: i32, way: Way) -> Result<()> {
         if due != 0 {
+            let (at, back) = (self.a.create_label(), self.a.create_label());
             self.a.add(instructions(), due)?;
+            self.a.jns(at)?;
+            self.place(back)?;
+            self.cold.push(Cold::Stop { at, back, way });
         }
         Ok(())
+    }
+
+    /// The block at hand is a loop by itself: counts its instructions beforehand.
+    pub(super) fn begin_loop(&mut self) -> Result<()> {
+        let target = i64::from(self.ops[0].page_offset);
+        let link = Link::make(self.arena, target, 0).ok_or(Failure::Full)?;
+        let (at, back) = (self.a.create_label(), self.a.create_label());
+        self.a.add(instructions(), self.due())?;
+        self.a.jns(at)?;
+        self.place(back)?;
+        self.owed = -self.length();
+        self.cold.push(Cold::Rest { at, back, flags: self.flags, counted: self.length(), link });
+        Ok(())
+    }
+
+    /// Behind the region: it is time to look for requests.
+    pub(super) fn stop(&mut self, back: CodeLabel, way: Way) -> Result<()> {
+        let (renew, no_jump, leave) =
+            (self.routines.renew_wholly, self.routines.no_jump, self.routines.leave);
+        self.a.call(renew)?;
+        self.a.je(back)?;
+        match way {
+            Way::Link(link) => {
+                self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
+                Ok(self.a.jmp(leave)?)
+            }
+            Way::Kept(taken) => {
+                self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.kept)))?;
+                self.a.mov(VALUE, taken)?;
+                Ok(self.a.jmp(no_jump)?)
+            }
+            Way::Address(taken) => {
+                self.a.mov(VALUE, taken)?;
+                Ok(self.a.jmp(no_jump)?)
+            }
+        }
+    }
+
+    /// Likewise, where a loop begins anew whose block has been counted already.
+    pub(super) fn rest(&mut self, back: CodeLabel, flags: Flags, counted: i32, link: u64) -> Result<()> {
+        let (renew, leave) = (self.routines.renew, self.routines.leave);
+        self.a.call(renew)?;
+        self.a.je(back)?;
+        self.flags = flags;
+        self.settle_flags()?;
+        self.a.sub(instructions(), counted)?;
+        self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
+        Ok(self.a.jmp(leave)?)
     }
 
     /// Goes on outside the region, with `due` instructions to be counted.
     pub(super) fn go_out(&mut self, due: i32, target: i64, taken: u64) -> Result<()> {
         self.settle_flags()?;
-        self.count(due)?;
-        let code = self.linked(target, taken)?;
+        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
+        self.count(due, Way::Link(link))?;
+        let code = self.linked(link, target)?;
         self.put(Instruction::with1(Code::Jmp_rm64, code)?)
     }
 
-    /// Where the address of the code at `target` is: leaves if it is not known, or if somebody wants something. The flags are in RAX.
-    fn linked(&mut self, target: i64, taken: u64) -> Result<MemoryOperand> {
-        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
+    /// Where the address of the code at `target` is, by its link: leaves if it is not known. The flags are in RAX.
+    fn linked(&mut self, link: u64, target: i64) -> Result<MemoryOperand> {
         let at = self.a.create_label();
         self.cold.push(Cold::Unlinked { at, link });
-        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
-        self.a.cmp(dword_ptr(ADDRESS), 0)?;
-        self.a.jne(at)?;
         let validity = match Link::stays_in_page(target) {
             true => offset_of!(Cpu, translator.validity_within),
             false => offset_of!(Cpu, translator.validity),
@@ -183,7 +233,7 @@ impl Emitter<'_> {
     /// Ends the block: goes on at the address in [`ADDRESS`]. `taken` takes the branch back.
     pub(super) fn go_to_address(&mut self, taken: u64) -> Result<()> {
         self.settle_flags()?;
-        self.count(self.due())?;
+        self.count(self.due(), Way::Address(taken))?;
         self.find_jump(taken)?;
         Ok(self.a.jmp(qword_ptr(VALUE + offset_of!(link::Jump, code)))?)
     }
@@ -206,9 +256,6 @@ impl Emitter<'_> {
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
         self.a.cmp(ADDRESS, of_entry(offset_of!(link::Jump, validity)))?;
         self.a.jne(invalid)?;
-        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
-        self.a.cmp(dword_ptr(ADDRESS), 0)?;
-        self.a.jne(invalid)?;
         self.cold.push(Cold::NoJump { at: unknown, overwritten: false, taken });
         self.cold.push(Cold::NoJump { at: invalid, overwritten: true, taken });
         Ok(())
@@ -217,9 +264,10 @@ impl Emitter<'_> {
     /// Ends the block with a call of `target`, which returns to `next`. [`ADDRESS`] is the return address.
     pub(super) fn call(&mut self, target: i64, next: i64, taken: u64) -> Result<()> {
         self.settle_flags()?;
-        self.count(self.due())?;
+        let link = Link::make(self.arena, target, taken).ok_or(Failure::Full)?;
+        self.count(self.due(), Way::Link(link))?;
         self.keep_return()?;
-        let code = self.linked(target, taken)?;
+        let code = self.linked(link, target)?;
         self.put(Instruction::with1(Code::Call_rm64, code)?)?;
         self.land(next)
     }
@@ -227,7 +275,7 @@ impl Emitter<'_> {
     /// Ends the block with a call of the address in `kept`, likewise.
     pub(super) fn call_address(&mut self, next: i64, taken: u64) -> Result<()> {
         self.settle_flags()?;
-        self.count(self.due())?;
+        self.count(self.due(), Way::Kept(taken))?;
         self.keep_return()?;
         self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.kept)))?;
         self.find_jump(taken)?;
@@ -261,13 +309,24 @@ impl Emitter<'_> {
     /// Ends the block with a return to the address in [`ADDRESS`].
     pub(super) fn return_to_address(&mut self, taken: u64) -> Result<()> {
         self.settle_flags()?;
-        self.count(self.due())?;
+        self.count(self.due(), Way::Address(taken))?;
         let at = self.a.create_label();
         self.a.cmp(ADDRESS, qword_ptr(rsp + 8))?;
         self.a.jne(at)?;
         self.cold.push(Cold::ReturnMissed { at, taken });
         Ok(self.a.ret()?)
     }
+}
+
+/// How a region is left if there are requests.
+#[derive(Clone, Copy)]
+pub(super) enum Way {
+    /// For the target of this link.
+    Link(u64),
+    /// For the address in [`ADDRESS`]; this takes the branch back.
+    Address(u64),
+    /// For the address in `kept`, likewise.
+    Kept(u64),
 }
 
 /// Emits a jump to a label.

@@ -9,7 +9,8 @@ use iced_x86::code_asm::{
 };
 use iced_x86::{FlowControl, IcedError, Instruction, InstructionInfoFactory};
 
-use super::flags::{Flags, Wanted};
+use super::edges::Way;
+use super::flags::{Flags, Rax, Wanted};
 use super::layout::Layout;
 use super::link::Jump;
 use super::memory::{Constants, Rules};
@@ -75,6 +76,10 @@ pub(super) enum Cold<'a> {
     Unlinked { at: CodeLabel, link: u64 },
     /// Somebody wants something: the region ends before it goes backwards.
     Polled { at: CodeLabel, flags: Flags, owed: i32, link: u64 },
+    /// It is time to look for requests where the region is left.
+    Stop { at: CodeLabel, back: CodeLabel, way: Way },
+    /// Likewise where a loop begins anew, with so many instructions counted beforehand.
+    Rest { at: CodeLabel, back: CodeLabel, flags: Flags, counted: i32, link: u64 },
     /// The page of the access before `back` is not among those found.
     Find {
         at: CodeLabel,
@@ -229,9 +234,9 @@ impl<'a> Emitter<'a> {
         }
         self.entries.push(Entry { member: number, index, at: target.entry });
         self.place(target.label)?;
-        let Start { flags, owed, known } = target.start;
+        let Start { flags, owed, known, is_loop } = target.start;
         (self.flags, self.owed, self.known) = (Flags::at(flags), owed, known);
-        Ok(())
+        if is_loop { self.begin_loop() } else { Ok(()) }
     }
 
     /// Emits a run of the block, and how it goes on.
@@ -244,10 +249,14 @@ impl<'a> Emitter<'a> {
         for index in run.clone() {
             let ins = &instructions[index];
             self.keep_flags_from(&instructions[index..])?;
+            let marks = self.mark_before(&instructions[index..])?;
             match Family::of(ins, features).ok_or(Failure::Unsuited)? {
                 Family::Integer => self.instruction(ins, index)?,
                 Family::Vector => self.vector(ins, index)?,
                 Family::Branch => self.branch(ins, index)?,
+            }
+            if marks {
+                self.flags.rax = Rax::Marked;
             }
             self.note_pointers(ins);
         }
@@ -260,7 +269,7 @@ impl<'a> Emitter<'a> {
 
     /// Has whoever comes in from elsewhere find what the block expects.
     fn make_up(&mut self, target: &Target<'a>) -> Result<()> {
-        let Start { flags, owed, known } = target.start;
+        let Start { flags, owed, known, .. } = target.start;
         (self.flags, self.owed, self.known) = (Flags::SAVED, owed, Known::NOTHING);
         if owed != 0 {
             self.a.sub(instructions(), owed)?;
@@ -461,6 +470,8 @@ impl<'a> Emitter<'a> {
         | Cold::Interpret { at, .. }
         | Cold::Unlinked { at, .. }
         | Cold::Polled { at, .. }
+        | Cold::Stop { at, .. }
+        | Cold::Rest { at, .. }
         | Cold::Raise { at, .. }
         | Cold::Entry { at, .. }
         | Cold::Exit { at, .. }
@@ -510,6 +521,8 @@ impl<'a> Emitter<'a> {
                 self.a.mov(r14d, index as u32)?;
                 self.a.jmp(leave)?;
             }
+            Cold::Stop { back, way, .. } => self.stop(back, way)?,
+            Cold::Rest { back, flags, counted, link, .. } => self.rest(back, flags, counted, link)?,
             Cold::Raise { back, routine, .. } => {
                 self.a.call(routine)?;
                 self.a.jmp(back)?;

@@ -340,6 +340,24 @@ impl Emitter<'_> {
         Ok(())
     }
 
+    /// If a block that the end leads to wants flags marked that the next of these instructions computes, right before the end: RAX
+    /// is the mark from now on. (Behind the comparison it would keep the host from fusing it with the branch.)
+    pub(super) fn mark_before(&mut self, instructions: &[Instruction]) -> Result<bool> {
+        let [ins, last] = instructions else { return Ok(false) };
+        let ends = last.flow_control() == FlowControl::ConditionalBranch;
+        let Some(recipe) = Recipe::of(ins).filter(|_| ends && changes_flags(ins)) else { return Ok(false) };
+        let ways = [last.near_branch_target(), last.next_ip()];
+        let wants = |way: &u64| {
+            let start = self.targets.get(&(*way as i64)).map(|to| to.start.flags);
+            start == Some(Some(Wanted::Marked(recipe)))
+        };
+        if !ways.iter().any(wants) {
+            return Ok(false);
+        }
+        self.a.mov(eax, MARK)?;
+        Ok(true)
+    }
+
     /// The instruction has computed the flags.
     pub(super) fn flags_are_of(&mut self, ins: &Instruction) {
         self.flags = Flags { recipe: Recipe::of(ins), ..Flags::HOST };

@@ -4,6 +4,10 @@
 //! While host code runs these are not in the [`Cpu`], which GS points to, but in a frame near the code, reached relative to RIP:
 //! processors forward what was stored to loads from the same address much faster where no segment has a base. Code is emitted
 //! as if they were in the [`Cpu`] all the time; [`Frame::place`] has it use the frame.
+//!
+//! The count in the frame is relative to [`STOP`]: once it is not negative, it is time to look for requests.
+
+use std::mem::offset_of;
 
 use iced_x86::code_asm::{CodeAssembler, rcx};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, OpKind, Register};
@@ -11,8 +15,12 @@ use iced_x86::{Code, IcedError, Instruction, MemoryOperand, OpKind, Register};
 use super::edges::rip_relative;
 use super::emit::COUNT;
 use super::registers::{field, slot_offset};
+use crate::cpu::Cpu;
 use crate::hostexec::arena::Arena;
 use crate::state::reg;
+
+/// Offset in the [`Cpu`](crate::cpu::Cpu) of the count of instructions at which host code looks for requests next.
+pub(super) const STOP: usize = offset_of!(Cpu, translator.stop);
 
 /// Where the frame is, for code to reach.
 #[derive(Clone, Copy, Debug)]
@@ -51,19 +59,25 @@ impl Frame {
         }
     }
 
-    /// Copies the fields from the [`Cpu`](crate::cpu::Cpu). Changes RCX.
+    /// Copies the fields from the [`Cpu`](crate::cpu::Cpu). Changes RCX and RFLAGS.
     pub(super) fn load(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         for (at, offset) in FIELDS.into_iter().enumerate() {
             a.mov(rcx, field(offset))?;
+            if offset == COUNT {
+                a.sub(rcx, field(STOP))?;
+            }
             a.add_instruction(Instruction::with2(Code::Mov_rm64_r64, self.field(at), Register::RCX)?)?;
         }
         Ok(())
     }
 
-    /// Copies them back. Changes RCX.
+    /// Copies them back. Changes RCX and RFLAGS.
     pub(super) fn store(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         for (at, offset) in FIELDS.into_iter().enumerate() {
             a.add_instruction(Instruction::with2(Code::Mov_r64_rm64, Register::RCX, self.field(at))?)?;
+            if offset == COUNT {
+                a.add(rcx, field(STOP))?;
+            }
             a.mov(field(offset), rcx)?;
         }
         Ok(())

@@ -15,8 +15,8 @@
 //! # How blocks follow each other
 //!
 //! Within a [`region`] by branches ([`edges`]); to other regions by [`link`]s, or by the cache of [`link::Jump`]s where the target is
-//! computed; back from calls by the host's own returns. Whenever a region is left or goes backwards, requests of other threads are
-//! looked for, so nothing is noticed later than by the interpreter.
+//! computed; back from calls by the host's own returns. Whenever a region is left or goes backwards, instructions are counted, and
+//! after every [`SLICE`] requests of other threads are looked for.
 //!
 //! # Flags
 //!
@@ -84,6 +84,8 @@ const FREE_BLOCKS: u64 = 20_000;
 /// Instructions that it must have executed for each further block. Translating a block takes about as long as interpreting
 /// half as many.
 const INSTRUCTIONS_PER_BLOCK: u64 = 10_000;
+/// Instructions that host code executes before it looks for requests: a few microseconds.
+const SLICE: u32 = 4096;
 /// Bytes of host code, and links, of one CPU at most.
 const ARENA: usize = 64 << 20;
 
@@ -120,6 +122,8 @@ pub(crate) struct Translator {
     jumps: *const Jump,
     /// What an instruction has loaded, while it looks at where it stores something.
     kept: u64,
+    /// The count of instructions at which host code looks for requests next.
+    stop: u64,
     /// While host code runs: where its stack is, and where there is no more room for return addresses.
     stack: u64,
     stack_limit: u64,
@@ -169,6 +173,7 @@ impl Translator {
             validity_within: 0,
             jumps: std::ptr::null(),
             kept: 0,
+            stop: 0,
             stack: 0,
             stack_limit: 0,
             after,

@@ -42,11 +42,15 @@ pub(super) struct Start {
     pub(super) owed: i32,
     /// What is known of vector registers.
     pub(super) known: Known,
+    /// It is a loop by itself: its instructions are counted, and requests looked for, before anything else, so that the branch back has
+    /// nothing to do. (Counts close to each other would wait for each other.)
+    pub(super) is_loop: bool,
 }
 
 impl Start {
     /// Where code of other regions and the interpreter come in.
-    pub(super) const ENTRY: Start = Start { flags: Some(Wanted::Saved), owed: 0, known: Known::NOTHING };
+    pub(super) const ENTRY: Start =
+        Start { flags: Some(Wanted::Saved), owed: 0, known: Known::NOTHING, is_loop: false };
 
     /// Whoever comes in from elsewhere has nothing to make up for.
     pub(super) fn is_like_entry(&self) -> bool {
@@ -218,22 +222,33 @@ fn plan_flags(members: &mut [Member], edges: &[Edge]) {
             to.start.flags = Some(Wanted::Marked(recipe));
         }
     }
-    for member in members.iter_mut().filter(|member| instruction::lose_flags(&member.instructions)) {
+    for edge in edges.iter().filter(|edge| edge.to == edge.from) {
+        let start = &mut members[edge.to].start;
+        start.is_loop = matches!(start.flags, Some(Wanted::Marked(_)));
+    }
+    let loses_flags = |member: &&mut Member| instruction::lose_flags(&member.instructions);
+    for member in members.iter_mut().filter(|member| !member.start.is_loop).filter(loses_flags) {
         member.start.flags = None;
     }
 }
 
 /// The first way forwards to a block costs no counting; the others make up for the difference.
 fn plan_counts(members: &mut [Member], edges: &[Edge]) {
+    let owed_after = |members: &[Member], edge: &Edge| match (edge.owed, members[edge.from].start) {
+        (Owed::SinceStart(_), Start { is_loop: true, .. }) => 0,
+        (Owed::SinceStart(length), start) => start.owed + length,
+        (Owed::Exactly(length), _) => length,
+    };
     let mut decided = vec![false; members.len()];
     for edge in edges {
         if edge.to > edge.from && !decided[edge.to] {
             decided[edge.to] = true;
-            members[edge.to].start.owed = match edge.owed {
-                Owed::SinceStart(length) => members[edge.from].start.owed + length,
-                Owed::Exactly(length) => length,
-            };
+            members[edge.to].start.owed = owed_after(members, edge);
         }
+    }
+    // Loops have nothing to make up for where they go on.
+    for member in members.iter_mut().filter(|member| member.start.is_loop) {
+        member.start.owed = 0;
     }
 }
 

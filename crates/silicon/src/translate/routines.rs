@@ -8,14 +8,14 @@ use iced_x86::code_asm::{
     rax, rcx, rdi, rdx, rsp,
 };
 
-use super::LEAVE_INDIRECT;
-use super::emit::Kind;
-use super::frame::Frame;
+use super::emit::{Kind, instructions};
+use super::frame::{Frame, STOP};
 use super::layout::Layout;
 use super::link::Jump;
 use super::registers::{ADDRESS, HELD, VALUE, field, field16, slot};
 use super::vector::{self, Live};
-use crate::cpu::Cpu;
+use super::{LEAVE_INDIRECT, SLICE};
+use crate::cpu::{Cpu, Requests};
 use crate::flags::Status;
 use crate::hostexec::arena::Arena;
 use crate::mmu::tlb::{Entry, Found, L1_SLOTS, PAGE_MASK, PAGE_SHIFT, Recent};
@@ -32,6 +32,11 @@ pub(super) struct Routines {
     pub(super) leave: u64,
     /// Jumped to, to leave for the target in [`ADDRESS`]; [`VALUE`] takes the branch back.
     pub(super) no_jump: u64,
+    /// To be called when the count is not negative. Returns ZF set if nobody wants anything, but perhaps this CPU itself. Changes flags
+    /// alone.
+    pub(super) renew: u64,
+    /// Likewise, if not even this CPU wants anything.
+    pub(super) renew_wholly: u64,
     /// Likewise, for returns to another address than the one on top of the host's stack.
     pub(super) return_missed: u64,
     /// Those that [`Routines::look_up`] gives, by what they are for.
@@ -50,6 +55,8 @@ impl Routines {
     pub(super) fn new(arena: &mut Arena) -> Option<Routines> {
         let frame = Frame::new(arena)?;
         let leave = assemble(arena, |a| leave(a, frame))?;
+        let renew = |arena: &mut Arena, bits| assemble_near(arena, |a| renew(a, bits), Some(frame));
+        let (renew, renew_wholly) = (renew(arena, !Requests::LOCAL)?, renew(arena, !0)?);
         let no_jump = assemble(arena, |a| no_jump(a, leave))?;
         let indirect = assemble_near(arena, |a| indirect(a, no_jump), Some(frame))?;
         let bottom = assemble(arena, |a| bottom(a, indirect))?;
@@ -71,7 +78,18 @@ impl Routines {
         for (live, routine) in Live::SOME.into_iter().zip(&mut raise) {
             *routine = assemble(arena, |a| vector::raise(a, live))?;
         }
-        Some(Routines { enter, frame, leave, no_jump, return_missed, pages, finds, raise })
+        Some(Routines {
+            enter,
+            frame,
+            leave,
+            no_jump,
+            renew,
+            renew_wholly,
+            return_missed,
+            pages,
+            finds,
+            raise,
+        })
     }
 
     /// To be called where an access is not to the page accessed last: [`ADDRESS`] holds the linear address,
@@ -172,6 +190,21 @@ fn leave(a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
     a.ret()
 }
 
+/// Has the count be negative again if there are no requests; ZF says that there are none of `bits`.
+fn renew(a: &mut CodeAssembler, bits: u32) -> Result<(), IcedError> {
+    let mut asked = a.create_label();
+    a.push(r15)?;
+    a.mov(r15, field(offset_of!(Cpu, translator.requests)))?;
+    a.cmp(dword_ptr(r15), 0)?;
+    a.jne(asked)?;
+    a.add(field(STOP), SLICE as i32)?;
+    a.sub(instructions(), SLICE as i32)?;
+    a.set_label(&mut asked)?;
+    a.test(dword_ptr(r15), bits)?;
+    a.pop(r15)?;
+    a.ret()
+}
+
 /// The engine has to find out what is at the target in [`ADDRESS`].
 fn no_jump(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
     a.mov(field(offset_of!(Cpu, state.rip)), ADDRESS)?;
@@ -197,9 +230,6 @@ fn indirect(a: &mut CodeAssembler, no_jump: u64) -> Result<(), IcedError> {
     a.mov(slot(reg::IP_BASE), ADDRESS)?;
     a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
     a.cmp(ADDRESS, of_entry(offset_of!(Jump, validity)))?;
-    a.jne(invalid)?;
-    a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
-    a.cmp(dword_ptr(ADDRESS), 0)?;
     a.jne(invalid)?;
     a.mov(ADDRESS, of_entry(offset_of!(Jump, code)))?;
     a.pop(rcx)?;

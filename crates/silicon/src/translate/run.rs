@@ -6,7 +6,7 @@ use std::num::NonZeroU64;
 use std::ptr::NonNull;
 
 use super::link::{Jump, Link};
-use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, Translator};
+use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, SLICE, Translator};
 use crate::code::op::{Flow, Op};
 use crate::code::resync;
 use crate::code::thread::interpreted;
@@ -61,6 +61,9 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
         return Some(NonNull::from(op));
     };
     cpu.prepare(cpu.state.regs[usize::from(reg::IP_BASE)]);
+    // Where something is asked for all the time, host code looks at once.
+    let slice = if cpu.requests.any() { 0 } else { u64::from(SLICE) };
+    cpu.translator.stop = cpu.counters.instructions.wrapping_add(slice);
     let mut code = op.translation.get();
     loop {
         // SAFETY: `translate_block` has put the address of a run that begins with this operation there, or it is a block's
