@@ -215,7 +215,8 @@ fn tells_of_absence(signal: c_int, code: c_int) -> bool {
 pub unsafe fn recover(signal: c_int, info: *const siginfo_t, context: *mut c_void) -> bool {
     // SAFETY: the kernel's own structures; nobody else has references to them.
     let (info, registers) = unsafe { (&*info, &mut (*context.cast::<ucontext_t>()).uc_mcontext.gregs) };
-    if !tells_of_absence(signal, info.si_code) {
+    let misaligned = signal == libc::SIGSEGV && info.si_code == GENERAL_PROTECTION;
+    if !misaligned && !tells_of_absence(signal, info.si_code) {
         return false;
     }
     let [rip, rsp] = [libc::REG_RIP, libc::REG_RSP].map(|register| register as usize);
@@ -225,6 +226,8 @@ pub unsafe fn recover(signal: c_int, info: *const siginfo_t, context: *mut c_voi
     let next = if (translated..translated_end).contains(&at) {
         // SAFETY: the promise of whoever said so: code there runs, for it is what faulted.
         unsafe { (*recovery).find(at) }
+    } else if misaligned {
+        None
     } else if (stubs..stubs_end).contains(&at) {
         // SAFETY: stubs use no stack, so that the return address is on top of it.
         let next = fixup(unsafe { *(registers[rsp] as *const u64) });
@@ -235,6 +238,9 @@ pub unsafe fn recover(signal: c_int, info: *const siginfo_t, context: *mut c_voi
     };
     let Some(next) = next else { return false };
     registers[rip] = next as i64;
+    if misaligned {
+        return true;
+    }
     // SAFETY: both signals with these codes have an address.
     let address = unsafe { info.si_addr() } as u64;
     let cause = match (signal, info.si_code) {
@@ -245,6 +251,9 @@ pub unsafe fn recover(signal: c_int, info: *const siginfo_t, context: *mut c_voi
     LAST.set(Fault { address, cause });
     true
 }
+
+/// `si_code` of a #GP (kernel: `SI_KERNEL`), which translated code gets where a vector is not aligned.
+const GENERAL_PROTECTION: c_int = 0x80;
 
 /// Memory that has failed was accessed.
 const BUS_MCEERR_AR: c_int = 4;

@@ -446,6 +446,94 @@ fn faults_are_precise() {
     check(|a| a.movaps(xmm1, xmmword_ptr(rsi + 8)));
 }
 
+type Emit = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
+
+#[test]
+fn flags_that_are_computed_again_are_what_they_were() {
+    let sources: [Emit; 14] = [
+        |a| a.cmp(rdx, rcx),
+        |a| a.cmp(dx, -3),
+        |a| a.cmp(al, bl),
+        |a| a.test(ebp, edi),
+        |a| a.and(rdx, rcx),
+        |a| a.or(dl, 0x80u32),
+        |a| a.xor(eax, edx),
+        |a| a.xor(rdx, rdx),
+        |a| a.sub(rdx, rcx),
+        |a| a.sub(edx, 0x7000_0000),
+        |a| a.sub(rcx, rcx),
+        |a| a.add(rdx, 0x7fff_ffff),
+        |a| a.add(eax, -1),
+        |a| a.add(r9, i32::MIN),
+    ];
+    for source in sources {
+        // A fault shows them; a branch behind an access reads them; the end of the block passes them on.
+        check(|a| {
+            source(a)?;
+            a.mov(rdi, qword_ptr(UNMAPPED))
+        });
+        check(|a| {
+            let mut past = a.create_label();
+            source(a)?;
+            a.mov(rdi, qword_ptr(rsi + 8))?;
+            a.setb(r8b)?;
+            a.mov(qword_ptr(rsi), r10)?;
+            a.jle(past)?;
+            a.adc(r10, 3)?;
+            a.set_label(&mut past)?;
+            a.mov(r12, qword_ptr(rsi + 16))
+        });
+        // What they are computed from is overwritten.
+        check(|a| {
+            source(a)?;
+            a.mov(rdi, qword_ptr(rsi + 8))?;
+            a.mov(rdx, rsi)?;
+            a.mov(rcx, qword_ptr(rsi))?;
+            a.mov(rax, rcx)?;
+            a.mov(r9, UNMAPPED)?;
+            a.mov(rdi, qword_ptr(r9))
+        });
+        // A loop whose accesses, the last of which faults, come before its flags are overwritten.
+        check(|a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.mov(rdi, qword_ptr(rsi))?;
+            a.add(rsi, 0x40)?;
+            source(a)?;
+            a.mov(rbx, rdi)?;
+            a.cmp(rsi, 0)?;
+            a.jne(again)
+        });
+    }
+}
+
+#[test]
+fn mxcsr_is_the_guests() {
+    let guests = check(|a| {
+        let mut again = a.create_label();
+        a.mov(dword_ptr(rsi), 0x7fa0)?;
+        a.mov(dword_ptr(rsi + 4), 0x1f80)?;
+        a.mov(ecx, 40)?;
+        a.set_label(&mut again)?;
+        a.ldmxcsr(dword_ptr(rsi))?;
+        a.divsd(xmm0, xmm1)?;
+        a.stmxcsr(dword_ptr(rsi + 8))?;
+        a.ldmxcsr(dword_ptr(rsi + 4))?;
+        a.stmxcsr(dword_ptr(rsi + 12))?;
+        a.add(eax, dword_ptr(rsi + 8))?;
+        a.sub(ecx, 1)?;
+        a.jne(again)?;
+        // Unmasked, and reserved bits.
+        a.mov(dword_ptr(rsi), 0x1f00)?;
+        a.ldmxcsr(dword_ptr(rsi))?;
+        a.stmxcsr(dword_ptr(rsi + 16))?;
+        a.mov(dword_ptr(rsi), 0x1_1f80)?;
+        a.ldmxcsr(dword_ptr(rsi))
+    });
+    let [interpreted, translated] = guests.map(|guest| guest.cpu.state.mxcsr);
+    assert_eq!(interpreted, translated);
+}
+
 #[test]
 fn second_bytes_of_registers() {
     check(|a| {

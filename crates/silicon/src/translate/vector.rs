@@ -24,6 +24,7 @@ use crate::exec::operand::is_immediate;
 use crate::exec::{fpu, fpu_image, vector};
 use crate::hostexec::stub::{STATUS, nth, writes};
 use crate::hostexec::{MXCSR_DEFINED, MXCSR_FLAGS, MXCSR_MASKS, class};
+use crate::mmu::host;
 use crate::model::{Feature, Features};
 use crate::state::reg;
 
@@ -152,7 +153,9 @@ impl Emitter<'_> {
         let mut free: &[AsmRegister64] = &[VALUE, ADDRESS];
         if let Some(operand) = memory {
             let kind = if writes(access[operand]) { Kind::Store } else { Kind::Load };
-            let alignment = if needs.classes & class::X87 == 0 { vector::alignment(ins) } else { 0 };
+            // Where faults are recovered from the host's own check is enough.
+            let checks = needs.classes & class::X87 == 0 && !host::recovers();
+            let alignment = if checks { vector::alignment(ins) } else { 0 };
             let rules = Rules { alignment, ..Rules::size(ins.memory_size().size()) };
             let at = self.access(ins, kind, rules, wanted(ins), index)?;
             free = at.free();
