@@ -182,10 +182,10 @@ pub(super) fn part(full: AsmRegister64, size: usize) -> Result<Register> {
 
 /// Whether the register operand can be memory instead, and what is written there is what the register would hold: 32-bit
 /// results clear the upper half of a register, XCHG and XADD write both their operands, which may be one register, and BT and its
-/// kin go beyond memory operands.
+/// kin go beyond memory operands. Nor is a part of it written alone: loads of the whole would have to wait for that.
 fn can_be_memory(ins: &Instruction, operand: u32, written: bool) -> bool {
     use Mnemonic::*;
-    let clears_upper = written && ins.op_register(operand).size() == 4;
+    let is_part = written && ins.op_register(operand).size() < 8;
     let other = matches!(ins.mnemonic(), Xchg | Xadd | Bt | Btc | Btr | Bts);
     let kind = ins.op_code().op_kind(operand);
     let encodable = matches!(
@@ -195,5 +195,5 @@ fn can_be_memory(ins: &Instruction, operand: u32, written: bool) -> bool {
             | OpCodeOperandKind::r32_or_mem
             | OpCodeOperandKind::r64_or_mem
     );
-    encodable && !clears_upper && !other
+    encodable && !is_part && !other
 }
