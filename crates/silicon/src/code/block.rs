@@ -14,7 +14,7 @@ use crate::mmu::host::{self, Absent};
 use crate::translate;
 
 /// How often a block is translated together with others at most: as more of them become known, more are.
-const JOINED_OFTEN: u8 = 4;
+const JOINED_OFTEN: u8 = 2;
 
 /// A run of decoded instructions that ends at a control transfer, a page end, or an instruction that needs a
 /// fresh look at the machine.

@@ -20,6 +20,10 @@ pub(crate) struct Arena {
     size: usize,
     /// Bytes of code, from the start.
     used: usize,
+    /// Where code begins that seldom runs; the arena's end, if there is none.
+    far_start: usize,
+    /// Where it ends.
+    far_end: usize,
     /// Bytes of data, at the end.
     data: usize,
 }
@@ -39,6 +43,11 @@ unsafe impl Send for Arena {}
 impl Arena {
     /// An empty arena of `size` bytes, whole pages. They are only touched as stubs fill them.
     pub(crate) fn new(size: usize) -> io::Result<Arena> {
+        Arena::with_far_code(size, size)
+    }
+
+    /// One whose code that seldom runs lies at `far_start` and behind, so that the other code lies close together.
+    pub(crate) fn with_far_code(size: usize, far_start: usize) -> io::Result<Arena> {
         // SAFETY: the name is a NUL-terminated constant; the call touches no memory of ours.
         let fd = unsafe { libc::memfd_create(c"ring3-stubs".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -60,7 +69,15 @@ impl Arena {
         }
         let room = NonNull::new(room.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: the second half of the room.
-        let arena = Arena { writable: room, executable: unsafe { room.add(size) }, size, used: 0, data: 0 };
+        let arena = Arena {
+            writable: room,
+            executable: unsafe { room.add(size) },
+            size,
+            used: 0,
+            far_start,
+            far_end: far_start,
+            data: 0,
+        };
         map(&file, arena.writable, size, libc::PROT_READ | libc::PROT_WRITE)?;
         map(&file, arena.executable, size, libc::PROT_READ | libc::PROT_EXEC)?;
         Ok(arena)
@@ -69,14 +86,27 @@ impl Arena {
     /// Adds `code`; the address to call, or `None` when the arena is full.
     pub(crate) fn add(&mut self, code: &[u8]) -> Option<u64> {
         let start = self.used.next_multiple_of(ALIGN);
-        let end = start.checked_add(code.len())?;
-        if end > self.size - self.data {
-            return None;
-        }
-        // SAFETY: `start..end` lies within the writable view, and no reference to it exists.
-        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(start), code.len()) };
+        let end =
+            start.checked_add(code.len()).filter(|&end| end <= self.far_start.min(self.size - self.data))?;
+        self.write(start, code);
         self.used = end;
         Some(self.executable.as_ptr() as u64 + start as u64)
+    }
+
+    /// Likewise, `far` as code that seldom runs; the address of `code`.
+    pub(crate) fn add_both(&mut self, code: &[u8], far: &[u8]) -> Option<u64> {
+        let start = self.far_end.next_multiple_of(ALIGN);
+        let end = start.checked_add(far.len()).filter(|&end| end <= self.size - self.data)?;
+        let address = self.add(code)?;
+        self.write(start, far);
+        self.far_end = end;
+        Some(address)
+    }
+
+    fn write(&mut self, start: usize, code: &[u8]) {
+        assert!(start + code.len() <= self.size, "the caller has seen that there is room");
+        // SAFETY: that lies within the writable view, and no reference to it exists.
+        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(start), code.len()) };
     }
 
     /// Where the next code that is added will be.
@@ -84,10 +114,16 @@ impl Arena {
         self.executable.as_ptr() as u64 + self.used.next_multiple_of(ALIGN) as u64
     }
 
+    /// Where the next code will be that seldom runs.
+    pub(crate) fn next_far(&self) -> u64 {
+        self.executable.as_ptr() as u64 + self.far_end.next_multiple_of(ALIGN) as u64
+    }
+
     /// Room for `size` bytes of data, a multiple of eight, far from all code; `None` when the arena is full.
     pub(crate) fn data(&mut self, size: usize) -> Option<Data> {
         let data = self.data.checked_add(size)?;
-        if data > self.size - self.used {
+        let used = if self.far_end > self.far_start { self.far_end } else { self.used };
+        if data > self.size - used {
             return None;
         }
         self.data = data;
@@ -110,7 +146,7 @@ impl Arena {
 
     /// Forgets everything. Nobody may call any of the code afterwards.
     pub(crate) fn clear(&mut self) {
-        (self.used, self.data) = (0, 0);
+        (self.used, self.far_end, self.data) = (0, self.far_start, 0);
     }
 }
 

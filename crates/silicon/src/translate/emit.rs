@@ -569,18 +569,17 @@ impl<'a> Emitter<'a> {
     /// Where the region is now, with what is to be done about faults in it: for each run the number of the block, the operation that it
     /// begins with, and its code.
     pub(super) fn finish(mut self, recovery: &mut Recovery) -> Result<Vec<(usize, usize, u64)>> {
+        let near = self.a.instructions().len();
         self.put_cold()?;
-        let layout = Layout::new(&mut self.a, self.arena, Some(self.routines.frame))?;
-        let address = |instruction: usize| -> Result<u64> {
-            let offset = layout.offsets.get(instruction).copied().ok_or(Failure::Unsuited)?;
-            Ok(layout.at + u64::from(offset))
-        };
+        let layout = Layout::new(&mut self.a, self.arena, Some(self.routines.frame), near)?;
+        let address =
+            |instruction: usize| layout.addresses.get(instruction).copied().ok_or(Failure::Unsuited);
         let placed = |label| address(*self.placed.get(&label).ok_or(Failure::Unsuited)?);
         let faulting = self.faulting.iter().map(|&(from, to)| Ok((address(from)?, placed(to)?)));
         let faulting = faulting.collect::<Result<Vec<_>>>()?;
         let entries = self.entries.iter().map(|entry| Ok((entry.member, entry.index, placed(entry.at)?)));
         let entries = entries.collect::<Result<Vec<_>>>()?;
-        let start = self.arena.add(&layout.bytes).ok_or(Failure::Full)?;
+        let start = self.arena.add_both(&layout.bytes, &layout.far).ok_or(Failure::Full)?;
         debug_assert_eq!(start, layout.at);
         faulting.into_iter().for_each(|(from, to)| recovery.add(from, to));
         Ok(entries)

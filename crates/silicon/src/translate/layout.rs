@@ -13,32 +13,45 @@ pub(super) struct Layout {
     /// Where it has to be.
     pub(super) at: u64,
     pub(super) bytes: Vec<u8>,
-    /// Where each instruction of the assembler's is, relative to `at`.
-    pub(super) offsets: Vec<u32>,
+    /// What of it seldom runs, behind [`Arena::next_far`].
+    pub(super) far: Vec<u8>,
+    /// Where each instruction of the assembler's is.
+    pub(super) addresses: Vec<u64>,
 }
 
-/// A branch to a label that has not been met when it was encoded: where its displacement ends.
+/// A branch to a label that has not been met when it was encoded: where its displacement ends, among the bytes and as an address.
 struct Forward {
     end: usize,
+    address: u64,
     label: usize,
 }
 
 impl Layout {
-    /// Lays out what has been assembled for the next place in the arena. With a frame, fields that are kept there are used there.
-    pub(super) fn new(a: &mut CodeAssembler, arena: &Arena, frame: Option<Frame>) -> Result<Layout, Failure> {
+    /// Lays out what has been assembled for the next place in the arena; the instructions from number `often` on seldom run. With a frame,
+    /// fields that are kept there are used there.
+    pub(super) fn new(
+        a: &mut CodeAssembler,
+        arena: &Arena,
+        frame: Option<Frame>,
+        often: usize,
+    ) -> Result<Layout, Failure> {
         let mut instructions = a.take_instructions();
         if let Some(frame) = frame {
             frame.place(&mut instructions);
         }
         let at = arena.next();
         let mut encoder = Encoder::try_with_capacity(64, 16 * instructions.len())?;
-        let mut offsets = Vec::with_capacity(instructions.len());
+        let mut addresses = Vec::with_capacity(instructions.len());
         // Labels are numbered from one, and those that are met are in `ip`.
         let mut labels: Vec<Option<u64>> = vec![None; 2 * instructions.len() + 2];
         let mut forward = Vec::new();
-        let mut ip = at;
-        for ins in &instructions {
-            offsets.push((ip - at) as u32);
+        let (mut ip, mut near_end, mut position) = (at, None, 0);
+        for (number, ins) in instructions.iter().enumerate() {
+            if number == often {
+                near_end = Some(position);
+                ip = arena.next_far();
+            }
+            addresses.push(ip);
             if let Some(label) = labels.get_mut(ins.ip() as usize).filter(|_| ins.ip() != 0) {
                 *label = Some(ip);
             }
@@ -54,20 +67,22 @@ impl Layout {
                         let mut ins = near(*ins);
                         ins.set_near_branch64(ip);
                         let length = encoder.encode(&ins, ip)?;
-                        forward.push(Forward { end: (ip - at) as usize + length, label });
+                        forward.push(Forward { end: position + length, address: ip + length as u64, label });
                         length
                     }
                 },
             };
             ip += length as u64;
+            position += length;
         }
         let mut bytes = encoder.take_buffer();
-        for Forward { end, label } in forward {
+        for Forward { end, address, label } in forward {
             let target = labels[label].ok_or(Failure::Unsuited)?;
-            let distance = (target - at) as i64 - end as i64;
+            let distance = target.wrapping_sub(address) as i64;
             bytes[end - 4..end].copy_from_slice(&(distance as i32).to_le_bytes());
         }
-        Ok(Layout { at, bytes, offsets })
+        let far = bytes.split_off(near_end.unwrap_or(bytes.len()));
+        Ok(Layout { at, bytes, far, addresses })
     }
 }
 

@@ -213,7 +213,7 @@ impl Code {
         if !has_fsgsbase() {
             return None;
         }
-        let arena = Arena::new(bytes).inspect_err(|error| {
+        let arena = Arena::with_far_code(bytes, bytes / 8 * 3).inspect_err(|error| {
             tracing::error!("no executable memory, guest code is interpreted: {error}");
         });
         let mut arena = arena.ok()?;

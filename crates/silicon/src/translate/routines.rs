@@ -128,7 +128,7 @@ fn assemble_near(
 ) -> Option<u64> {
     let mut a = CodeAssembler::new(64).ok()?;
     emit(&mut a).ok()?;
-    let layout = Layout::new(&mut a, arena, frame).ok()?;
+    let layout = Layout::new(&mut a, arena, frame, usize::MAX).ok()?;
     arena.add(&layout.bytes)
 }
 
