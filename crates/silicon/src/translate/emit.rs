@@ -354,13 +354,9 @@ impl<'a> Emitter<'a> {
             Linear::Register(base, displacement) => At::Sum(base, displacement),
             Linear::Operand(_) => At::Sum(ADDRESS, 0),
         };
-        let base = match linear {
-            Linear::Register(base, 0) => base,
-            _ => {
-                self.linear(&linear)?;
-                ADDRESS
-            }
-        };
+        if let Linear::Operand(_) = linear {
+            self.linear(&linear)?;
+        }
         let (at, back) = (self.a.create_label(), self.a.create_label());
         let interpreter = self.interpreter_label(index);
         let is_ruled = rules.alignment != 0 || rules.within_line && rules.size > 1;
@@ -368,8 +364,20 @@ impl<'a> Emitter<'a> {
         if is_ruled {
             self.place(back)?;
         }
-        self.a.mov(VALUE, page)?;
-        self.a.xor(VALUE, base)?;
+        match linear {
+            Linear::Register(base, displacement) if displacement != 0 => {
+                self.a.lea(VALUE, qword_ptr(base + displacement))?;
+                self.a.xor(VALUE, page)?;
+            }
+            Linear::Register(at, _) => {
+                self.a.mov(VALUE, page)?;
+                self.a.xor(VALUE, at)?;
+            }
+            Linear::Operand(_) => {
+                self.a.mov(VALUE, page)?;
+                self.a.xor(VALUE, ADDRESS)?;
+            }
+        }
         self.a.cmp(VALUE, 4096 - rules.size as i32)?;
         self.a.ja(at)?;
         if rules.alignment != 0 {
