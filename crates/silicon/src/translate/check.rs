@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 
 use iced_x86::{Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register, UsedMemory};
 
+use super::link::Link;
 use super::run::call;
 use super::{Family, LEAVE_INDIRECT, LEAVE_LINK};
 use crate::code::op::{Flow, Op};
@@ -105,6 +106,9 @@ impl Cpu {
         self.go_back(&before);
         // SAFETY: the caller's promise.
         let (exit, extra) = unsafe { call(way_in, code) };
+        if self.leaves_for_nowhere(exit) {
+            return (exit, extra);
+        }
         let done = if exit == LEAVE_INDIRECT || exit & LEAVE_LINK != 0 {
             instructions.len() - start
         } else {
@@ -117,6 +121,18 @@ impl Cpu {
             checks.compared += 1;
         }
         (exit, extra)
+    }
+
+    /// Whether host code has left by a branch to an address that nothing can be at: it is about to be taken back.
+    fn leaves_for_nowhere(&self, exit: u64) -> bool {
+        if exit == LEAVE_INDIRECT {
+            return !self.state.canonical(self.state.rip);
+        }
+        let link = Some(exit & !LEAVE_LINK).filter(|_| exit & LEAVE_LINK != 0);
+        let target =
+            link.zip(self.translator.code.as_ref()).and_then(|(at, code)| Link::target(&code.arena, at));
+        let ip_base = self.state.regs[usize::from(reg::IP_BASE)];
+        target.is_some_and(|(target, _)| !self.state.canonical(ip_base.wrapping_add_signed(target)))
     }
 
     pub(super) fn before(&mut self) -> Before {

@@ -661,6 +661,14 @@ fn checked_programs_show_no_difference() {
 }
 
 #[test]
+fn a_checked_branch_to_where_nothing_can_be_is_no_difference() {
+    let mut guests = [Engine::Interpret, Engine::Check].map(guest);
+    // mov rax, 1 << 47; jmp rax
+    let code = [0x48, 0xb8, 0, 0, 0, 0, 0, 0x80, 0, 0, 0xff, 0xe0];
+    compare(&mut guests, &code, 1);
+}
+
+#[test]
 fn a_check_tells_differences() {
     let mut guest = guest(Engine::Check);
     let before = guest.cpu.before();
