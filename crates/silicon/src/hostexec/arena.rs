@@ -69,15 +69,9 @@ impl Arena {
         }
         let room = NonNull::new(room.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: the second half of the room.
-        let arena = Arena {
-            writable: room,
-            executable: unsafe { room.add(size) },
-            size,
-            used: 0,
-            far_start,
-            far_end: far_start,
-            data: 0,
-        };
+        let executable = unsafe { room.add(size) };
+        let arena =
+            Arena { writable: room, executable, size, used: 0, far_start, far_end: far_start, data: 0 };
         map(&file, arena.writable, size, libc::PROT_READ | libc::PROT_WRITE)?;
         map(&file, arena.executable, size, libc::PROT_READ | libc::PROT_EXEC)?;
         Ok(arena)
