@@ -56,7 +56,6 @@ impl Cpu {
         self.refused_lock = None;
         self.refresh_local();
         self.hostexec_enter();
-        self.translator_enter();
         let exit = self.run_guest();
         self.translator_leave();
         self.hostexec_leave();

@@ -139,6 +139,8 @@ pub(crate) struct Translator {
     last: u64,
     /// The epoch and generation that `validity_within` stands for.
     within: [u64; 2],
+    /// The GS base is the CPU's, not the host's.
+    has_gs: bool,
     /// The GS base of the host.
     host_gs: u64,
 }
@@ -183,6 +185,7 @@ impl Translator {
             known: [([0; 3], 0); 8],
             last: 0,
             within: [0; 2],
+            has_gs: false,
             host_gs: 0,
         }
     }
@@ -231,8 +234,10 @@ impl Code {
 }
 
 impl Cpu {
-    /// Entry to guest mode: GS belongs to translated code.
-    pub(crate) fn translator_enter(&mut self) {
+    /// Host code is about to run for the first time since the entry to guest mode: GS belongs to it.
+    #[cold]
+    fn prepare_host(&mut self) {
+        self.translator.has_gs = true;
         if let Some(code) = &self.translator.code {
             // SAFETY: the table is changed by `translate_block` alone, which no translated code calls.
             unsafe { host::translated_code_lies_at(code.arena.range(), &raw const *code.recovery) };
@@ -248,7 +253,7 @@ impl Cpu {
 
     /// Exit from guest mode.
     pub(crate) fn translator_leave(&mut self) {
-        if self.translator.code.is_some() {
+        if std::mem::take(&mut self.translator.has_gs) {
             // SAFETY: as above.
             unsafe {
                 asm!("wrgsbase {}", in(reg) self.translator.host_gs, options(nomem, nostack, preserves_flags));

@@ -60,6 +60,9 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
     let Some(way_in) = way_in.filter(|_| !cpu.stepping && !asked) else {
         return Some(NonNull::from(op));
     };
+    if !cpu.translator.has_gs {
+        cpu.prepare_host();
+    }
     cpu.prepare(cpu.state.regs[usize::from(reg::IP_BASE)]);
     // Where something is asked for all the time, host code looks at once.
     let slice = if cpu.requests.any() { 0 } else { u64::from(SLICE) };
