@@ -1,7 +1,7 @@
 //! Regions: blocks of one page that lead to each other, translated together.
 //!
 //! Within a region a branch is a branch: nothing is looked up and no link checked, because whoever enters a region anywhere
-//! has compared all of it ([`Block::others`](crate::code::Block)). Only branches backwards look for requests.
+//! has compared all of it (`others` of its blocks). Only branches backwards look for requests.
 //!
 //! What holds where a block of the region begins is decided before anything is emitted: where the flags are, how many instructions
 //! have been executed but not counted, and which vector registers are live. Branches within the region see to it; whoever comes from

@@ -24,11 +24,11 @@ use crate::state::reg;
 /// Addresses of the shared code.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Routines {
-    /// `extern fn(code in RAX)`, called with GS set; see [`super::call`].
+    /// `extern fn(code in RAX)`, called with GS set; see [`super::run::call`].
     pub(super) enter: u64,
     /// What host code keeps in memory near itself.
     pub(super) frame: Frame,
-    /// Jumped to, to leave: [`ADDRESS`] and [`VALUE`] are what [`super::call`] returns, RAX holds the flags.
+    /// Jumped to, to leave: [`ADDRESS`] and [`VALUE`] are what [`super::run::call`] returns, RAX holds the flags.
     pub(super) leave: u64,
     /// Jumped to, to leave for the target in [`ADDRESS`]; [`VALUE`] takes the branch back.
     pub(super) no_jump: u64,
