@@ -207,7 +207,8 @@ fn tells_of_absence(signal: c_int, code: c_int) -> bool {
 }
 
 /// For signal handlers of SIGSEGV and SIGBUS: if the signal is that of an access to guest memory by this crate, has the
-/// access fail instead, and the handler is to return at once. False, with nothing changed, if it is not.
+/// access fail instead, and the handler is to return at once; likewise where a vector of translated code is not aligned. False, with
+/// nothing changed, if it is not.
 ///
 /// # Safety
 ///

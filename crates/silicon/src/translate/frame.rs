@@ -19,14 +19,14 @@ use crate::cpu::Cpu;
 use crate::hostexec::arena::Arena;
 use crate::state::reg;
 
-/// Offset in the [`Cpu`](crate::cpu::Cpu) of the count of instructions at which host code looks for requests next.
+/// Offset in the [`Cpu`] of the count of instructions at which host code looks for requests next.
 pub(super) const STOP: usize = offset_of!(Cpu, translator.stop);
 
 /// Where the frame is, for code to reach.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Frame(u64);
 
-/// Offsets in the [`Cpu`](crate::cpu::Cpu) of what is in the frame, eight bytes each.
+/// Offsets in the [`Cpu`] of what is in the frame, eight bytes each.
 const FIELDS: [usize; 6] = [
     slot_offset(reg::R11),
     slot_offset(reg::R13),
@@ -59,7 +59,7 @@ impl Frame {
         }
     }
 
-    /// Copies the fields from the [`Cpu`](crate::cpu::Cpu). Changes RCX and RFLAGS.
+    /// Copies the fields from the [`Cpu`]. Changes RCX and RFLAGS.
     pub(super) fn load(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         for (at, offset) in FIELDS.into_iter().enumerate() {
             a.mov(rcx, field(offset))?;

@@ -8,9 +8,9 @@ use iced_x86::{Code, Instruction, MemoryOperand, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Kind, Linear, Result};
+use super::flags::written;
 use super::registers::{ADDRESS, At, GUEST_RSP, Place, VALUE, field, place_of, slot};
 use crate::cpu::Cpu;
-use crate::hostexec::stub::writes;
 use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Recent};
 use crate::state::{Seg, reg};
 
@@ -185,9 +185,7 @@ impl Emitter<'_> {
 
     /// Notes which registers the instruction, which has just been translated, has loaded from memory.
     pub(super) fn note_pointers(&mut self, ins: &Instruction) {
-        let written = self.info.info(ins).used_registers().iter().filter(|used| writes(used.access()));
-        let written = written.map(|used| used.register()).filter(|register| register.is_gpr());
-        let written = written.fold(0, |all, register| all | 1 << (register.number() & 15));
+        let written = written(&mut self.info, ins);
         self.pointers &= !written;
         // What is extended from less is more likely to be an index into something small.
         if matches!(ins.mnemonic(), Mnemonic::Mov | Mnemonic::Movsxd | Mnemonic::Pop) && reads_memory(ins) {

@@ -217,6 +217,7 @@ impl Code {
         if !has_fsgsbase() {
             return None;
         }
+        // More than half of all code seldom runs; links take the rest.
         let arena = Arena::with_far_code(bytes, bytes / 8 * 3).inspect_err(|error| {
             tracing::error!("no executable memory, guest code is interpreted: {error}");
         });
