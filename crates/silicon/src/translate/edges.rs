@@ -5,11 +5,11 @@ use std::mem::offset_of;
 use iced_x86::code_asm::{CodeLabel, dword_ptr, qword_ptr, r14d, r15d, rsp};
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use super::Failure;
 use super::emit::{Cold, Emitter, Result, Target, instructions};
 use super::flags::{Flags, Rax, Wanted};
 use super::link::{self, Link};
 use super::registers::{ADDRESS, VALUE, field, slot};
+use super::{Failure, routines};
 use crate::cpu::{Cpu, Requests};
 use crate::mmu::host;
 use crate::mmu::tlb::PAGE_MASK;
@@ -242,20 +242,7 @@ impl Emitter<'_> {
     /// the host predicts the jump by where it is. The flags are in RAX.
     fn find_jump(&mut self, taken: u64) -> Result<()> {
         let (unknown, invalid) = (self.a.create_label(), self.a.create_label());
-        let of_entry = |offset: usize| qword_ptr(VALUE + offset);
-        self.a.mov(VALUE, ADDRESS)?;
-        self.a.shr(VALUE, link::Jump::SHIFT)?;
-        self.a.xor(VALUE, ADDRESS)?;
-        self.a.and(r14d, (link::Jump::ENTRIES - 1) as i32)?;
-        self.a.shl(r14d, size_of::<link::Jump>().trailing_zeros())?;
-        self.a.add(VALUE, field(offset_of!(Cpu, translator.jumps)))?;
-        self.a.cmp(ADDRESS, of_entry(offset_of!(link::Jump, lin)))?;
-        self.a.jne(unknown)?;
-        self.a.and(ADDRESS, !(PAGE_MASK as i32))?;
-        self.a.mov(slot(reg::IP_BASE), ADDRESS)?;
-        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
-        self.a.cmp(ADDRESS, of_entry(offset_of!(link::Jump, validity)))?;
-        self.a.jne(invalid)?;
+        routines::find_jump(&mut self.a, (VALUE, r14d), unknown, invalid)?;
         self.cold.push(Cold::NoJump { at: unknown, overwritten: false, taken });
         self.cold.push(Cold::NoJump { at: invalid, overwritten: true, taken });
         Ok(())

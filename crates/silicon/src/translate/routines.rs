@@ -4,8 +4,8 @@ use std::mem::offset_of;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeAssembler, CodeLabel, ax, byte_ptr, dword_ptr, eax, ecx, edx, qword_ptr, r12, r13, r14, r14d, r15,
-    rax, rcx, rdi, rdx, rsp,
+    AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, ax, byte_ptr, dword_ptr, eax, ecx, edx,
+    qword_ptr, r12, r13, r14, r14d, r15, rax, rcx, rdi, rdx, rsp,
 };
 
 use super::emit::{Kind, instructions};
@@ -212,25 +212,36 @@ fn no_jump(a: &mut CodeAssembler, leave: u64) -> Result<(), IcedError> {
     a.jmp(leave)
 }
 
+/// Has `entry` point to the [`Jump`] for the address in [`ADDRESS`]. Goes to `unknown` if that is for another one, or to `invalid`, with
+/// [`ADDRESS`] lost, if it does not hold. Changes flags.
+pub(super) fn find_jump(
+    a: &mut CodeAssembler,
+    (entry, low): (AsmRegister64, AsmRegister32),
+    unknown: CodeLabel,
+    invalid: CodeLabel,
+) -> Result<(), IcedError> {
+    a.mov(entry, ADDRESS)?;
+    a.shr(entry, Jump::SHIFT)?;
+    a.xor(entry, ADDRESS)?;
+    a.and(low, (Jump::ENTRIES - 1) as i32)?;
+    a.shl(low, size_of::<Jump>().trailing_zeros())?;
+    a.add(entry, field(offset_of!(Cpu, translator.jumps)))?;
+    a.cmp(ADDRESS, qword_ptr(entry + offset_of!(Jump, lin)))?;
+    a.jne(unknown)?;
+    a.and(ADDRESS, !(PAGE_MASK as i32))?;
+    a.mov(slot(reg::IP_BASE), ADDRESS)?;
+    a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
+    a.cmp(ADDRESS, qword_ptr(entry + offset_of!(Jump, validity)))?;
+    a.jne(invalid)
+}
+
 /// Where a return goes that no call is known for: asks the cache of [`Jump`]s. [`VALUE`] is kept for whoever has to take the
 /// jump back.
 fn indirect(a: &mut CodeAssembler, no_jump: u64) -> Result<(), IcedError> {
     let (mut out, mut invalid) = (a.create_label(), a.create_label());
     let of_entry = |offset: usize| qword_ptr(rcx + offset);
     a.push(rcx)?;
-    a.mov(rcx, ADDRESS)?;
-    a.shr(rcx, Jump::SHIFT)?;
-    a.xor(rcx, ADDRESS)?;
-    a.and(ecx, (Jump::ENTRIES - 1) as u32)?;
-    a.shl(ecx, size_of::<Jump>().trailing_zeros())?;
-    a.add(rcx, field(offset_of!(Cpu, translator.jumps)))?;
-    a.cmp(ADDRESS, of_entry(offset_of!(Jump, lin)))?;
-    a.jne(out)?;
-    a.and(ADDRESS, !(PAGE_MASK as i32))?;
-    a.mov(slot(reg::IP_BASE), ADDRESS)?;
-    a.mov(ADDRESS, field(offset_of!(Cpu, translator.validity)))?;
-    a.cmp(ADDRESS, of_entry(offset_of!(Jump, validity)))?;
-    a.jne(invalid)?;
+    find_jump(a, (rcx, ecx), out, invalid)?;
     a.mov(ADDRESS, of_entry(offset_of!(Jump, code)))?;
     a.pop(rcx)?;
     a.jmp(ADDRESS)?;
