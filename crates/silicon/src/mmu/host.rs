@@ -115,19 +115,25 @@ fn fixup(rip: u64) -> Option<u64> {
 
 /// Where translated code goes on after accesses that fault. Both addresses of an entry are of the code.
 #[derive(Debug, Default)]
-pub(crate) struct Recovery(Vec<(u64, u64)>);
+pub(crate) struct Recovery {
+    /// Of code that often runs, and of code that seldom does: each in the order of the first address.
+    lists: [Vec<(u64, u64)>; 2],
+}
 
 impl Recovery {
-    /// If the instruction at `from` faults, go on at `to`. Entries come in the order of `from`.
-    pub(crate) fn add(&mut self, from: u64, to: u64) {
-        self.0.push((from, to));
+    /// If the instruction at `from` faults, go on at `to`. Entries come in the order of `from`, those of code that seldom runs apart.
+    pub(crate) fn add(&mut self, from: u64, to: u64, seldom: bool) {
+        self.lists[usize::from(seldom)].push((from, to));
     }
     /// Forgets all of them.
     pub(crate) fn clear(&mut self) {
-        self.0.clear();
+        self.lists.iter_mut().for_each(Vec::clear);
     }
     fn find(&self, rip: u64) -> Option<u64> {
-        self.0.binary_search_by_key(&rip, |entry| entry.0).ok().map(|at| self.0[at].1)
+        self.lists.iter().find_map(|list| {
+            let at = list.binary_search_by_key(&rip, |entry| entry.0).ok()?;
+            Some(list[at].1)
+        })
     }
 }
 

@@ -99,7 +99,13 @@ impl Emitter<'_> {
 
     /// Does what has to be done before a jump within the region, with `due` instructions to be counted so far.
     fn go_within(&mut self, to: &Target, target: i64, due: i32, taken: u64) -> Result<()> {
-        if self.is_backwards(target) && !to.start.is_loop {
+        let owed = due - to.start.owed;
+        let keeps_flags = to.start.flags == Some(Wanted::Host);
+        let polls = self.is_backwards(target) && !to.start.is_loop;
+        // The count tells that it is time to look for requests, where it may change the flags.
+        let can_be_had = self.flags.rax != Rax::Nothing || self.flags.recipe.is_some();
+        let by_count = polls && owed > 0 && !keeps_flags && (to.start.flags.is_some() || can_be_had);
+        if polls && !by_count {
             self.poll(target, due, taken)?;
         }
         match to.start.flags {
@@ -108,8 +114,10 @@ impl Emitter<'_> {
             Some(Wanted::Marked(recipe)) => self.mark_flags(recipe)?,
             None => {}
         }
-        let owed = due - to.start.owed;
-        if owed != 0 && to.start.flags != Some(Wanted::Host) {
+        if by_count {
+            return self.count_and_poll(to, target, owed);
+        }
+        if owed != 0 && !keeps_flags {
             self.a.add(instructions(), owed)?;
         } else if owed != 0 {
             // In a way that keeps the flags.
@@ -117,6 +125,18 @@ impl Emitter<'_> {
             self.a.lea(ADDRESS, qword_ptr(ADDRESS + owed))?;
             self.a.mov(instructions(), ADDRESS)?;
         }
+        Ok(())
+    }
+
+    /// Counts instructions before going on at `target` in the region, and leaves if it is time to look for requests and there are some.
+    fn count_and_poll(&mut self, to: &Target, target: i64, owed: i32) -> Result<()> {
+        let link = Link::make(self.arena, target, 0).ok_or(Failure::Full)?;
+        let (at, back) = (self.a.create_label(), self.a.create_label());
+        self.flags.host = false;
+        self.a.add(instructions(), owed)?;
+        self.a.jns(at)?;
+        self.place(back)?;
+        self.cold.push(Cold::Rest { at, back, flags: self.flags, counted: -to.start.owed, link });
         Ok(())
     }
 
@@ -196,7 +216,9 @@ impl Emitter<'_> {
         self.a.je(back)?;
         self.flags = flags;
         self.settle_flags()?;
-        self.a.sub(instructions(), counted)?;
+        if counted != 0 {
+            self.a.sub(instructions(), counted)?;
+        }
         self.a.mov(ADDRESS, link | super::LEAVE_LINK)?;
         Ok(self.a.jmp(leave)?)
     }

@@ -5,25 +5,27 @@ use std::mem::offset_of;
 use std::ops::Range;
 
 use iced_x86::code_asm::{
-    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, eax, qword_ptr, r14b, r14d, r15b, rsp,
+    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, eax, qword_ptr, r14b, r14d, r15b, r15d, rsp,
 };
 use iced_x86::{FlowControl, IcedError, Instruction, InstructionInfoFactory};
 
 use super::edges::Way;
 use super::flags::{Flags, Rax, Wanted};
+use super::groups::Groups;
 use super::layout::Layout;
 use super::link::Jump;
 use super::memory::{Constants, Rules};
 use super::region::{Member, Start};
 use super::registers::{ADDRESS, At, VALUE, field, field16};
 use super::routines::Routines;
+use super::shared::{Apart, Shared};
 use super::vector::{Known, Live};
 use super::{Failure, Family};
 use crate::code::op::Op;
 use crate::cpu::Cpu;
 use crate::hostexec::arena::Arena;
 use crate::mmu::host::Recovery;
-use crate::mmu::tlb::{Found, PAGE_SHIFT, Recent};
+use crate::mmu::tlb::{Found, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Recent};
 use crate::model::Features;
 
 /// Bytes in a cache line.
@@ -65,7 +67,15 @@ pub(super) enum Linear {
 /// Code that lies behind that of the region.
 pub(super) enum Cold<'a> {
     /// The access at `back` is not to the page accessed last.
-    LookUp { at: CodeLabel, back: Back, linear: Linear, recent: usize, routine: u64, interpreter: CodeLabel },
+    LookUp {
+        at: CodeLabel,
+        back: Back,
+        linear: Linear,
+        recent: usize,
+        routine: u64,
+        rules: Rules,
+        interpreter: CodeLabel,
+    },
     /// An instruction is the interpreter's, but the flags are not in RAX.
     SaveFlags { at: CodeLabel, flags: Flags, interpreter: CodeLabel },
     /// An access has faulted whose flags are in the state.
@@ -86,7 +96,7 @@ pub(super) enum Cold<'a> {
         back: CodeLabel,
         linear: Linear,
         routine: u64,
-        alignment: u8,
+        rules: Rules,
         interpreter: CodeLabel,
     },
     /// Vector registers have to be loaded.
@@ -146,8 +156,11 @@ pub(super) struct Emitter<'a> {
     pub(super) pointers: u16,
     /// Of which constants the page is known in this run.
     pub(super) constants: Constants,
+    /// Which accesses have one check together.
+    pub(super) shared: Shared,
     /// Number of the page that the code is in.
     pub(super) code_page: u64,
+    features: &'a Features,
     pub(super) arena: &'a mut Arena,
     pub(super) routines: Routines,
     /// The blocks that branches may go on to, by where they begin in the page.
@@ -159,13 +172,15 @@ pub(super) struct Emitter<'a> {
     /// The block that comes behind the run.
     pub(super) follower: Option<i64>,
     pub(super) cold: Vec<Cold<'a>>,
+    /// Second translations that lie behind that of the region.
+    pub(super) apart: Vec<Apart<'a>>,
     entries: Vec<Entry>,
     /// Which of the assembler's instructions labels are at.
     placed: HashMap<CodeLabel, usize>,
     /// Instructions that may fault: which they are among the assembler's, and where to go on.
     faulting: Vec<(usize, CodeLabel)>,
     /// For each operation of the run the label where it is given to the interpreter.
-    interpret: Vec<Option<CodeLabel>>,
+    pub(super) interpret: Vec<Option<CodeLabel>>,
     /// Likewise, where the flags are not in RAX.
     pub(super) unsaved: Vec<Option<(Flags, CodeLabel)>>,
 }
@@ -178,6 +193,7 @@ impl<'a> Emitter<'a> {
         members: &'a [Member],
         closed: bool,
         code_page: u64,
+        features: &'a Features,
     ) -> Result<Emitter<'a>> {
         let mut a = CodeAssembler::new(64)?;
         let mut targets = HashMap::new();
@@ -195,7 +211,9 @@ impl<'a> Emitter<'a> {
             known: Known::NOTHING,
             pointers: 0,
             constants: Constants::new(),
+            shared: Shared::default(),
             code_page,
+            features,
             arena,
             routines,
             targets,
@@ -203,6 +221,7 @@ impl<'a> Emitter<'a> {
             owed: 0,
             follower: None,
             cold: Vec::new(),
+            apart: Vec::new(),
             entries: Vec::new(),
             placed: HashMap::new(),
             faulting: Vec::new(),
@@ -240,31 +259,36 @@ impl<'a> Emitter<'a> {
     }
 
     /// Emits a run of the block, and how it goes on.
-    pub(super) fn run(
-        &mut self,
-        instructions: &[Instruction],
-        run: Range<usize>,
-        features: &Features,
-    ) -> Result<()> {
+    pub(super) fn run(&mut self, instructions: &'a [Instruction], run: Range<usize>) -> Result<()> {
+        self.shared = Shared::new(Groups::of(instructions, run.clone()));
         for index in run.clone() {
-            let ins = &instructions[index];
-            self.keep_flags_from(&instructions[index..])?;
-            let marks = self.mark_before(&instructions[index..])?;
-            match Family::of(ins, features).ok_or(Failure::Unsuited)? {
-                Family::Integer => self.instruction(ins, index)?,
-                Family::Vector => self.vector(ins, index)?,
-                Family::Branch => self.branch(ins, index)?,
-            }
-            if marks {
-                self.flags.rax = Rax::Marked;
-            }
-            self.note_pointers(ins);
+            self.begin_cluster(index);
+            self.step(instructions, index)?;
+            self.end_cluster(instructions, index)?;
         }
         match instructions.get(run.end) {
             Some(_) => self.interpret(run.end),
             None if instructions[run.end - 1].flow_control() != FlowControl::Next => Ok(()),
             None => self.go_to(i64::from(self.ops[run.end].page_offset), 0),
         }
+    }
+
+    /// Translates operation `index`.
+    pub(super) fn step(&mut self, instructions: &[Instruction], index: usize) -> Result<()> {
+        let ins = &instructions[index];
+        self.keep_flags_from(&instructions[index..])?;
+        self.land_apart(index)?;
+        let marks = self.mark_before(&instructions[index..])?;
+        match Family::of(ins, self.features).ok_or(Failure::Unsuited)? {
+            Family::Integer => self.instruction(ins, index)?,
+            Family::Vector => self.vector(ins, index)?,
+            Family::Branch => self.branch(ins, index)?,
+        }
+        if marks {
+            self.flags.rax = Rax::Marked;
+        }
+        self.note_pointers(ins);
+        Ok(())
     }
 
     /// Has whoever comes in from elsewhere find what the block expects.
@@ -402,7 +426,7 @@ impl<'a> Emitter<'a> {
         if let Back::Value(back) | Back::Address(back) = back {
             self.place(back)?;
         }
-        self.cold.push(Cold::LookUp { at, back, linear, recent, routine, interpreter });
+        self.cold.push(Cold::LookUp { at, back, linear, recent, routine, rules, interpreter });
         Ok(if is_sum { sum } else { At::Address })
     }
 
@@ -428,9 +452,17 @@ impl<'a> Emitter<'a> {
         }
         self.a.add(ADDRESS, qword_ptr(VALUE + column + offset_of!(Found, host)))?;
         self.place(back)?;
-        let alignment = rules.alignment;
-        self.cold.push(Cold::Find { at, back, linear, routine, alignment, interpreter });
+        self.cold.push(Cold::Find { at, back, linear, routine, rules, interpreter });
         Ok(At::Address)
+    }
+
+    /// Goes where what lies in two pages goes, if there is such a place and the bytes at [`ADDRESS`] do.
+    fn leave_split(&mut self, rules: &Rules) -> Result<()> {
+        let Some(split) = rules.split else { return Ok(()) };
+        self.a.mov(r14d, r15d)?;
+        self.a.and(r14d, PAGE_MASK as i32)?;
+        self.a.cmp(r14d, PAGE_SIZE as i32 - rules.size as i32)?;
+        Ok(self.a.ja(split)?)
     }
 
     /// Where operation `index` begins in its page.
@@ -460,6 +492,9 @@ impl<'a> Emitter<'a> {
 
     /// Emits what lies behind the region.
     fn put_cold(&mut self) -> Result<()> {
+        for apart in std::mem::take(&mut self.apart) {
+            self.put_apart(apart)?;
+        }
         while !self.cold.is_empty() {
             // Ends of blocks ask for more.
             for piece in std::mem::take(&mut self.cold) {
@@ -488,8 +523,9 @@ impl<'a> Emitter<'a> {
         | Cold::NoJump { at, .. }) = piece;
         self.place(at)?;
         match piece {
-            Cold::LookUp { back, linear, recent, routine, interpreter, .. } => {
+            Cold::LookUp { back, linear, recent, routine, rules, interpreter, .. } => {
                 self.linear(&linear)?;
+                self.leave_split(&rules)?;
                 self.a.mov(r14d, recent as u32)?;
                 self.a.call(routine)?;
                 match back {
@@ -502,12 +538,13 @@ impl<'a> Emitter<'a> {
                 }
                 self.a.jmp(interpreter)?;
             }
-            Cold::Find { back, linear, routine, alignment, interpreter, .. } => {
+            Cold::Find { back, linear, routine, rules, interpreter, .. } => {
                 self.linear(&linear)?;
+                self.leave_split(&rules)?;
                 self.a.call(routine)?;
                 self.a.jne(interpreter)?;
-                if alignment != 0 {
-                    self.a.test(r15b, i32::from(alignment))?;
+                if rules.alignment != 0 {
+                    self.a.test(r15b, i32::from(rules.alignment))?;
                     self.a.jne(interpreter)?;
                 }
                 self.a.jmp(back)?;
@@ -583,13 +620,14 @@ impl<'a> Emitter<'a> {
         let address =
             |instruction: usize| layout.addresses.get(instruction).copied().ok_or(Failure::Unsuited);
         let placed = |label| address(*self.placed.get(&label).ok_or(Failure::Unsuited)?);
-        let faulting = self.faulting.iter().map(|&(from, to)| Ok((address(from)?, placed(to)?)));
+        let faulting =
+            self.faulting.iter().map(|&(from, to)| Ok((address(from)?, placed(to)?, from >= near)));
         let faulting = faulting.collect::<Result<Vec<_>>>()?;
         let entries = self.entries.iter().map(|entry| Ok((entry.member, entry.index, placed(entry.at)?)));
         let entries = entries.collect::<Result<Vec<_>>>()?;
         let start = self.arena.add_both(&layout.bytes, &layout.far).ok_or(Failure::Full)?;
         debug_assert_eq!(start, layout.at);
-        faulting.into_iter().for_each(|(from, to)| recovery.add(from, to));
+        faulting.into_iter().for_each(|(from, to, seldom)| recovery.add(from, to, seldom));
         Ok(entries)
     }
 }

@@ -218,8 +218,9 @@ fn ends_within(instructions: &[Instruction]) -> bool {
     false
 }
 
-fn bit(register: Register) -> u16 {
-    1 << (register.full_register().number() & 15)
+/// The bit of a general register: per number.
+pub(super) fn bit(register: Register) -> u16 {
+    if register.is_gpr() { 1 << (register.full_register().number() & 15) } else { 0 }
 }
 
 /// The general registers that the instruction writes: bit per number.
@@ -302,6 +303,19 @@ impl Emitter<'_> {
     fn recompute(&mut self) -> Result<()> {
         let recipe = self.flags.recipe.ok_or(Failure::Unsuited)?;
         recipe.steps()?.into_iter().try_for_each(|step| self.put(step))
+    }
+
+    /// The flags are wherever `wanted` has them, perhaps elsewhere as well: they are the same flags, by another way.
+    pub(super) fn flags_as(&mut self, wanted: &Flags) -> Result<()> {
+        if wanted.recipe.is_some() && wanted.recipe != self.flags.recipe {
+            return Err(Failure::Unsuited);
+        }
+        match (wanted.rax, wanted.recipe) {
+            (Rax::Nothing, _) => {}
+            (Rax::Marked, Some(recipe)) => self.mark_flags(recipe)?,
+            (Rax::Marked | Rax::Flags, _) => self.save_flags()?,
+        }
+        if wanted.host { self.load_flags() } else { Ok(()) }
     }
 
     /// The flags are where the recipe and RAX say. Keeps RFLAGS.

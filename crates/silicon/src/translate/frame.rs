@@ -37,9 +37,12 @@ const FIELDS: [usize; 6] = [
 ];
 
 impl Frame {
+    /// Places behind the fields for what checks have found that several accesses share, eight bytes each.
+    pub(super) const SHARED: usize = 6;
+
     /// A frame in the arena.
     pub(super) fn new(arena: &mut Arena) -> Option<Frame> {
-        arena.data(8 * FIELDS.len()).map(|data| Frame(data.writable.as_ptr() as u64))
+        arena.data(8 * (FIELDS.len() + Frame::SHARED)).map(|data| Frame(data.writable.as_ptr() as u64))
     }
 
     /// Has instructions use the frame for what is in it.
@@ -81,6 +84,11 @@ impl Frame {
             a.mov(field(offset), rcx)?;
         }
         Ok(())
+    }
+
+    /// Place `slot` of [`Frame::SHARED`].
+    pub(super) fn shared(self, slot: usize) -> MemoryOperand {
+        self.field(FIELDS.len() + slot)
     }
 
     fn field(self, at: usize) -> MemoryOperand {

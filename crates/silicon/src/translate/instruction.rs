@@ -4,12 +4,13 @@ use std::mem::offset_of;
 
 use iced_x86::code_asm::{AsmRegister64, ax, byte_ptr, qword_ptr, r11, r11b, r11d, r11w, rax, rbp};
 use iced_x86::{
-    Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Instruction, MemoryOperand, Mnemonic,
-    OpAccess, OpKind, Register,
+    Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    MemoryOperand, Mnemonic, OpAccess, OpKind, Register,
 };
 
 use super::Failure;
 use super::emit::{Emitter, Kind, Result};
+use super::groups::Access;
 use super::memory::{Rules, suits_memory};
 use super::operands::{part, wanted};
 use super::registers::{
@@ -249,6 +250,21 @@ fn needs_flags(ins: &Instruction) -> bool {
 /// nothing for Intel's processors and the decoder; AMD's compute OF.
 pub(super) fn changes_flags(ins: &Instruction) -> bool {
     ins.rflags_modified() & STATUS != 0 || matches!(ins.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+}
+
+/// The access of an instruction that [`suits`] which may be of a group ([`super::groups`]).
+pub(super) fn access(ins: &Instruction, info: &mut InstructionInfoFactory) -> Option<Access> {
+    let operand = || ins.op_kinds().position(|kind| kind == OpKind::Memory);
+    match how(ins)? {
+        How::Push if ins.op0_kind() != OpKind::Memory => Some(Access::stack(-8, Kind::Store)),
+        How::Pop => Some(Access::stack(0, Kind::Load)),
+        How::Multiply | How::Divide => operand().and_then(|_| Access::operand(ins, Kind::Load)),
+        How::Copy if !locks(ins) => {
+            let writes = writes(info.info(ins).op_access(operand()? as u32));
+            Access::operand(ins, if writes { Kind::Store } else { Kind::Load })
+        }
+        _ => None,
+    }
 }
 
 /// What an instruction that is translated does with the status flags.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::mem::offset_of;
 
-use iced_x86::code_asm::{qword_ptr, rbp};
+use iced_x86::code_asm::{CodeLabel, qword_ptr, rbp};
 use iced_x86::{Code, Instruction, MemoryOperand, Mnemonic, OpKind, Register};
 
 use super::Failure;
@@ -44,7 +44,7 @@ fn way(ins: &Instruction, kind: Kind, code: u64) -> usize {
 const FEW: usize = Recent::WAYS[1];
 
 /// Where the page accessed last in this way is, in the [`Cpu`].
-fn recent(kind: Kind, way: usize) -> usize {
+pub(super) fn recent(kind: Kind, way: usize) -> usize {
     let before: usize = Recent::WAYS[..kind as usize].iter().sum();
     offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (before + way)
 }
@@ -143,11 +143,16 @@ impl Emitter<'_> {
             Place::Host(base) if plain => Linear::Register(base, displacement),
             _ => Linear::Operand(*ins),
         };
+        let way = way(ins, kind, self.code_page);
+        if let Some(at) = self.access_shared(Some(ins), linear, way, index)? {
+            return Ok(at);
+        }
         if kind != Kind::Lock && self.is_scattered(ins) {
             return self.find(linear, kind, rules, index);
         }
-        let recent = recent(kind, way(ins, kind, self.code_page));
+        let recent = recent(kind, way);
         let constant = kind != Kind::Lock
+            && !(kind == Kind::Store && self.shared.in_cluster())
             && ins.memory_base() == Register::RIP
             && !matches!(ins.memory_segment(), Register::FS | Register::GS);
         let page = i64::from(displacement) >> PAGE_SHIFT;
@@ -176,7 +181,7 @@ impl Emitter<'_> {
     }
 
     /// Whether what the operand points to is likely to be in another page each time: its address has come from memory.
-    fn is_scattered(&self, ins: &Instruction) -> bool {
+    pub(super) fn is_scattered(&self, ins: &Instruction) -> bool {
         let segment = matches!(ins.memory_segment(), Register::FS | Register::GS);
         let loaded =
             |register: Register| register.is_gpr() && self.pointers & 1 << (register.number() & 15) != 0;
@@ -196,6 +201,9 @@ impl Emitter<'_> {
     /// Where the word at RSP plus `offset` is; [`ADDRESS`] is free. The flags are in RAX.
     pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<At> {
         let linear = Linear::Register(GUEST_RSP, offset);
+        if let Some(at) = self.access_shared(None, linear, usize::from(reg::RSP), index)? {
+            return Ok(at);
+        }
         self.check(linear, recent(kind, usize::from(reg::RSP)), kind, Rules::size(8), 1, index)
     }
 
@@ -215,11 +223,13 @@ pub(super) struct Rules {
     pub(super) alignment: u8,
     /// It must not be split between two cache lines.
     pub(super) within_line: bool,
+    /// Where to go if it lies in two pages; else the interpreter has to see to it.
+    pub(super) split: Option<CodeLabel>,
 }
 
 impl Rules {
     /// No more than that it has this size.
     pub(super) fn size(size: usize) -> Rules {
-        Rules { size, alignment: 0, within_line: false }
+        Rules { size, alignment: 0, within_line: false, split: None }
     }
 }

@@ -40,6 +40,7 @@ mod edges;
 mod emit;
 mod flags;
 mod frame;
+mod groups;
 mod instruction;
 mod layout;
 mod link;
@@ -49,6 +50,9 @@ mod region;
 mod registers;
 mod routines;
 mod run;
+mod shared;
+#[cfg(test)]
+mod shared_tests;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -130,6 +134,8 @@ pub(crate) struct Translator {
     stack_limit: u64,
     /// How often a block runs before it is translated.
     after: u32,
+    /// Blocks that could not be translated although their instructions can: none, but for mistakes here.
+    unsuited: u64,
     /// What of the guest's vector registers is in the host's: a [`vector::Live`]. Nothing, when host code does not run.
     vectors: u32,
     code: Option<Code>,
@@ -180,6 +186,7 @@ impl Translator {
             stack: 0,
             stack_limit: 0,
             after,
+            unsuited: 0,
             vectors: 0,
             code,
             checks,
@@ -305,13 +312,14 @@ impl Cpu {
         let code_page = self.state.regs[usize::from(reg::IP_BASE)] >> PAGE_SHIFT;
         let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
         self.counters.blocks_translated += members.len() as u64;
-        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, closed, code_page)?;
+        let mut emitter =
+            Emitter::new(&mut code.arena, code.routines, members, closed, code_page, &self.features)?;
         for (number, member) in members.iter().enumerate() {
             let follower = members.get(number + 1).map(Member::offset);
             for run in &member.runs {
                 let follower = follower.filter(|_| run.end == member.instructions.len());
                 emitter.begin(member.block.ops(), number, run.start, follower)?;
-                emitter.run(&member.instructions, run.clone(), &self.features)?;
+                emitter.run(&member.instructions, run.clone())?;
             }
         }
         let entries = emitter.finish(&mut code.recovery)?;

@@ -115,6 +115,9 @@ pub(super) fn set_memory(ins: &mut Instruction, operand: u32, at: At) {
     ins.set_memory_index_scale(1);
     let (segment, base, index, displacement) = match at {
         At::Address => (Register::None, ADDRESS.into(), Register::None, 0),
+        At::Near(displacement) => {
+            (Register::None, ADDRESS.into(), Register::None, i64::from(displacement) as u64)
+        }
         At::Sum(base, displacement) => {
             (Register::None, base.into(), VALUE.into(), i64::from(displacement) as u64)
         }
@@ -132,6 +135,8 @@ pub(super) fn set_memory(ins: &mut Instruction, operand: u32, at: At) {
 pub(super) enum At {
     /// What [`ADDRESS`] points to.
     Address,
+    /// What is so many bytes from there.
+    Near(i32),
     /// What a register, a displacement and [`VALUE`], the page's addend, point to.
     Sum(AsmRegister64, i32),
     /// A field of the [`Cpu`].
@@ -143,6 +148,7 @@ impl At {
     pub(super) fn quad(self) -> AsmMemoryOperand {
         match self {
             At::Address => qword_ptr(ADDRESS),
+            At::Near(displacement) => qword_ptr(ADDRESS + displacement),
             At::Sum(base, displacement) => qword_ptr(base + VALUE + displacement),
             At::Field(offset) => field(offset),
         }
@@ -151,7 +157,7 @@ impl At {
     /// Scratch registers that it leaves free.
     pub(super) fn free(self) -> &'static [AsmRegister64] {
         match self {
-            At::Address => &[VALUE],
+            At::Address | At::Near(_) => &[VALUE],
             At::Sum(base, _) if base == ADDRESS => &[],
             At::Sum(..) => &[ADDRESS],
             At::Field(_) => &[VALUE, ADDRESS],

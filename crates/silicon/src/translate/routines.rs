@@ -47,8 +47,8 @@ pub(super) struct Routines {
     raise: [u64; Live::SOME.len()],
 }
 
-/// Sizes of accesses in bytes.
-const SIZES: [usize; 8] = [1, 2, 4, 8, 10, 16, 32, 64];
+/// Sizes in bytes, of accesses and of groups of them.
+const SIZES: [usize; 10] = [1, 2, 4, 8, 10, 16, 32, 64, 128, 256];
 
 impl Routines {
     /// Makes them; `None` without room.
@@ -105,6 +105,11 @@ impl Routines {
     pub(super) fn find(&self, kind: Kind, size: usize) -> Option<u64> {
         let at = SIZES.iter().position(|&known| known == size)?;
         Some(self.finds.get(kind as usize)?[at])
+    }
+
+    /// The least of the sizes that the routines for pages know which is no less than `size`.
+    pub(super) fn round_up(size: usize) -> Option<usize> {
+        SIZES.into_iter().find(|&known| known >= size)
     }
 
     /// To be called to have vector registers be live, where they are not; changes flags alone.

@@ -24,7 +24,10 @@ pub(crate) fn count(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     }
     match cpu.translate_block(op) {
         Ok(()) => {}
-        Err(Failure::Unsuited) => op.handler.set(interpreted(op)),
+        Err(Failure::Unsuited) => {
+            cpu.translator.unsuited += 1;
+            op.handler.set(interpreted(op));
+        }
         Err(Failure::Later) => {
             op.translation.set(0);
             return resync(cpu, op);

@@ -28,7 +28,7 @@ fn guest(engine: Engine) -> Guest {
 
 /// The same guest on both engines, one of which translates what has run so often: at once, blocks are translated alone; later,
 /// together with those that they lead to.
-fn pair(after: u32) -> [Guest; 2] {
+pub(super) fn pair(after: u32) -> [Guest; 2] {
     [Engine::Interpret, Engine::Translate(after)].map(guest)
 }
 
@@ -53,7 +53,7 @@ fn first_difference(one: &[u8], other: &[u8]) -> Option<(usize, u8, u8)> {
 }
 
 /// Runs `code` on both, from the same random registers, and compares; the exit.
-fn compare(guests: &mut [Guest; 2], code: &[u8], seed: u64) -> Exit {
+pub(super) fn compare(guests: &mut [Guest; 2], code: &[u8], seed: u64) -> Exit {
     let exits = [0, 1].map(|i| {
         let mut random = Random(seed | 1);
         let guest = &mut guests[i];
@@ -76,19 +76,19 @@ fn compare(guests: &mut [Guest; 2], code: &[u8], seed: u64) -> Exit {
     exits[0]
 }
 
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
         (self.next() >> 11) % bound
     }
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
     }
     /// A register that programs may change: not RSP, RSI or R15.
@@ -259,6 +259,7 @@ fn random_programs_do_the_same() {
             compare(&mut guests, &code, seed);
         }
         assert!(guests[1].cpu.counters.blocks_translated > 3000);
+        assert_eq!(guests[1].cpu.translator.unsuited, 0);
         assert_eq!(guests[0].cpu.counters.blocks_translated, 0);
     }
 }

@@ -12,10 +12,11 @@ use iced_x86::code_asm::{
     CodeAssembler, dword_ptr, get_xmm, get_ymm, get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, r14d,
     r15d, xmmword_ptr, ymmword_ptr, zmmword_ptr,
 };
-use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{IcedError, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Kind, Result};
+use super::groups::Access;
 use super::memory::{Rules, suits_memory};
 use super::operands::wanted;
 use super::registers::{ADDRESS, At, VALUE, field, field32, set_memory, slot};
@@ -99,6 +100,23 @@ pub(super) fn suits(ins: &Instruction, features: &Features) -> bool {
     operands_suit && if needs.classes & class::X87 != 0 { suits_x87(ins, features) } else { !is_special(ins) }
 }
 
+/// The access of an instruction that [`suits`] which may be of a group: one whose alignment is not checked.
+pub(super) fn access(ins: &Instruction, info: &mut InstructionInfoFactory) -> Option<Access> {
+    let needs = needs(ins)?;
+    if is_mxcsr(ins) || alignment_checked(ins, &needs) != 0 {
+        return None;
+    }
+    let operand = ins.op_kinds().position(|kind| kind == OpKind::Memory)?;
+    let writes = writes(info.info(ins).op_access(operand as u32));
+    Access::operand(ins, if writes { Kind::Store } else { Kind::Load })
+}
+
+/// Bits of the address to be checked before the access. Where faults are recovered from the host's own check is enough.
+fn alignment_checked(ins: &Instruction, needs: &Known) -> u8 {
+    let checks = needs.classes & class::X87 == 0 && !host::recovers();
+    if checks { vector::alignment(ins) } else { 0 }
+}
+
 /// Loads and stores of MXCSR, which use no vector registers.
 fn is_mxcsr(ins: &Instruction) -> bool {
     use Mnemonic::*;
@@ -153,9 +171,7 @@ impl Emitter<'_> {
         let mut free: &[AsmRegister64] = &[VALUE, ADDRESS];
         if let Some(operand) = memory {
             let kind = if writes(access[operand]) { Kind::Store } else { Kind::Load };
-            // Where faults are recovered from the host's own check is enough.
-            let checks = needs.classes & class::X87 == 0 && !host::recovers();
-            let alignment = if checks { vector::alignment(ins) } else { 0 };
+            let alignment = alignment_checked(ins, &needs);
             let rules = Rules { alignment, ..Rules::size(ins.memory_size().size()) };
             let at = self.access(ins, kind, rules, wanted(ins), index)?;
             free = at.free();
@@ -236,7 +252,7 @@ impl Emitter<'_> {
         Ok(self.a.ldmxcsr(guests)?)
     }
 
-    /// A doubleword in memory by an address that leaves [`VALUE`] free, and that.
+    /// A doubleword in memory by an address that leaves [`VALUE`] free, and that. Not for accesses of groups.
     fn spare_value(&mut self, at: At) -> Result<(AsmMemoryOperand, AsmRegister32)> {
         if let At::Sum(base, displacement) = at {
             self.a.lea(ADDRESS, qword_ptr(base + VALUE + displacement))?;
