@@ -26,7 +26,7 @@ pub(crate) const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 pub(crate) const PAGE_MASK: u64 = PAGE_SIZE - 1;
 
 /// Slots of one first-level table.
-pub(crate) const L1_SLOTS: usize = 1024;
+pub(crate) const L1_SLOTS: usize = 4096;
 /// First-level tables: one per [`Class`].
 const L1_TABLES: usize = 4;
 /// Sets of the second level.
