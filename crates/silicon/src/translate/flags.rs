@@ -4,7 +4,7 @@
 //! operands are still there is executed once more by whoever wants to know, most often nobody ([`Recipe`]). Other flags go to
 //! RAX, as `LAHF; SETO AL` has them.
 
-use iced_x86::code_asm::{CodeLabel, al, eax};
+use iced_x86::code_asm::{CodeLabel, al, eax, rax};
 use iced_x86::{
     Code, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpKind, Register,
 };
@@ -13,7 +13,7 @@ use super::Failure;
 use super::emit::{Cold, Emitter, Result};
 use super::instruction::{changes_flags, effect_on_flags, general_form, lose_flags};
 use super::operands::part;
-use super::registers::{Place, is_high_byte, place_of};
+use super::registers::{At, Place, is_high_byte, place_of, set_memory, slot_offset};
 use crate::exec::operand::is_immediate;
 use crate::hostexec::stub::{STATUS, writes};
 
@@ -69,7 +69,7 @@ pub(super) enum Wanted {
     Marked(Recipe),
 }
 
-/// An instruction that has computed the flags from registers of the host which still hold what they can be computed from again.
+/// An instruction that has computed the flags from registers which still hold what they can be computed from again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Recipe {
     ins: Instruction,
@@ -80,30 +80,37 @@ pub(super) struct Recipe {
 impl Recipe {
     /// Of the flags after `ins`.
     pub(super) fn of(ins: &Instruction) -> Option<Recipe> {
-        let held = |operand: u32| {
+        let plain = |operand: u32| {
             let register = ins.op_register(operand);
-            let held = register.is_gpr() && !is_high_byte(register);
-            held && matches!(place_of(register), Place::Host(_))
+            register.is_gpr() && !is_high_byte(register)
         };
         let immediate = ins.op_count() == 2 && is_immediate(ins, 1);
         let operands = (0..ins.op_count()).all(|operand| match ins.op_kind(operand) {
-            OpKind::Register => held(operand),
+            OpKind::Register => plain(operand),
             _ => operand == 1 && immediate,
         });
+        if !operands || ins.has_lock_prefix() {
+            return None;
+        }
+        let registers = (0..ins.op_count()).map(|operand| ins.op_register(operand));
+        let registers: Vec<Register> = registers.filter(|register| register.is_gpr()).collect();
+        // Those that no register of the host holds.
+        let state = registers.iter().filter(|register| matches!(place_of(**register), Place::State(_)));
+        let state = state.fold(0, |all, register| all | bit(*register));
         let wide = ins.op0_register().size() >= 4;
         let same = ins.op0_register() == ins.op1_register();
         let suits = match ins.mnemonic() {
-            Mnemonic::Cmp | Mnemonic::Test | Mnemonic::And | Mnemonic::Or | Mnemonic::Xor => true,
-            Mnemonic::Sub => wide && !same,
-            Mnemonic::Add => wide && immediate && ins.immediate(1) as i32 != i32::MIN,
+            // There is a register to load one of them into.
+            Mnemonic::Cmp | Mnemonic::Test => state.count_ones() <= 1,
+            Mnemonic::And | Mnemonic::Or | Mnemonic::Xor => true,
+            Mnemonic::Sub => wide && !same && state == 0,
+            Mnemonic::Add => wide && immediate && state == 0 && ins.immediate(1) as i32 != i32::MIN,
             _ => false,
         };
-        if !suits || !operands || ins.has_lock_prefix() {
+        if !suits {
             return None;
         }
-        let sources = (0..ins.op_count()).map(|operand| ins.op_register(operand));
-        let sources = sources.filter(|register| register.is_gpr());
-        let sources = sources.fold(0, |all, register| all | bit(register));
+        let sources = registers.into_iter().fold(0, |all, register| all | bit(register));
         let mut ins = *ins;
         ins.set_ip(0);
         Some(Recipe { ins, sources })
@@ -137,26 +144,33 @@ impl Recipe {
     /// What the host executes to have the flags again: changes nothing else but RAX.
     fn steps(&self) -> Result<Vec<Instruction>> {
         let ins = &self.ins;
-        let register = |operand: u32| {
+        let mut steps = Vec::new();
+        let mut register = |operand: u32| {
             let register = ins.op_register(operand);
             match place_of(register) {
                 Place::Host(full) => part(full, register.size()),
-                Place::State(_) => Err(Failure::Unsuited),
+                Place::State(number) => {
+                    let mut load = Instruction::with2(Code::Mov_r64_rm64, Register::RAX, Register::RAX)?;
+                    set_memory(&mut load, 1, At::Field(slot_offset(number)));
+                    steps = vec![load];
+                    part(rax, register.size())
+                }
             }
         };
         let first = register(0)?;
         let mut host = *ins;
         host.set_code(general_form(ins.code()));
         host.set_op0_register(first);
-        if ins.op1_kind() == OpKind::Register {
+        let bitwise = matches!(ins.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor);
+        if ins.op1_kind() == OpKind::Register && !bitwise {
             host.set_op1_register(register(1)?);
         }
         let wide = first.size() == 8;
         let scratch = if wide { Register::RAX } else { Register::EAX };
         let lea = if wide { Code::Lea_r64_m } else { Code::Lea_r32_m };
         let base = first.full_register();
-        Ok(match ins.mnemonic() {
-            Mnemonic::And | Mnemonic::Or | Mnemonic::Xor => {
+        steps.extend(match ins.mnemonic() {
+            _ if bitwise => {
                 let test = match first.size() {
                     1 => Code::Test_rm8_r8,
                     2 => Code::Test_rm16_r16,
@@ -185,7 +199,8 @@ impl Recipe {
                 vec![Instruction::with2(lea, scratch, difference)?, host]
             }
             _ => vec![host],
-        })
+        });
+        Ok(steps)
     }
 }
 

@@ -451,7 +451,7 @@ type Emit = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
 
 #[test]
 fn flags_that_are_computed_again_are_what_they_were() {
-    let sources: [Emit; 14] = [
+    let sources: [Emit; 22] = [
         |a| a.cmp(rdx, rcx),
         |a| a.cmp(dx, -3),
         |a| a.cmp(al, bl),
@@ -466,6 +466,15 @@ fn flags_that_are_computed_again_are_what_they_were() {
         |a| a.add(rdx, 0x7fff_ffff),
         |a| a.add(eax, -1),
         |a| a.add(r9, i32::MIN),
+        // No register of the host holds these.
+        |a| a.cmp(r13, rdx),
+        |a| a.cmp(ecx, r11d),
+        |a| a.test(r14w, r14w),
+        |a| a.cmp(r11b, 5),
+        |a| a.and(r13, r14),
+        |a| a.xor(r11d, eax),
+        |a| a.cmp(r11, r14),
+        |a| a.sub(r14, 3),
     ];
     for source in sources {
         // A fault shows them; a branch behind an access reads them; the end of the block passes them on.
@@ -491,6 +500,9 @@ fn flags_that_are_computed_again_are_what_they_were() {
             a.mov(rdx, rsi)?;
             a.mov(rcx, qword_ptr(rsi))?;
             a.mov(rax, rcx)?;
+            a.lea(r11, qword_ptr(rcx + rdx * 2))?;
+            a.mov(r13, rax)?;
+            a.mov(r14, rdx)?;
             a.mov(r9, UNMAPPED)?;
             a.mov(rdi, qword_ptr(r9))
         });
