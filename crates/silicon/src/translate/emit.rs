@@ -276,13 +276,16 @@ impl<'a> Emitter<'a> {
     /// Translates operation `index`.
     pub(super) fn step(&mut self, instructions: &[Instruction], index: usize) -> Result<()> {
         let ins = &instructions[index];
-        self.keep_flags_from(&instructions[index..])?;
+        let loses_flags = self.keep_flags_from(&instructions[index..])?;
         self.land_apart(index)?;
         let marks = self.mark_before(&instructions[index..])?;
         match Family::of(ins, self.features).ok_or(Failure::Unsuited)? {
             Family::Integer => self.instruction(ins, index)?,
             Family::Vector => self.vector(ins, index)?,
             Family::Branch => self.branch(ins, index)?,
+        }
+        if loses_flags {
+            self.flags = Flags::HOST;
         }
         if marks {
             self.flags.rax = Rax::Marked;

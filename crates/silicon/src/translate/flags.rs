@@ -11,7 +11,7 @@ use iced_x86::{
 
 use super::Failure;
 use super::emit::{Cold, Emitter, Result};
-use super::instruction::{changes_flags, effect_on_flags, general_form, lose_flags};
+use super::instruction::{changes_flags, effect_on_flags, general_form, lose_flags, writes_last};
 use super::operands::part;
 use super::registers::{At, Place, is_high_byte, place_of, set_memory, slot_offset};
 use crate::exec::operand::is_immediate;
@@ -129,13 +129,16 @@ impl Recipe {
     /// Whether it holds in a block of these instructions until they overwrite the flags, and nothing reads them before.
     pub(super) fn lasts(&self, instructions: &[Instruction]) -> bool {
         let mut info = InstructionInfoFactory::new();
-        for ins in instructions {
+        for (at, ins) in instructions.iter().enumerate() {
             let Some(effect) = effect_on_flags(ins) else { return false };
             if effect.overwrites {
                 return true;
             }
-            if effect.reads || written(&mut info, ins) & self.sources != 0 {
+            if effect.reads {
                 return false;
+            }
+            if written(&mut info, ins) & self.sources != 0 {
+                return is_last_to_need_flags(&instructions[at..]);
             }
         }
         false
@@ -231,6 +234,13 @@ fn ends_within(instructions: &[Instruction]) -> bool {
         }
     }
     false
+}
+
+/// Whether the flags before the first of these instructions matter only until it is executed, if it writes what they can be computed
+/// from.
+fn is_last_to_need_flags(instructions: &[Instruction]) -> bool {
+    let [ins, rest @ ..] = instructions else { return false };
+    writes_last(ins) && effect_on_flags(ins).is_some_and(|effect| !effect.reads) && lose_flags(rest)
 }
 
 /// The bit of a general register: per number.
@@ -347,18 +357,22 @@ impl Emitter<'_> {
         }
     }
 
-    /// The next of these instructions is about to be translated: flags do not depend on a register that it writes.
-    pub(super) fn keep_flags_from(&mut self, instructions: &[Instruction]) -> Result<()> {
-        let [ins, ..] = instructions else { return Ok(()) };
-        let Some(recipe) = self.flags.recipe else { return Ok(()) };
+    /// The next of these instructions is about to be translated: flags do not depend on a register that it writes. Or they do, and
+    /// nobody will see them behind it; true then.
+    pub(super) fn keep_flags_from(&mut self, instructions: &[Instruction]) -> Result<bool> {
+        let [ins, ..] = instructions else { return Ok(false) };
+        let Some(recipe) = self.flags.recipe else { return Ok(false) };
         self.recomputes = ends_within(instructions);
         let overwrites = || effect_on_flags(ins).is_some_and(|effect| effect.overwrites);
         if written(&mut self.info, ins) & recipe.sources == 0 || overwrites() {
-            return Ok(());
+            return Ok(false);
         }
         if !self.flags.host && lose_flags(instructions) {
             self.flags = Flags::HOST;
-            return Ok(());
+            return Ok(false);
+        }
+        if is_last_to_need_flags(instructions) {
+            return Ok(true);
         }
         if self.flags.host && self.flags.rax == Rax::Marked {
             self.flags.rax = Rax::Nothing;
@@ -366,7 +380,7 @@ impl Emitter<'_> {
             self.save_flags()?;
         }
         self.flags.recipe = None;
-        Ok(())
+        Ok(false)
     }
 
     /// If a block that the end leads to wants flags marked that the next of these instructions computes, right before the end: RAX

@@ -303,6 +303,11 @@ pub(super) fn lose_flags(instructions: &[Instruction]) -> bool {
     false
 }
 
+/// Whether its registers are written only when it can no longer be given to the interpreter.
+pub(super) fn writes_last(ins: &Instruction) -> bool {
+    suits(ins) && matches!(how(ins), Some(How::Copy | How::Pop))
+}
+
 impl Emitter<'_> {
     /// Translates operation `index`, an instruction that [`suits`].
     pub(super) fn instruction(&mut self, ins: &Instruction, index: usize) -> Result<()> {

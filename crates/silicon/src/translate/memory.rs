@@ -9,7 +9,7 @@ use iced_x86::{Code, Instruction, MemoryOperand, Mnemonic, OpKind, Register};
 use super::Failure;
 use super::emit::{Emitter, Kind, Linear, Result};
 use super::flags::written;
-use super::registers::{ADDRESS, At, GUEST_RSP, Place, VALUE, field, place_of, slot};
+use super::registers::{ADDRESS, At, GUEST_RSP, Place, VALUE, displacement_size, field, place_of, slot};
 use crate::cpu::Cpu;
 use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Recent};
 use crate::state::{Seg, reg};
@@ -101,7 +101,7 @@ impl Emitter<'_> {
         host.set_memory_base(base);
         host.set_memory_index(index);
         host.set_memory_index_scale(ins.memory_index_scale());
-        host.set_memory_displ_size(if displacement == 0 && base != Register::None { 0 } else { 8 });
+        host.set_memory_displ_size(displacement_size(base, displacement));
         host.set_memory_displacement64(displacement as u64);
         Ok(())
     }

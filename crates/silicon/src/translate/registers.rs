@@ -109,6 +109,16 @@ pub(super) fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
+/// How the decoder's crate is told that a displacement takes a byte, where it fits.
+pub(super) fn displacement_size(base: Register, displacement: i64) -> u32 {
+    match displacement {
+        _ if base == Register::None => 8,
+        0 => 0,
+        -128..=127 => 1,
+        _ => 8,
+    }
+}
+
 /// Has operand `operand` be the memory at `at`.
 pub(super) fn set_memory(ins: &mut Instruction, operand: u32, at: At) {
     ins.set_op_kind(operand, OpKind::Memory);
@@ -126,7 +136,7 @@ pub(super) fn set_memory(ins: &mut Instruction, operand: u32, at: At) {
     ins.set_segment_prefix(segment);
     ins.set_memory_base(base);
     ins.set_memory_index(index);
-    ins.set_memory_displ_size(if displacement == 0 && base != Register::None { 0 } else { 8 });
+    ins.set_memory_displ_size(displacement_size(base, displacement as i64));
     ins.set_memory_displacement64(displacement);
 }
 
