@@ -8,6 +8,7 @@
 //! The count in the frame is relative to [`STOP`]: once it is not negative, it is time to look for requests.
 
 use std::mem::offset_of;
+use std::ops::Range;
 
 use iced_x86::code_asm::{CodeAssembler, rcx};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, OpKind, Register};
@@ -40,6 +41,11 @@ impl Frame {
     /// A frame in the arena.
     pub(super) fn new(arena: &mut Arena) -> Option<Frame> {
         arena.data(8 * FIELDS.len()).map(|data| Frame(data.writable.as_ptr() as u64))
+    }
+
+    /// Where it lies.
+    pub(super) fn range(self) -> Range<u64> {
+        self.0..self.0 + 8 * FIELDS.len() as u64
     }
 
     /// Has instructions use the frame for what is in it.
