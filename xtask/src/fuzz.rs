@@ -31,6 +31,8 @@ enum Kind {
     Images,
     /// Random calls of the KVM API.
     Ioctls,
+    /// Random guests, around which all host memory outside the VM is compared.
+    Isolation,
 }
 
 impl Kind {
@@ -40,6 +42,7 @@ impl Kind {
             Kind::Instructions => ("conformance", "conformance"),
             Kind::Images => ("robustness", "robustness"),
             Kind::Ioctls => ("robustness", "ioctls"),
+            Kind::Isolation => ("robustness", "isolation"),
         }
     }
 }
@@ -49,7 +52,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
     let seed = options.seed.unwrap_or(clock.as_secs());
     // A filter names instructions.
     let only = options.kind.or(options.filter.as_ref().map(|_| Kind::Instructions));
-    let kinds = only.map_or(vec![Kind::Instructions, Kind::Images, Kind::Ioctls], |kind| vec![kind]);
+    let kinds = only.map_or(Kind::value_variants().to_vec(), |kind| vec![kind]);
     let minutes = options.minutes.div_ceil(kinds.len() as u32);
     let mut failed = Vec::new();
     for kind in kinds {

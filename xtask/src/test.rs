@@ -28,6 +28,27 @@ const PROCESSOR: &[&str] = &["test", "--quiet", "--release", "--package", "silic
 const IMAGES: [&str; 4] = ["--seed", "1", "--images", "10000"];
 const IMAGES_QUICK: [&str; 4] = ["--seed", "1", "--images", "1000"];
 
+/// Random guests around which all host pages outside the VM are compared, and the number of the first. They choose their engine.
+const ISOLATION: [&str; 11] = isolation("600");
+const ISOLATION_QUICK: [&str; 11] = isolation("200");
+
+const fn isolation(guests: &'static str) -> [&'static str; 11] {
+    let program = "isolation";
+    [
+        "run",
+        "--release",
+        "--quiet",
+        "--package",
+        "robustness",
+        "--bin",
+        program,
+        "--",
+        "--seed=1",
+        "--guests",
+        guests,
+    ]
+}
+
 /// The variable that says how guest code is executed, and the engines that steps ask for: the interpreter alone, and
 /// translation of all that can be translated, from its first run on. The others take the default.
 const ENGINE: &str = "RING3_ENGINE";
@@ -75,6 +96,7 @@ fn steps(quick: bool) -> Vec<Step> {
         generator("conformance, translated", "conformance", cases).on(TRANSLATOR),
         generator("robustness, interpreted", "robustness", images).on(INTERPRETER),
         generator("robustness, translated", "robustness", images).on(TRANSLATOR),
+        step("host pages outside VMs", if quick { &ISOLATION_QUICK } else { &ISOLATION }, false),
         step(
             "random ioctls",
             &[

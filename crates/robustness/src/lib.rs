@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod calls;
 pub mod image;
+pub mod isolation;
 pub mod kinds;
 pub mod machine;
 pub mod memory;

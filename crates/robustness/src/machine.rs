@@ -104,9 +104,9 @@ pub struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    /// A machine in a random mode.
-    pub fn new(rng: &'a mut Rng, spoil: u64) -> Machine<'a> {
-        let mode = rng.pick(&Mode::ALL);
+    /// A machine in `mode`, or else in a random one.
+    pub fn new(rng: &'a mut Rng, mode: Option<Mode>, spoil: u64) -> Machine<'a> {
+        let mode = mode.unwrap_or_else(|| rng.pick(&Mode::ALL));
         Machine::in_mode(rng, mode, spoil)
     }
 

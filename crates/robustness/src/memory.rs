@@ -105,6 +105,16 @@ impl GuestMemory {
         self.size as u64
     }
 
+    /// Has the host protect all of it: every access faults.
+    pub(crate) fn protect_all(&self) {
+        protect(self.host() as *mut u8, self.size);
+    }
+
+    /// Likewise the pages before and after, whose canaries cannot be asked for any more.
+    pub(crate) fn protect_canaries(&self) {
+        self.canaries().into_iter().for_each(|page| protect(page.cast(), PAGE));
+    }
+
     /// The pages right before and after.
     fn canaries(&self) -> [*mut u64; 2] {
         // SAFETY: both lie in the reservation.
@@ -119,7 +129,8 @@ impl GuestMemory {
         })
     }
 
-    fn write(&self, offset: u64, bytes: &[u8]) {
+    /// Writes guest memory, which no vCPU uses yet.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };
         let length = bytes.len().min(self.size.saturating_sub(offset));
         // SAFETY: within the guest's memory, which no vCPU uses yet.
@@ -128,6 +139,12 @@ impl GuestMemory {
             ptr::copy_nonoverlapping(bytes.as_ptr(), to, length);
         }
     }
+}
+
+/// Has accesses to pages of a [`GuestMemory`] fault.
+fn protect(start: *mut u8, size: usize) {
+    // SAFETY: whole pages of its own reservation, to which there are no references.
+    unsafe { libc::mprotect(start.cast(), size, libc::PROT_NONE) };
 }
 
 impl Drop for GuestMemory {

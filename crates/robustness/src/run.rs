@@ -14,7 +14,7 @@ use crate::memory::GuestMemory;
 use crate::watch::Watchdog;
 
 /// Processor models that guests run on.
-const MODELS: [&str; 5] = ["max", "sapphire-rapids", "skylake", "haswell", "nehalem"];
+pub(crate) const MODELS: [&str; 5] = ["max", "sapphire-rapids", "skylake", "haswell", "nehalem"];
 /// Exits to user space that a guest may make.
 const EXITS_MAX: u32 = 4000;
 /// Every word of the guards beside a vCPU.
@@ -134,7 +134,7 @@ impl Bench {
     }
 }
 
-fn machine(system: &Arc<System>, image: &Image, memory: &[GuestMemory]) -> Result<Arc<Vm>, Error> {
+pub(crate) fn machine(system: &Arc<System>, image: &Image, memory: &[GuestMemory]) -> Result<Arc<Vm>, Error> {
     let vm = system.create_vm()?;
     for (slot, (what, memory)) in (0..).zip(image.slots.iter().zip(memory)) {
         vm.set_user_memory_region(kvm_userspace_memory_region {
@@ -153,7 +153,7 @@ fn machine(system: &Arc<System>, image: &Image, memory: &[GuestMemory]) -> Resul
 }
 
 /// Gives the vCPU its starting state. The setters may refuse what is no valid state.
-fn prepare(vcpu: &mut Vcpu, system: &System, start: &Start, image: &Image, rng: &mut Rng) {
+pub(crate) fn prepare(vcpu: &mut Vcpu, system: &System, start: &Start, image: &Image, rng: &mut Rng) {
     let mut cpuid = system.supported_cpuid();
     for entry in &mut cpuid {
         if rng.percent(image.cripple) {
@@ -274,7 +274,7 @@ fn run_one(vm: &Vm, vcpu: &mut Vcpu, mut rng: Rng) -> Totals {
     totals
 }
 
-fn answer(rng: &mut Rng) -> u64 {
+pub(crate) fn answer(rng: &mut Rng) -> u64 {
     match rng.below(3) {
         0 => 0,
         1 => !0,

@@ -3,8 +3,8 @@
 use conformance::rng::Rng;
 
 use crate::image::Image;
-use crate::machine::Machine;
+use crate::machine::{Machine, Mode};
 
-pub(super) fn image(rng: &mut Rng) -> Image {
-    Machine::new(rng, 0).with_random_code(20_000)
+pub(super) fn image(rng: &mut Rng, mode: Option<Mode>) -> Image {
+    Machine::new(rng, mode, 0).with_random_code(20_000)
 }

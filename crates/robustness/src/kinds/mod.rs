@@ -17,6 +17,7 @@ use std::str::FromStr;
 use conformance::rng::{Rng, mix};
 
 use crate::image::Image;
+use crate::machine::Mode;
 
 pub use kernel::{Kernel, KernelError};
 
@@ -115,17 +116,22 @@ impl Generators {
 
     /// The image of `kind` with number `seed`. Without a kernel, random bytes take the place of mutated kernels.
     pub fn image(&self, kind: Kind, seed: u64) -> Image {
+        self.image_in(kind, seed, None)
+    }
+
+    /// Likewise; those of random instructions begin in `mode`.
+    pub fn image_in(&self, kind: Kind, seed: u64, mode: Option<Mode>) -> Image {
         let rng = &mut Rng::new(mix(seed) ^ kind as u64);
         match (kind, &self.kernel) {
             (Kind::Kernel, Some(kernel)) => kernel.image(rng),
             (Kind::Bytes | Kind::Kernel, _) => bytes::image(rng),
-            (Kind::Instructions, _) => instructions::image(rng),
-            (Kind::Tables, _) => tables::image(rng),
-            (Kind::Strings, _) => strings::image(rng),
-            (Kind::Selfmod, _) => selfmod::image(rng),
+            (Kind::Instructions, _) => instructions::image(rng, mode),
+            (Kind::Tables, _) => tables::image(rng, mode),
+            (Kind::Strings, _) => strings::image(rng, mode),
+            (Kind::Selfmod, _) => selfmod::image(rng, mode),
             (Kind::State, _) => state::image(rng),
             (Kind::Smp, _) => smp::image(rng),
-            (Kind::Setters, _) => setters::image(rng),
+            (Kind::Setters, _) => setters::image(rng, mode),
         }
     }
 }

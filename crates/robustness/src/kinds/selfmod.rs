@@ -3,12 +3,12 @@
 use conformance::rng::Rng;
 
 use crate::image::Image;
-use crate::machine::{CODE, Machine};
+use crate::machine::{CODE, Machine, Mode};
 use crate::stream::Stream;
 
-pub(super) fn image(rng: &mut Rng) -> Image {
+pub(super) fn image(rng: &mut Rng, mode: Option<Mode>) -> Image {
     let spoil = rng.pick(&[0, 0, 20]);
-    let mut machine = Machine::new(rng, spoil);
+    let mut machine = Machine::new(rng, mode, spoil);
     let bits = machine.mode.bits();
     let mut code = Vec::new();
     while code.len() < 0xc00 {

@@ -4,11 +4,11 @@ use conformance::rng::Rng;
 use kvm_bindings::{kvm_debugregs, kvm_dtable, kvm_fpu, kvm_segment};
 
 use crate::image::Image;
-use crate::machine::Machine;
+use crate::machine::{Machine, Mode};
 
-pub(super) fn image(rng: &mut Rng) -> Image {
+pub(super) fn image(rng: &mut Rng, mode: Option<Mode>) -> Image {
     let spoil = rng.pick(&[0, 30]);
-    let mut image = Machine::new(rng, spoil).with_random_code(10_000);
+    let mut image = Machine::new(rng, mode, spoil).with_random_code(10_000);
     let Some(cpu) = image.cpus.first_mut() else { return image };
     if let Some(sregs) = &mut cpu.sregs {
         for _ in 0..1 + rng.below(4) {

@@ -9,7 +9,7 @@ use crate::stream::Stream;
 
 pub(super) fn image(rng: &mut Rng) -> Image {
     let spoil = rng.pick(&[0, 10]);
-    let mut machine = Machine::new(rng, spoil);
+    let mut machine = Machine::new(rng, None, spoil);
     let bits = machine.mode.bits();
     let near = [DATA, CODE, CODE, TABLES + 0x3000, 0xfee0_0300];
     let code = Stream::new(machine.rng, bits, &near).code(CODE, 0x1000);

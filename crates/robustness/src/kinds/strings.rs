@@ -3,11 +3,11 @@
 use conformance::rng::Rng;
 
 use crate::image::Image;
-use crate::machine::{CODE, DATA, Machine, RAM};
+use crate::machine::{CODE, DATA, Machine, Mode, RAM};
 
-pub(super) fn image(rng: &mut Rng) -> Image {
+pub(super) fn image(rng: &mut Rng, mode: Option<Mode>) -> Image {
     let spoil = rng.pick(&[0, 10, 40]);
-    let mut machine = Machine::new(rng, spoil);
+    let mut machine = Machine::new(rng, mode, spoil);
     let mut code = Vec::new();
     while code.len() < 0x800 {
         strings(machine.rng, machine.mode.bits(), &mut code);

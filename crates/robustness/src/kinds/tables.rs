@@ -3,9 +3,9 @@
 use conformance::rng::Rng;
 
 use crate::image::Image;
-use crate::machine::Machine;
+use crate::machine::{Machine, Mode};
 
-pub(super) fn image(rng: &mut Rng) -> Image {
+pub(super) fn image(rng: &mut Rng, mode: Option<Mode>) -> Image {
     let spoil = rng.pick(&[5, 20, 50, 100]);
-    Machine::new(rng, spoil).with_random_code(20_000)
+    Machine::new(rng, mode, spoil).with_random_code(20_000)
 }

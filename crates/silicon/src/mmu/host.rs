@@ -188,6 +188,12 @@ thread_local! {
     static TRANSLATED: Cell<(u64, u64, *const Recovery)> = const { Cell::new((0, 0, ptr::null())) };
 }
 
+/// Where [`recover`] notes the last fault of this thread.
+pub(crate) fn last_fault_lies_at() -> Range<u64> {
+    let start = LAST.with(Cell::as_ptr) as u64;
+    start..start + size_of::<Fault>() as u64
+}
+
 /// The CPU that runs on this thread has its stubs at these addresses.
 pub(crate) fn stubs_lie_at(range: Range<u64>) {
     STUBS.set((range.start, range.end));

@@ -305,6 +305,11 @@ impl Default for Tlb {
 }
 
 impl Tlb {
+    /// Where the pages found with the current rights are noted.
+    pub(crate) fn found_lie_at(&self) -> std::ops::Range<u64> {
+        let start = self.found.as_ptr() as u64;
+        start..start + size_of::<Founds>() as u64
+    }
     /// First-level entry that an access at `lin` of the current class looks at.
     #[inline(always)]
     fn slot(&self, lin: u64) -> &Entry {

@@ -8,6 +8,7 @@
 //! The count in the frame is relative to [`STOP`]: once it is not negative, it is time to look for requests.
 
 use std::mem::offset_of;
+use std::ops::Range;
 
 use iced_x86::code_asm::{CodeAssembler, rcx};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, OpKind, Register};
@@ -40,9 +41,17 @@ impl Frame {
     /// Places behind the fields for what checks have found that several accesses share, eight bytes each.
     pub(super) const SHARED: usize = 6;
 
+    /// Bytes.
+    const SIZE: usize = 8 * (FIELDS.len() + Frame::SHARED);
+
     /// A frame in the arena.
     pub(super) fn new(arena: &mut Arena) -> Option<Frame> {
-        arena.data(8 * (FIELDS.len() + Frame::SHARED)).map(|data| Frame(data.writable.as_ptr() as u64))
+        arena.data(Frame::SIZE).map(|data| Frame(data.writable.as_ptr() as u64))
+    }
+
+    /// Where it lies.
+    pub(super) fn range(self) -> Range<u64> {
+        self.0..self.0 + Frame::SIZE as u64
     }
 
     /// Has instructions use the frame for what is in it.

@@ -56,6 +56,7 @@ mod shared_tests;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod watch;
 
 use std::arch::asm;
 use std::sync::Arc;
@@ -71,6 +72,7 @@ use self::region::Member;
 use self::routines::Routines;
 pub(crate) use self::run::count;
 use self::run::enter;
+pub use self::watch::{Stay, Watcher, Written};
 use crate::code::lower::LowerCtx;
 use crate::code::op::Op;
 use crate::code::thread::interpreted;
@@ -141,6 +143,10 @@ pub(crate) struct Translator {
     code: Option<Code>,
     /// Where both engines run.
     checks: Option<Checks>,
+    /// Who is called around stays in host code.
+    watcher: Option<Watcher>,
+    /// There are checks, or a watcher: host code is not just called.
+    observed: bool,
     /// Conditions that were in force lately, with their numbers, and the number given out last.
     known: [(Conditions, u64); 8],
     last: u64,
@@ -159,7 +165,8 @@ struct Code {
     jumps: Box<[Jump]>,
 }
 
-// SAFETY: the pointers are to requests that the CPU shares and to what `code` owns, set anew whenever it enters guest mode.
+// SAFETY: the pointers are to requests that the CPU shares and to what `code` owns, set anew whenever it enters guest mode; and a
+// watcher's, who has promised to be content with any thread.
 unsafe impl Send for Translator {}
 
 impl Translator {
@@ -189,7 +196,9 @@ impl Translator {
             unsuited: 0,
             vectors: 0,
             code,
+            observed: checks.is_some(),
             checks,
+            watcher: None,
             known: [([0; 3], 0); 8],
             last: 0,
             within: [0; 2],

@@ -138,7 +138,7 @@ fn assemble_near(
 }
 
 /// Bytes of the host's stack for return addresses: two for each call, the guest's and below it the host's own.
-const RETURNS: i32 = 4096;
+pub(super) const RETURNS: i32 = 4096;
 
 /// Loads the guest's registers and goes on at RDI. No return has come from a call yet: what stands for that is `bottom`.
 fn enter(a: &mut CodeAssembler, bottom: u64, frame: Frame) -> Result<(), IcedError> {

@@ -75,11 +75,7 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
         // SAFETY: `translate_block` has put the address of a run that begins with this operation there, or it is a block's
         // translation; both are gone as soon as the arena is cleared. Where engines are checked there is one call alone.
         let (exit, extra) = unsafe {
-            if cpu.translator.checks.is_some() {
-                cpu.checked_call(way_in, code, op)
-            } else {
-                call(way_in, code)
-            }
+            if cpu.translator.observed { cpu.observed_call(way_in, code, op) } else { call(way_in, code) }
         };
         let ip_base = cpu.state.regs[usize::from(reg::IP_BASE)];
         let link = if exit == LEAVE_INDIRECT {
