@@ -65,51 +65,81 @@ pub fn compare(
 ) -> Difference {
     let mut difference = Difference::default();
     let out = &mut difference.defined;
-    if comparable(&host.0, case) != comparable(&guest.0, case) {
+    let instruction = &case.instruction;
+    if comparable(&host.0, instruction) != comparable(&guest.0, instruction) {
         out.push(format!("end {} / {}", host.0, guest.0));
     }
-    let (h, g) = (&host.1, &guest.1);
     let allowed = tolerance(case.instruction.mnemonic());
+    let undefined = case.instruction.rflags_undefined();
+    let loose = Loose {
+        flags: flags(undefined) | allowed.flags,
+        conditions: conditions(undefined),
+        registers: (0..16).filter(|i| tolerated(&allowed, &case.instruction, *i)).fold(0, |all, i| all | 1 << i),
+        pointers: !capabilities.knows_pointers(&host.1.vectors),
+    };
+    let (h, g) = (&host.1, &guest.1);
+    states(out, h, g, &loose);
+    let status = h.vectors.fsw ^ g.vectors.fsw;
+    let differ = (h.rflags ^ g.rflags) & COMPARED_FLAGS & loose.flags & !allowed.flags;
+    difference.undefined = differ != 0 || status & loose.conditions != 0;
+    difference
+}
+
+/// What of two states need not be equal.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Loose {
+    /// RFLAGS bits.
+    pub flags: u64,
+    /// Condition codes of the x87 status word.
+    pub conditions: u16,
+    /// General registers by encoding number, as a bit mask.
+    pub registers: u16,
+    /// FOP, FIP and FDP.
+    pub pointers: bool,
+}
+
+/// What differs between two states, one item each: `name one / other`.
+pub fn states(out: &mut Vec<String>, h: &Machine, g: &Machine, loose: &Loose) {
     number(out, "rip", h.rip, g.rip);
-    for (i, name) in NAMES.iter().enumerate() {
-        if !tolerated(&allowed, &case.instruction, i) {
-            number(out, name, h.gpr[i], g.gpr[i]);
-        }
+    for (i, name) in NAMES.iter().enumerate().filter(|(i, _)| loose.registers & 1 << i == 0) {
+        number(out, name, h.gpr[i], g.gpr[i]);
     }
     number(out, "fs_base", h.fs_base, g.fs_base);
     number(out, "gs_base", h.gs_base, g.gs_base);
-    let undefined = case.instruction.rflags_undefined();
-    let loose = bits(&FLAG_BITS, undefined) | allowed.flags;
-    let flags = (h.rflags ^ g.rflags) & COMPARED_FLAGS;
-    if flags & !loose != 0 {
+    if (h.rflags ^ g.rflags) & COMPARED_FLAGS & !loose.flags != 0 {
         out.push(format!("rflags {:#x} / {:#x}", h.rflags & COMPARED_FLAGS, g.rflags & COMPARED_FLAGS));
     }
-    let conditions =
-        CONDITION_BITS.iter().filter(|(bit, _)| undefined & bit != 0).fold(0, |all, (_, bit)| all | bit);
-    let status = h.vectors.fsw ^ g.vectors.fsw;
-    if status & !conditions != 0 {
+    if (h.vectors.fsw ^ g.vectors.fsw) & !loose.conditions != 0 {
         out.push(format!("fsw {:#x} / {:#x}", h.vectors.fsw, g.vectors.fsw));
     }
-    vectors(out, h, g, capabilities.knows_pointers(&h.vectors));
-    difference.undefined = flags & loose & !allowed.flags != 0 || status & conditions != 0;
-    difference
+    vectors(out, h, g, !loose.pointers);
+}
+
+/// RFLAGS bits of iced-x86's.
+pub fn flags(set: u32) -> u64 {
+    FLAG_BITS.iter().filter(|(bit, _)| set & bit != 0).fold(0, |all, (_, bit)| all | bit)
+}
+
+/// x87 condition codes of iced-x86's bits.
+pub fn conditions(set: u32) -> u16 {
+    CONDITION_BITS.iter().filter(|(bit, _)| set & bit != 0).fold(0, |all, (_, bit)| all | bit)
 }
 
 /// First address above user space. Linux says for all faults there that the page is present.
 const USER_END: u64 = 0x7fff_ffff_f000;
 
 /// The event, less what cannot be compared: the present bit of page faults above user space, and where in a page
-/// an instruction that makes many accesses faults first.
-fn comparable(event: &Event, case: &Case) -> Event {
+/// an `instruction` that makes many accesses faults first.
+pub fn comparable(event: &Event, instruction: &Instruction) -> Event {
     let Event::Fault { vector: 14, mut error, mut address } = *event else { return *event };
     if address >= USER_END {
         error &= !1;
     }
-    let size = case.instruction.memory_size();
+    let size = instruction.memory_size();
     let many = size.size() > 64
-        || case.instruction.is_save_restore_instruction()
+        || instruction.is_save_restore_instruction()
         || matches!(size, MemorySize::FpuEnv14 | MemorySize::FpuEnv28);
-    if many || is_masked(&case.instruction) {
+    if many || is_masked(instruction) {
         address &= !(PAGE - 1);
     }
     Event::Fault { vector: 14, error, address }
@@ -129,10 +159,6 @@ fn tolerated(allowed: &Tolerance, instruction: &Instruction, register: usize) ->
         && instruction.op0_kind() == OpKind::Register
         && instruction.op0_register().full_register().number() == register;
     destination || allowed.gpr & (1 << register) != 0
-}
-
-fn bits(table: &[(u32, u64)], set: u32) -> u64 {
-    table.iter().filter(|(bit, _)| set & bit != 0).fold(0, |all, (_, bit)| all | bit)
 }
 
 fn number(out: &mut Vec<String>, name: &str, host: u64, guest: u64) {

@@ -10,9 +10,10 @@ use silicon::flags::Rflags;
 use silicon::mmu::ept::{Ept, Region};
 use silicon::model::Features;
 use silicon::state::{Segment, TableRegister, cr0, cr4, efer};
+use silicon::translate::Engine;
 use silicon::vmx::Exit;
 
-use crate::host::arrived_at_filler;
+use crate::host::{self, arrived_at_filler};
 use crate::layout::{self, Access, CODE, CODE_SIZE, Contents, DATA, DATA_PAGES, PAGE};
 use crate::machine::{Event, Machine};
 
@@ -105,11 +106,16 @@ fn physical(address: u64) -> u64 {
 impl Guest {
     /// A processor with `features`, the user selectors of the host and the state components `xcr0`.
     pub fn new(features: Features, selectors: [u16; 6], xcr0: u64) -> Guest {
+        Guest::with_engine(features, selectors, xcr0, Engine::configured())
+    }
+
+    /// The same with an engine of its own.
+    pub fn with_engine(features: Features, selectors: [u16; 6], xcr0: u64, engine: Engine) -> Guest {
         let memory = Memory::new();
         let ept = Arc::new(Ept::new());
         let host = memory.0 as u64;
         ept.set_regions(vec![Region { gpa: 0, size: MEMORY, host, readonly: false }]);
-        let mut guest = Guest { cpu: Cpu::new(features, ept), memory, selectors, xcr0 };
+        let mut guest = Guest { cpu: Cpu::with_engine(features, ept, engine), memory, selectors, xcr0 };
         guest.build_tables();
         guest.system_state();
         guest
@@ -182,15 +188,30 @@ impl Guest {
     /// Runs from `machine` until an exception or another exit. With `stepping` the engine looks around after
     /// every instruction, else it runs blocks.
     pub fn run(&mut self, machine: &Machine, stepping: bool) -> (Event, Machine) {
-        self.load(machine);
         let limit = if stepping { STEPPING_LIMIT } else { LIMIT };
-        self.cpu.controls.instruction_limit = self.cpu.instructions() + limit;
+        self.run_to(machine, self.cpu.instructions() + limit)
+    }
+
+    /// As [`Guest::run`], but with no count of instructions to end it: only so does host code go on by itself. The clock does.
+    pub fn run_freely(&mut self, machine: &Machine) -> (Event, Machine) {
+        let _watch = host::watch(&self.cpu.requests);
+        self.run_to(machine, u64::MAX)
+    }
+
+    /// Instructions executed so far.
+    pub fn instructions(&self) -> u64 {
+        self.cpu.instructions()
+    }
+
+    fn run_to(&mut self, machine: &Machine, limit: u64) -> (Event, Machine) {
+        self.load(machine);
+        self.cpu.controls.instruction_limit = limit;
         let event = match self.cpu.run() {
             Exit::Exception(e) => {
                 let address = if e.vector == 14 { e.payload } else { 0 };
                 Event::Fault { vector: e.vector, error: e.error_code.unwrap_or(0), address }
             }
-            Exit::Budget => Event::Endless,
+            Exit::Budget | Exit::ExternalInterrupt => Event::Endless,
             other => Event::Exit(other.name()),
         };
         let after = self.take();

@@ -12,7 +12,11 @@ use std::arch::{asm, global_asm};
 use std::io;
 use std::mem::{offset_of, zeroed};
 use std::ptr::{addr_of_mut, null_mut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
+use silicon::cpu::Requests;
+use silicon::mmu::host::recover;
 use silicon::model::xstate::LEGACY_AND_HEADER;
 
 use crate::layout::{self, Access, CODE, CODE_SIZE, Contents, FILLER, PAGE};
@@ -209,12 +213,14 @@ unsafe extern "C" {
 }
 
 /// Runs with the host's FS and GS. Takes the state from the frame and makes the return go to our exit path.
-unsafe extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, frame: *mut libc::ucontext_t) {
+unsafe extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, frame: *mut libc::ucontext_t) {
     let context = addr_of_mut!(CONTEXT);
     // SAFETY: the context is only touched by this thread, and the kernel passes a valid frame.
     unsafe {
         if (*context).active == 0 {
-            outside(signal);
+            if !recover(signal, info, frame.cast()) {
+                outside(signal);
+            }
             return;
         }
         if signal == libc::SIGVTALRM {
@@ -236,6 +242,37 @@ fn outside(signal: i32) {
     if signal != libc::SIGVTALRM {
         // SAFETY: async-signal-safe; the fault happens again and ends the process.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
+    } else if WATCHED_TICKS.fetch_add(1, Ordering::Relaxed) >= WATCHED_LIMIT {
+        // SAFETY: null, or what a `Watch` keeps; this thread, which would drop it, is here.
+        if let Some(requests) = unsafe { WATCHED.load(Ordering::Relaxed).as_ref() } {
+            requests.post(Requests::KICK);
+        }
+    }
+}
+
+/// The guest whose time is measured, and how many ticks it has seen.
+static WATCHED: AtomicPtr<Requests> = AtomicPtr::new(null_mut());
+static WATCHED_TICKS: AtomicU64 = AtomicU64::new(0);
+/// Ticks after which it has to leave guest mode.
+const WATCHED_LIMIT: u64 = 20;
+
+/// While this lives, a guest that takes too long is asked to leave guest mode.
+#[derive(Debug)]
+pub struct Watch {
+    _requests: Arc<Requests>,
+}
+
+/// Watches the guest with these requests.
+pub fn watch(requests: &Arc<Requests>) -> Watch {
+    WATCHED_TICKS.store(0, Ordering::Relaxed);
+    requests.take(Requests::KICK);
+    WATCHED.store(Arc::as_ptr(requests).cast_mut(), Ordering::Relaxed);
+    Watch { _requests: requests.clone() }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        WATCHED.store(null_mut(), Ordering::Relaxed);
     }
 }
 

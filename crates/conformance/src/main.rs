@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use conformance::bench::Bench;
+use conformance::blocks::{self, forms::Forms, writer::Programs};
 use conformance::capabilities::Capabilities;
 use conformance::forms::{self, Form};
 use conformance::generate::Generator;
@@ -17,13 +18,17 @@ use silicon::model::{CpuModel, Features};
 #[derive(Parser, Debug)]
 #[command(version)]
 struct Arguments {
+    /// Programs in place of single instructions: blocks of random length with random branches, each run several times on the
+    /// host, the interpreter, and translators that translate at the first and at the third run.
+    #[arg(long)]
+    blocks: bool,
     /// Seed of all cases.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Cases in all, spread evenly over the forms.
-    #[arg(long, default_value_t = 1_000_000)]
-    cases: u64,
-    /// First case number of each form.
+    /// Cases in all, spread evenly over the forms; by default 1000000. With --blocks, programs; by default 20000.
+    #[arg(long)]
+    cases: Option<u64>,
+    /// First case number of each form; with --blocks, of the programs.
     #[arg(long, default_value_t = 0)]
     first: u64,
     /// Go on with further cases for this long.
@@ -36,7 +41,7 @@ struct Arguments {
     /// Only forms whose name (iced-x86's, such as `Add_rm32_r32`) or extension contains this; repeatable.
     #[arg(long)]
     filter: Vec<String>,
-    /// One case, as a report names it: FORM:NUMBER.
+    /// One case, as a report names it: FORM:NUMBER, or with --blocks the number of a program.
     #[arg(long)]
     case: Option<String>,
     /// Worker processes.
@@ -58,7 +63,9 @@ fn main() -> ExitCode {
     let result = CpuModel::parse(&arguments.cpu).map_err(|e| e.to_string()).and_then(|model| {
         let features = model.features();
         match &arguments.case {
+            Some(number) if arguments.blocks => one_program(&arguments, &features, number),
             Some(case) => one_case(&arguments, &features, case),
+            None if arguments.blocks => repeated(&arguments, |round| many_programs(&arguments, &features, round)),
             None => repeated(&arguments, |round| many_cases(&arguments, &features, round)),
         }
     });
@@ -93,27 +100,99 @@ fn repeated(
     Ok(ExitCode::SUCCESS)
 }
 
-fn many_cases(arguments: &Arguments, features: &Features, round: u64) -> Result<bool, String> {
-    let all: Vec<Form> =
-        forms::all(features).into_iter().filter(|form| chosen(form, &arguments.filter)).collect();
-    let comparable = run::comparable(&all);
-    if comparable.is_empty() {
-        return Err("no form that can be compared has that name".into());
-    }
-    let plan = Plan {
-        seed: arguments.seed,
-        cases_per_form: arguments.cases.div_ceil(comparable.len() as u64),
-        forms: comparable,
-        workers: arguments.workers.max(1),
-        told_per_form: arguments.tell,
-        first: arguments.first,
-    };
-    let bar = ProgressBar::new(plan.cases_per_form * plan.forms.len() as u64);
+fn progress_bar(count: u64) -> ProgressBar {
+    let bar = ProgressBar::new(count);
     if let Ok(style) =
         ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} cases, {per_sec}, {eta}")
     {
         bar.set_style(style);
     }
+    bar
+}
+
+fn chosen_forms(arguments: &Arguments, features: &Features) -> Vec<Form> {
+    forms::all(features).into_iter().filter(|form| chosen(form, &arguments.filter)).collect()
+}
+
+fn many_programs(arguments: &Arguments, features: &Features, round: u64) -> Result<bool, String> {
+    let programs = arguments.cases.unwrap_or(20_000);
+    let plan = blocks::run::Plan {
+        seed: arguments.seed,
+        first: arguments.first + round * programs,
+        programs,
+        forms: chosen_forms(arguments, features),
+        workers: arguments.workers.max(1),
+        told: arguments.tell,
+    };
+    if Forms::new(&plan.forms).count() == 0 {
+        return Err("no form that programs have has that name".into());
+    }
+    let bar = progress_bar(plan.programs);
+    let summary =
+        blocks::run::run(&plan, features, |done| bar.set_position(done)).map_err(|e| e.to_string())?;
+    bar.finish_and_clear();
+    for line in &summary.told {
+        println!("{line}");
+    }
+    for crash in &summary.crashes {
+        println!("CRASH {crash}");
+    }
+    println!(
+        "{} programs of {} instructions, {} runs of which {} on the host and {} with a fault, {} instructions executed: \
+         {} different, {} endless, {} workers crashed",
+        summary.programs,
+        summary.length,
+        summary.runs,
+        summary.native,
+        summary.faults,
+        summary.instructions,
+        summary.different,
+        summary.endless,
+        summary.crashes.len(),
+    );
+    Ok(summary.is_clean())
+}
+
+fn one_program(arguments: &Arguments, features: &Features, number: &str) -> Result<ExitCode, String> {
+    let number: u64 = number.parse().map_err(|_| format!("{number} is no number of a program"))?;
+    let forms = Forms::new(&chosen_forms(arguments, features));
+    let host = Capabilities::of_host().map_err(|e| e.to_string())?;
+    let mut program = Programs::new(host, forms).program(arguments.seed, number);
+    for line in program.disassemble() {
+        println!("{line}");
+    }
+    let mut bench =
+        blocks::bench::Bench::new(features.clone(), arguments.seed).map_err(|e| e.to_string())?;
+    let outcome = bench.run(&mut program);
+    println!(
+        "{} runs, {} on the host, {} with a fault; {} instructions executed",
+        outcome.runs, outcome.native, outcome.faults, outcome.instructions
+    );
+    let Some(difference) = outcome.difference else {
+        return Ok(if outcome.endless { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+    };
+    for line in blocks::run::tell(&mut bench, arguments.seed, number, &program, &difference) {
+        println!("{line}");
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn many_cases(arguments: &Arguments, features: &Features, round: u64) -> Result<bool, String> {
+    let all = chosen_forms(arguments, features);
+    let comparable = run::comparable(&all);
+    if comparable.is_empty() {
+        return Err("no form that can be compared has that name".into());
+    }
+    let cases_per_form = arguments.cases.unwrap_or(1_000_000).div_ceil(comparable.len() as u64);
+    let plan = Plan {
+        seed: arguments.seed,
+        cases_per_form,
+        forms: comparable,
+        workers: arguments.workers.max(1),
+        told_per_form: arguments.tell,
+        first: arguments.first + round * cases_per_form,
+    };
+    let bar = progress_bar(plan.cases_per_form * plan.forms.len() as u64);
     let summary = run::run(&plan, features, |done| bar.set_position(done)).map_err(|e| e.to_string())?;
     bar.finish_and_clear();
     for told in summary.told.iter().take(arguments.tell_all) {

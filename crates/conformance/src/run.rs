@@ -74,48 +74,72 @@ pub enum RunError {
 /// Progress that workers share with their parent.
 #[derive(Debug)]
 #[repr(C)]
-struct Progress {
-    done: AtomicU64,
+pub(crate) struct Progress {
+    pub(crate) done: AtomicU64,
     /// Index of the form in the plan and case number, so that a dead worker's case is known.
     form: AtomicU64,
-    number: AtomicU64,
+    pub(crate) number: AtomicU64,
 }
 
 /// Runs `plan`; `tick` is called now and then with the number of cases done.
-pub fn run(plan: &Plan, features: &Features, mut tick: impl FnMut(u64)) -> Result<Summary, RunError> {
-    let progress = shared(plan.workers)?;
+pub fn run(plan: &Plan, features: &Features, tick: impl FnMut(u64)) -> Result<Summary, RunError> {
+    let mut summary =
+        Summary { forms: plan.forms.iter().map(|f| FormResult::new(f.code)).collect(), ..Summary::default() };
+    let task = |worker: usize, progress: &Progress, out: &mut dyn Write| work(plan, features, worker, progress, out);
+    for end in in_workers(plan.workers, task, tick)? {
+        report::merge(&mut summary, &end.text);
+        if end.status != 0 {
+            summary.crashes.push(crash(plan, end.progress, end.status));
+        }
+    }
+    Ok(summary)
+}
+
+/// How a worker ended.
+pub(crate) struct WorkerEnd {
+    /// What it has written.
+    pub(crate) text: String,
+    /// Its wait status.
+    pub(crate) status: i32,
+    /// How far it came.
+    pub(crate) progress: &'static Progress,
+}
+
+/// Runs `task` in so many processes, and waits for all.
+pub(crate) fn in_workers(
+    count: usize,
+    task: impl Fn(usize, &Progress, &mut dyn Write) -> Result<(), RunError>,
+    mut tick: impl FnMut(u64),
+) -> Result<Vec<WorkerEnd>, RunError> {
+    let all = shared(count)?;
     let mut workers = Vec::new();
-    for (i, progress) in progress.iter().enumerate().take(plan.workers) {
+    for (i, progress) in all.iter().enumerate() {
         let file = memory_file()?;
         // SAFETY: this process has one thread, so the child may go on as the parent would.
         match unsafe { libc::fork() } {
             -1 => return Err(RunError::System("fork", io::Error::last_os_error())),
-            0 => child(plan, features, i, progress, file),
-            pid => workers.push((pid, i, file)),
+            0 => child(|out| task(i, progress, out), file),
+            pid => workers.push((pid, progress, file)),
         }
     }
-    let mut summary =
-        Summary { forms: plan.forms.iter().map(|f| FormResult::new(f.code)).collect(), ..Summary::default() };
+    let mut ends = Vec::new();
     while !workers.is_empty() {
         std::thread::sleep(Duration::from_millis(20));
-        tick(progress.iter().map(|p| p.done.load(Ordering::Relaxed)).sum());
+        tick(all.iter().map(|p| p.done.load(Ordering::Relaxed)).sum());
         let mut left = Vec::new();
-        for (pid, i, mut file) in workers {
+        for (pid, progress, mut file) in workers {
             let mut status = 0;
             // SAFETY: our own child.
             if unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) } == 0 {
-                left.push((pid, i, file));
+                left.push((pid, progress, file));
                 continue;
             }
             let text = read_all(&mut file).map_err(|e| RunError::System("reading results", e))?;
-            report::merge(&mut summary, &text);
-            if status != 0 {
-                summary.crashes.push(crash(plan, &progress[i], status));
-            }
+            ends.push(WorkerEnd { text, status, progress });
         }
         workers = left;
     }
-    Ok(summary)
+    Ok(ends)
 }
 
 fn crash(plan: &Plan, progress: &Progress, status: i32) -> String {
@@ -155,12 +179,11 @@ fn read_all(file: &mut File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The worker process: every `workers`th form, all its cases; results as text into `file`.
-fn child(plan: &Plan, features: &Features, worker: usize, progress: &Progress, file: File) -> ! {
+/// The worker process: results as text into `file`.
+fn child(task: impl FnOnce(&mut dyn Write) -> Result<(), RunError>, file: File) -> ! {
     std::panic::set_hook(Box::new(|_| {}));
     let mut out = BufWriter::new(file);
-    let result = work(plan, features, worker, progress, &mut out);
-    let status = match result {
+    let status = match task(&mut out) {
         Ok(()) => 0,
         Err(e) => {
             let _ = writeln!(out, "T {e}");
@@ -172,12 +195,13 @@ fn child(plan: &Plan, features: &Features, worker: usize, progress: &Progress, f
     unsafe { libc::_exit(status) }
 }
 
+/// Every `workers`th form, all its cases.
 fn work(
     plan: &Plan,
     features: &Features,
     worker: usize,
     progress: &Progress,
-    out: &mut impl Write,
+    out: &mut dyn Write,
 ) -> Result<(), RunError> {
     let mut bench = Bench::new(features.clone(), plan.seed)?;
     let mut generator = Generator::new(Capabilities::of_host()?);

@@ -242,8 +242,13 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// A CPU after reset.
+    /// A CPU after reset, with the engine of this process.
     pub fn new(features: Features, ept: Arc<Ept>) -> Cpu {
+        Cpu::with_engine(features, ept, Engine::configured())
+    }
+
+    /// A CPU after reset that executes guest code in this way, whatever the process is configured for.
+    pub fn with_engine(features: Features, ept: Arc<Ept>, engine: Engine) -> Cpu {
         let requests = Arc::default();
         let mmu = Mmu::new(&ept, &requests);
         let mut cpu = Cpu {
@@ -281,7 +286,7 @@ impl Cpu {
             code: CodeCache::new(),
             mmu,
             hostexec: HostExec::default(),
-            translator: Translator::new(Engine::configured()),
+            translator: Translator::new(engine),
             tiles: TileData::default(),
         };
         cpu.refresh_mode();
