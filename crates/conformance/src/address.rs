@@ -85,14 +85,14 @@ fn choose_target(draft: &mut Draft<'_>) -> u64 {
 /// Picks a segment override and gives the segment's base.
 fn segment(draft: &mut Draft<'_>, address32: bool) -> u64 {
     match draft.rng.below(100) {
-        0..8 if draft.fsgsbase => {
+        0..8 if draft.host.fsgsbase => {
             if address32 {
                 draft.machine.fs_base = draft.rng.below(DATA);
             }
             draft.ins.set_segment_prefix(Register::FS);
             draft.machine.fs_base
         }
-        8..14 if draft.fsgsbase => {
+        8..14 if draft.host.fsgsbase => {
             draft.ins.set_segment_prefix(Register::GS);
             draft.machine.gs_base
         }

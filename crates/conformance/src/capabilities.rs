@@ -1,6 +1,6 @@
 //! What of the host's processor and operating system bears on what can be run and compared here.
 
-use std::arch::x86_64::__cpuid;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 
 use crate::host::{self, HostError};
 use crate::machine::{Machine, Vectors};
@@ -10,6 +10,8 @@ use crate::machine::{Machine, Vectors};
 pub enum Vendor {
     /// Intel, whose processors the models are: nothing is excepted.
     Intel,
+    /// Intel's servers of the generation before the models' (Skylake, Cascade Lake, Cooper Lake: family 6, model 85).
+    Skylake,
     /// AMD and Hygon.
     Amd,
     /// Any other: nothing is excepted.
@@ -21,6 +23,10 @@ pub enum Vendor {
 pub struct Capabilities {
     /// State components (XCR0 bits) that cases load and that are compared.
     pub components: u64,
+    /// State components that the host's XCR0 has besides (MPX, AMX): programs must not ask for them.
+    pub other_components: u64,
+    /// Bits of a linear address, 48 or 57. FXRSTOR and XRSTOR with REX.W sign-extend FIP and FDP from there.
+    pub linear_bits: u32,
     /// Whether user code can set FS and GS bases.
     pub fsgsbase: bool,
     /// XSAVE and FXSAVE store FOP, FIP and FDP as they are. Where not (AMD), they are stored as zero unless an
@@ -40,6 +46,8 @@ impl Capabilities {
         let vendor = vendor();
         Ok(Capabilities {
             components: host::components()?,
+            other_components: host::other_components()?,
+            linear_bits: if __cpuid_count(7, 0).ecx & 1 << 16 != 0 { 57 } else { 48 },
             fsgsbase: host::has_fsgsbase(),
             keeps_pointers: vendor != Vendor::Amd,
             vendor,
@@ -50,6 +58,8 @@ impl Capabilities {
     pub fn all() -> Capabilities {
         Capabilities {
             components: host::COMPONENTS,
+            other_components: 0,
+            linear_bits: 57,
             fsgsbase: true,
             keeps_pointers: true,
             vendor: Vendor::Intel,
@@ -62,6 +72,17 @@ impl Capabilities {
             (machine.fs_base, machine.gs_base) = (0, 0);
         }
         limit_vectors(self.components, &mut machine.vectors);
+    }
+
+    /// What XCR0 and the like, read by the instruction, are without what programs here do not get.
+    pub fn hide_components(&self, value: u64) -> u64 {
+        value & !self.other_components
+    }
+
+    /// An x87 pointer that the host keeps as it is.
+    pub fn canonical(&self, pointer: u64) -> u64 {
+        let unused = 64 - self.linear_bits;
+        ((pointer << unused) as i64 >> unused) as u64
     }
 
     /// Whether the host's x87 pointers in `after` are what the processor holds.
@@ -103,7 +124,10 @@ fn limit_vectors(components: u64, v: &mut Vectors) {
 fn vendor() -> Vendor {
     let leaf = __cpuid(0);
     let name: Vec<u8> = [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|r| r.to_le_bytes()).collect();
-    VENDORS.iter().find(|(string, _)| string[..] == name).map_or(Vendor::Other, |row| row.1)
+    let maker = VENDORS.iter().find(|(string, _)| string[..] == name).map_or(Vendor::Other, |row| row.1);
+    // Family, and both parts of the model.
+    let signature = __cpuid(1).eax & 0x0fff_0ff0;
+    if maker == Vendor::Intel && signature == 0x0005_0650 { Vendor::Skylake } else { maker }
 }
 
 #[cfg(test)]
@@ -136,6 +160,14 @@ mod tests {
         assert_eq!((v.k, v.pkru, v.zmm[16..].as_flattened().iter().max()), ([0; 8], 0, Some(&0)));
         assert_eq!((v.zmm[15][31], v.zmm[15][32], machine.fs_base), (0xff, 0, 0));
         assert_eq!(host.not_comparable().len(), 2);
+    }
+
+    #[test]
+    fn what_the_host_has_besides_is_hidden() {
+        let host = Capabilities { other_components: 0x18, linear_bits: 48, ..Capabilities::all() };
+        assert_eq!(host.hide_components(0x2ff), 0x2e7);
+        assert_eq!(host.canonical(0x1234_8000_0000_0000), 0xffff_8000_0000_0000);
+        assert_eq!(Capabilities::all().canonical(0x1234_8000_0000_0000), 0x0034_8000_0000_0000);
     }
 
     #[test]

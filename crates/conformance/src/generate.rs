@@ -52,10 +52,12 @@ pub(crate) struct Draft<'a> {
     pub(crate) kind: values::Kind,
     /// General registers whose value the memory operand needs, as a bit mask.
     pub(crate) address_registers: u16,
-    /// FS and GS bases can be set.
-    pub(crate) fsgsbase: bool,
+    /// What it is for.
+    pub(crate) host: Capabilities,
     /// Linear address of the memory operand, if there is one.
     pub(crate) target: Option<u64>,
+    /// It cannot be compared on this host: another one is to be made.
+    pub(crate) unsuited: bool,
 }
 
 /// Makes cases.
@@ -87,12 +89,15 @@ impl Generator {
     }
 
     fn attempt(&mut self, code: Code, rng: &mut Rng) -> Option<Case> {
-        let mut draft = Draft::new(code, rng, self.host.fsgsbase);
+        let mut draft = Draft::new(code, rng, self.host);
         draft.machine.rip = start_address(draft.rng, draft.branches());
         draft.prefixes();
         draft.operands();
         special::fix_up(&mut draft);
-        let Draft { ins, mut machine, patches, target, rng, .. } = draft;
+        let Draft { ins, mut machine, patches, target, rng, unsuited, .. } = draft;
+        if unsuited {
+            return None;
+        }
         self.host.limit(&mut machine);
 
         self.encoder.set_vex_wig(rng.below(2) as u32);
@@ -160,12 +165,12 @@ fn start_address(rng: &mut Rng, branches: bool) -> u64 {
 }
 
 impl<'a> Draft<'a> {
-    fn new(code: Code, rng: &'a mut Rng, fsgsbase: bool) -> Draft<'a> {
+    fn new(code: Code, rng: &'a mut Rng, host: Capabilities) -> Draft<'a> {
         let op = code.op_code();
         let mut ins = Instruction::default();
         ins.set_code(code);
         let kind = element_kind(rng, op);
-        let machine = initial_state(rng, kind, op, fsgsbase);
+        let machine = initial_state(rng, kind, op, host.fsgsbase);
         Draft {
             rng,
             op,
@@ -174,7 +179,8 @@ impl<'a> Draft<'a> {
             patches: Vec::new(),
             kind,
             address_registers: 0,
-            fsgsbase,
+            host,
+            unsuited: false,
             target: None,
         }
     }

@@ -393,6 +393,13 @@ pub fn components() -> Result<u64, HostError> {
     Ok(components)
 }
 
+/// What XCR0 has besides [`COMPONENTS`]. The processor must have XSAVE.
+pub fn other_components() -> Result<u64, HostError> {
+    components()?;
+    // SAFETY: OSXSAVE is set, or there would be no components.
+    Ok(unsafe { read_xcr0() } & !COMPONENTS)
+}
+
 #[target_feature(enable = "xsave")]
 unsafe fn read_xcr0() -> u64 {
     // SAFETY: the caller has checked OSXSAVE.

@@ -65,7 +65,9 @@ fn main() -> ExitCode {
         match &arguments.case {
             Some(number) if arguments.blocks => one_program(&arguments, &features, number),
             Some(case) => one_case(&arguments, &features, case),
-            None if arguments.blocks => repeated(&arguments, |round| many_programs(&arguments, &features, round)),
+            None if arguments.blocks => {
+                repeated(&arguments, |round| many_programs(&arguments, &features, round))
+            }
             None => repeated(&arguments, |round| many_cases(&arguments, &features, round)),
         }
     });
@@ -161,8 +163,7 @@ fn one_program(arguments: &Arguments, features: &Features, number: &str) -> Resu
     for line in program.disassemble() {
         println!("{line}");
     }
-    let mut bench =
-        blocks::bench::Bench::new(features.clone(), arguments.seed).map_err(|e| e.to_string())?;
+    let mut bench = blocks::bench::Bench::new(features.clone(), arguments.seed).map_err(|e| e.to_string())?;
     let outcome = bench.run(&mut program);
     println!(
         "{} runs, {} on the host, {} with a fault; {} instructions executed",

@@ -188,6 +188,10 @@ fn legacy_image(draft: &mut Draft<'_>) -> Vec<u8> {
         image[26] = 0;
         image[27] = 0;
     }
+    for pointer in image[8..24].chunks_exact_mut(8) {
+        let value = u64::from_le_bytes(pointer.try_into().unwrap_or_default());
+        pointer.copy_from_slice(&draft.host.canonical(value).to_le_bytes());
+    }
     for st in 0..8 {
         let value = values::float80(draft.rng);
         image[32 + 16 * st..][..10].copy_from_slice(&value);
@@ -206,8 +210,11 @@ fn extended_state(draft: &mut Draft<'_>) {
         1 => 0xe7,
         _ => draft.rng.below(256),
     };
-    draft.set_free(RAX, mask);
+    draft.set_free(RAX, draft.host.hide_components(mask));
     draft.set_free(RDX, 0);
+    let asked = draft.machine.gpr[RAX] & 0xffff_ffff | draft.machine.gpr[RDX] << 32;
+    // An address register asks for what neither side is to have.
+    draft.unsuited |= draft.host.hide_components(asked) != asked;
     let restores = matches!(draft.ins.mnemonic(), Mnemonic::Xrstor | Mnemonic::Xrstor64);
     let mut header = [0u8; 64];
     if restores {
@@ -226,6 +233,10 @@ fn extended_state(draft: &mut Draft<'_>) {
             header[byte] |= 1 << draft.rng.below(8);
             // No PKRU from a random image: it could take the harness's own memory away.
             header[1] &= !2;
+            for word in header[..16].chunks_exact_mut(8) {
+                let components = u64::from_le_bytes(word.try_into().unwrap_or_default());
+                word.copy_from_slice(&draft.host.hide_components(components).to_le_bytes());
+            }
         }
         image[512..576].copy_from_slice(&header);
         patch_target(draft, &image);

@@ -1,8 +1,8 @@
-//! Where another maker's processors are known to do otherwise than Intel's, which the models are.
+//! Where other processors are known to do otherwise than those that the models are of, Intel's since Sapphire Rapids.
 //!
 //! [`ROWS`] is the whole list. A row says on whose hosts it holds, which cases it is about, which parts of the
 //! outcome are then the host's own business, and why. It is looked at only if a case differs: the parts are taken
-//! over from the host, and what is left must be equal. On Intel's hosts no row holds.
+//! over from the host, and what is left must be equal. On hosts like the models no row holds.
 //!
 //! Sources: AMD64 Architecture Programmer's Manual (APM), volume and section; "measured" where it is silent, on
 //! family 19h unless something else is said.
@@ -34,6 +34,8 @@ pub enum Part {
     VectorOperands,
     /// These bytes of the memory operand.
     Operand(Range<u64>),
+    /// The reserved four of the eight bytes of PKRU in an area that XSAVEC writes.
+    CompactPkru,
     /// The eight bytes below the stack pointer that the case starts with.
     Pushed,
 }
@@ -280,6 +282,26 @@ pub const ROWS: &[Row] = &[
         parts: &[Part::Operand(0x344..0x348)],
     },
     Row {
+        vendor: Vendor::Skylake,
+        what: "PKRU is saved as four bytes of its eight (measured)",
+        applies: |seen| saves_standard(seen) && seen.requested(PKRU),
+        parts: &[Part::Operand(0xa84..0xa88)],
+    },
+    Row {
+        vendor: Vendor::Skylake,
+        what: "PKRU is saved as four bytes of its eight, by XSAVEC too (measured)",
+        applies: |seen| {
+            matches!(seen.mnemonic(), Mnemonic::Xsavec | Mnemonic::Xsavec64) && seen.requested(PKRU)
+        },
+        parts: &[Part::CompactPkru],
+    },
+    Row {
+        vendor: Vendor::Skylake,
+        what: "XRSTOR has loaded components when it finds that MXCSR or the header will not do (measured)",
+        applies: |seen| restores(seen) && seen.host_faults(&[13]) && seen.guest_faults(&[13]),
+        parts: &[Part::All],
+    },
+    Row {
         vendor: Vendor::Amd,
         what: "MXCSR has the bit MM, so MXCSR_MASK has it (APM vol. 2, MXCSR)",
         applies: |seen| seen.case.instruction.is_save_restore_instruction(),
@@ -359,6 +381,8 @@ pub const ROWS: &[Row] = &[
 /// XCR0 bits: AVX; protection keys; AVX-512 and protection keys.
 const AVX: u64 = 1 << 2;
 const PKRU: u64 = 1 << 9;
+/// Components before PKRU, and their sizes in bytes (SDM vol. 1, 13.4.3; CPUID leaf 0DH).
+const COMPACT_SIZES: [(u32, u64); 4] = [(2, 0x100), (5, 0x40), (6, 0x200), (7, 0x400)];
 const BEYOND_AVX: u64 = 7 << 5 | PKRU;
 
 /// Exceptions of memory accesses: #SS, #GP, #PF, #AC.
@@ -476,7 +500,7 @@ pub fn adopt(part: &Part, case: &Case, host: &(Event, Machine), guest: &mut (Eve
                 g.vectors.zmm[register.number()] = h.vectors.zmm[register.number()];
             }
         }
-        Part::Operand(_) | Part::Pushed => {}
+        Part::Operand(_) | Part::CompactPkru | Part::Pushed => {}
     }
 }
 
@@ -485,6 +509,12 @@ pub fn memory(part: &Part, case: &Case) -> Option<(u64, u64)> {
     match part {
         Part::Operand(range) => {
             case.target.map(|target| (target.wrapping_add(range.start), range.end - range.start))
+        }
+        Part::CompactPkru => {
+            let mask = case.machine.gpr[0];
+            let before = COMPACT_SIZES.iter().filter(|(component, _)| mask & 1 << component != 0);
+            let offset = 0x244 + before.map(|(_, size)| size).sum::<u64>();
+            case.target.map(|target| (target.wrapping_add(offset), 4))
         }
         Part::Pushed => Some((case.machine.gpr[4].wrapping_sub(8), 8)),
         _ => None,

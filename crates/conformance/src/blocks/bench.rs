@@ -158,7 +158,9 @@ impl Bench {
 
     fn natively(&mut self, run: &Run<'_>, machine: &Machine, end: &End) -> Vec<String> {
         for (address, bytes) in run.image {
-            if layout::access(*address) == Access::Write && self.host.bytes(*address, PAGE as usize) != &bytes[..] {
+            if layout::access(*address) == Access::Write
+                && self.host.bytes(*address, PAGE as usize) != &bytes[..]
+            {
                 self.host.bytes_mut(*address, PAGE as usize).copy_from_slice(bytes);
             }
         }
@@ -171,7 +173,8 @@ impl Bench {
         let pointers = !self.capabilities.knows_pointers(&host.1.vectors);
         let mut items = run.compare(&host, end, pointers);
         for (address, _) in run.image {
-            let (one, other) = (self.host.bytes(*address, PAGE as usize), self.interpreter.bytes(*address, PAGE as usize));
+            let (one, other) =
+                (self.host.bytes(*address, PAGE as usize), self.interpreter.bytes(*address, PAGE as usize));
             memory(&mut items, *address, one, other);
         }
         items
@@ -229,7 +232,9 @@ fn translated(
 ) -> Vec<String> {
     install(guest, run.image);
     let before = guest.instructions();
-    let Some(other) = catch(|| guest.run_freely(machine)) else { return vec!["the translator panicked".into()] };
+    let Some(other) = catch(|| guest.run_freely(machine)) else {
+        return vec!["the translator panicked".into()];
+    };
     let mut items = run.compare(&other, end, false);
     if other.0 != end.0 && items.is_empty() {
         items.push(format!("end {} / {}", other.0, end.0));
@@ -239,7 +244,12 @@ fn translated(
         items.push(format!("instructions {counted} / {count}"));
     }
     for (address, _) in run.image {
-        memory(&mut items, *address, guest.bytes(*address, PAGE as usize), interpreter.bytes(*address, PAGE as usize));
+        memory(
+            &mut items,
+            *address,
+            guest.bytes(*address, PAGE as usize),
+            interpreter.bytes(*address, PAGE as usize),
+        );
     }
     items
 }

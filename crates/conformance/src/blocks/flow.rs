@@ -40,7 +40,9 @@ impl Writer<'_> {
         }
         let label = match self.rng.percent(8).then(|| self.outer_label()).flatten() {
             Some(outer) => outer,
-            None if !ahead.is_empty() && self.rng.percent(30) => ahead[self.rng.below(ahead.len() as u64) as usize].0,
+            None if !ahead.is_empty() && self.rng.percent(30) => {
+                ahead[self.rng.below(ahead.len() as u64) as usize].0
+            }
             None => self.ahead(ahead),
         };
         let code = match self.rng.below(20) {
@@ -195,8 +197,15 @@ impl Writer<'_> {
                 let Some(at) = self.table(&labels) else { return };
                 let register = self.free();
                 self.add(Instruction::with2(Code::And_rm32_imm8, gpr32(register), 3));
-                let memory =
-                    MemoryOperand::new(Register::None, gpr64(register), 8, at as i64, 8, false, Register::None);
+                let memory = MemoryOperand::new(
+                    Register::None,
+                    gpr64(register),
+                    8,
+                    at as i64,
+                    8,
+                    false,
+                    Register::None,
+                );
                 self.add(Instruction::with1(Code::Jmp_rm64, memory));
             }
         }

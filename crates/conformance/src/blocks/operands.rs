@@ -2,7 +2,8 @@
 //! others of the program, by the same base register.
 
 use iced_x86::{
-    Code, Instruction, InstructionInfoFactory, MemoryOperand, MemorySize, Mnemonic, OpAccess, OpKind, Register,
+    Code, Instruction, InstructionInfoFactory, MemoryOperand, MemorySize, Mnemonic, OpAccess, OpKind,
+    Register,
 };
 
 use super::program::Item;
@@ -51,10 +52,14 @@ impl Uses {
         let info = factory.info(instruction);
         for used in info.used_registers() {
             let access = used.access();
-            if !matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::NoMemAccess | OpAccess::None) {
+            if !matches!(
+                access,
+                OpAccess::Write | OpAccess::CondWrite | OpAccess::NoMemAccess | OpAccess::None
+            ) {
                 uses.read |= bit(used.register());
             }
-            if !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None) {
+            if !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None)
+            {
                 uses.written |= bit(used.register());
             }
         }

@@ -94,7 +94,8 @@ impl Summary {
 
 /// Runs `plan`; `tick` is called now and then with the number of programs done.
 pub fn run(plan: &Plan, features: &Features, tick: impl FnMut(u64)) -> Result<Summary, RunError> {
-    let task = |worker: usize, progress: &Progress, out: &mut dyn Write| work(plan, features, worker, progress, out);
+    let task =
+        |worker: usize, progress: &Progress, out: &mut dyn Write| work(plan, features, worker, progress, out);
     let mut summary = Summary::default();
     for end in in_workers(plan.workers, task, tick)? {
         summary.merge(&end.text);
@@ -169,5 +170,10 @@ pub fn tell(bench: &mut Bench, seed: u64, number: u64, program: &Program, found:
 fn registers(program: &Program, run: usize) -> String {
     let machine = &program.machines[run];
     let gpr: Vec<String> = machine.gpr.iter().map(|value| format!("{value:#x}")).collect();
-    format!("from RAX to R15: {}; rflags {:#x}, mxcsr {:#x}", gpr.join(" "), machine.rflags, machine.vectors.mxcsr)
+    format!(
+        "from RAX to R15: {}; rflags {:#x}, mxcsr {:#x}",
+        gpr.join(" "),
+        machine.rflags,
+        machine.vectors.mxcsr
+    )
 }

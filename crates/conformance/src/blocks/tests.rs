@@ -17,7 +17,8 @@ fn programs() -> Programs {
 
 #[test]
 fn a_program_is_a_function_of_its_numbers() {
-    let [mut first, mut again, mut other] = [(5, 9), (5, 9), (5, 10)].map(|(seed, number)| programs().program(seed, number));
+    let [mut first, mut again, mut other] =
+        [(5, 9), (5, 9), (5, 10)].map(|(seed, number)| programs().program(seed, number));
     assert_eq!(first.disassemble(), again.disassemble());
     assert_eq!(first.machines, again.machines);
     assert_ne!(first.disassemble(), other.disassemble());

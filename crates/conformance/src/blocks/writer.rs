@@ -43,7 +43,9 @@ impl Programs {
 
     /// Program `number` under `seed`: always the same.
     pub fn program(&mut self, seed: u64, number: u64) -> Program {
-        (0..).find_map(|attempt| self.attempt(mix(mix(seed ^ 0x62_6c6f_636b) ^ number << 8 ^ attempt))).unwrap_or_else(|| unreachable!())
+        (0..)
+            .find_map(|attempt| self.attempt(mix(mix(seed ^ 0x62_6c6f_636b) ^ number << 8 ^ attempt)))
+            .unwrap_or_else(|| unreachable!())
     }
 
     fn attempt(&mut self, seed: u64) -> Option<Program> {
