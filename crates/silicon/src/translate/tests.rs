@@ -680,3 +680,17 @@ fn a_check_tells_differences() {
     assert!(difference.contains("r9 ") && difference.contains("zmm7.1"), "{difference}");
     assert!(guest.cpu.compare(&before, &[], 1).is_err(), "host code went on where the interpreter stopped");
 }
+
+/// Loops that look for requests before they begin, and behind, on their way to an instruction limit.
+#[test]
+fn loops_get_on_while_there_is_an_instruction_limit() {
+    // again: add rax, 1; cmp rax, rbx; jne again
+    let code = [0x48, 0x83, 0xc0, 0x01, 0x48, 0x39, 0xd8, 0x75, 0xf7];
+    for after in [0, 2] {
+        let mut guest = guest(Engine::Translate(after));
+        guest.cpu.controls.instruction_limit = 10_000;
+        guest.set(reg::RBX, u64::MAX);
+        assert_eq!(guest.run(&code), Exit::Budget);
+        assert_eq!(guest.cpu.instructions(), 10_000);
+    }
+}
