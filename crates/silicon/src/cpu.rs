@@ -73,6 +73,8 @@ impl Requests {
     pub const EXCLUSIVE: u32 = 1 << 4;
     /// There is an instruction limit. Only the owning thread sets and clears it.
     pub const LIMIT: u32 = 1 << 5;
+    /// Host code is to leave soon, for what it does is compared ([`Engine::Check`]). Set only while it runs.
+    pub(crate) const COMPARING: u32 = 1 << 6;
     /// What other threads ask for.
     pub(crate) const FOREIGN: u32 = Requests::KICK | Requests::FLUSH | Requests::MAIL | Requests::EXCLUSIVE;
 

@@ -148,6 +148,17 @@ impl BlockRef {
         self.translation().is_none() || self.block().joined.get() < JOINED_OFTEN
     }
 
+    /// Where in its page the blocks begin that its host code goes on to without asking, itself among them; nothing, if there is none.
+    pub(crate) fn region(&self) -> Vec<u16> {
+        let others = self.block().others.borrow();
+        others.iter().flat_map(|others| others.iter()).map(|range| range.start as u16).collect()
+    }
+
+    /// Its translation does not count as one together with others.
+    pub(crate) fn has_not_joined(&self) {
+        self.block().joined.set(0);
+    }
+
     /// Bytes of code.
     pub(super) fn len(&self) -> u64 {
         // SAFETY: as above.

@@ -31,7 +31,7 @@ use crate::mmu::host;
 use crate::state::{CodeSize, reg};
 
 /// Instructions in a block at most.
-const BLOCK_MAX: usize = 48;
+pub(crate) const BLOCK_MAX: usize = 48;
 /// Operations in all blocks of a CPU at most; past that the cache is emptied (about 30 MiB).
 const CACHE_OPS_MAX: usize = 400_000;
 /// Entries of the jump cache.

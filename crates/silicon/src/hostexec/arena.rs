@@ -103,6 +103,17 @@ impl Arena {
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(start), code.len()) };
     }
 
+    /// Replaces bytes of code wherever they are; how often they were there.
+    #[cfg(test)]
+    pub(crate) fn replace(&mut self, old: &[u8], new: &[u8]) -> usize {
+        assert_eq!(old.len(), new.len());
+        // SAFETY: the part of the writable view that code has been written to; nobody else has a reference.
+        let code = unsafe { std::slice::from_raw_parts_mut(self.writable.as_ptr(), self.used) };
+        let found: Vec<usize> = (0..code.len()).filter(|&at| code[at..].starts_with(old)).collect();
+        found.iter().for_each(|&at| code[at..at + new.len()].copy_from_slice(new));
+        found.len()
+    }
+
     /// Where the next code that is added will be.
     pub(crate) fn next(&self) -> u64 {
         self.executable.as_ptr() as u64 + self.used.next_multiple_of(ALIGN) as u64

@@ -1,74 +1,120 @@
 //! [`Engine::Check`](super::Engine::Check): both engines on the same input.
 //!
-//! Before a translated run goes on in host code, the interpreter executes its operations one by one, and what it leaves
-//! behind after each is kept. Then memory and registers are put back, host code runs to its end, and both must have done the same.
-//! Each run is checked the first few times, then now and then. Other vCPUs and devices that write the same memory meanwhile
-//! look like differences: this is for guests with one vCPU.
-#![expect(unsafe_code, reason = "reaches the operations of the running block")]
+//! Before host code runs, the interpreter executes the same operations one by one, and what it leaves behind after each is kept
+//! ([`trial`](super::trial)). Then memory and registers are put back, host code runs, and the count of instructions says what it must
+//! have left ([`difference`](super::difference)). Each way into host code is checked the first few times, then now and then. Other
+//! vCPUs and devices that write the same memory meanwhile look like differences: this is for guests with one vCPU.
+//!
+//! # How far host code goes
+//!
+//! It is what would run otherwise, with its branches within the region; but links and the cache of jumps lead nowhere, so that
+//! it leaves at the end of the region, calls included. And it is asked to leave ([`Requests::COMPARING`]): where it looks at the count of
+//! instructions it leaves once [`Bounds::count`] are counted; where it goes backwards by a load that faults, the handler has it go on
+//! [`Bounds::laps`] times. So the interpreter knows when to stop: [`Bounds::ends`].
+#![expect(unsafe_code, reason = "reaches the operations of the running block, and calls host code")]
 
-use std::collections::{BTreeMap, HashMap};
-use std::fmt::Write as _;
+use std::collections::HashMap;
 
-use iced_x86::{Formatter, Instruction, InstructionInfoFactory, IntelFormatter, Register, UsedMemory};
-
+use super::difference::report;
 use super::link::Link;
-use super::run::call;
-use super::{Family, LEAVE_INDIRECT, LEAVE_LINK};
-use crate::code::op::{Flow, Op};
-use crate::code::thread::interpreted;
-use crate::cpu::{Counters, Cpu, Pending};
-use crate::hostexec::stub::{STATUS, writes};
-use crate::state::{CpuState, Seg, reg};
+use super::region::LONGEST;
+use super::run::{call, enter};
+use super::trial::{Place, Snapshot, Trial};
+use super::{Engine, LEAVE_INDIRECT, LEAVE_LINK};
+use crate::code::BlockRef;
+use crate::code::op::Op;
+use crate::cpu::{Cpu, Requests};
+use crate::mmu::host;
+use crate::state::reg;
 
-/// How often each run is checked at first.
+/// How often each way in is checked at first.
 const FIRST: u32 = 16;
 /// After that, it is checked once in so many times.
 const EVERY: u32 = 256;
+/// What [`Bounds::count`] and [`Bounds::laps`] are in turn. With a count of zero regions are left as if it were time to look for
+/// requests, and a block that is a loop by itself is not executed at all.
+const COUNTS: [u64; 4] = [64, 0, 128, 32];
+const LAPS: [u32; 3] = [1, 0, 3];
 
-/// How often runs have been executed, by where their host code is, and how often something was compared.
+/// How often host code has been entered, by where it is, and what has been compared.
 #[derive(Debug, Default)]
 pub(super) struct Checks {
     seen: HashMap<u64, u32>,
+    /// Executions.
     pub(super) compared: u64,
+    /// Instructions of them.
+    pub(super) instructions: u64,
+    /// How often they have gone on from one block of a region to the next.
+    pub(super) branches: u64,
 }
 
 impl Drop for Checks {
     fn drop(&mut self) {
-        let Checks { seen, compared } = self;
-        tracing::info!("both engines did the same in {compared} executions of {} runs", seen.len());
+        let Checks { seen, compared, instructions, branches } = self;
+        tracing::info!(
+            "both engines did the same in {compared} executions of {} runs: {instructions} instructions, {branches} branches within \
+             regions",
+            seen.len()
+        );
     }
 }
 
 impl Checks {
-    fn is_due(&mut self, code: u64) -> bool {
+    /// Host code at `code` is entered; how often that has happened.
+    fn enter(&mut self, code: u64) -> u32 {
         let times = self.seen.entry(code).or_default();
         *times = times.wrapping_add(1);
-        *times <= FIRST || times.is_multiple_of(EVERY)
+        *times
+    }
+
+    /// How far host code goes this time.
+    fn bounds(&self) -> Bounds {
+        let turn = self.compared as usize;
+        // Where nobody recovers from faults, it does not go backwards at all.
+        let laps = if host::recovers() { LAPS[turn % LAPS.len()] } else { 0 };
+        Bounds { count: COUNTS[turn % COUNTS.len()], laps }
+    }
+
+    /// Everything is checked as if for the first time.
+    #[cfg(test)]
+    pub(super) fn forget(&mut self) {
+        self.seen.clear();
+    }
+
+    /// Host code has done the same as the interpreter in `done` operations.
+    fn passed(&mut self, trial: &Trial, done: usize) {
+        self.compared += 1;
+        self.instructions += done as u64;
+        self.branches += trial.branches(done) as u64;
     }
 }
 
-/// What an operation stored.
-struct Stored {
-    lin: u64,
-    old: Vec<u8>,
-    new: Vec<u8>,
+/// How far host code goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bounds {
+    /// Where it counts instructions, it leaves if there have been so many.
+    pub(super) count: u64,
+    /// How often it goes backwards where it does not look at the count.
+    pub(super) laps: u32,
 }
 
-/// What the interpreter made of one operation.
-pub(super) struct Step {
-    after: Box<CpuState>,
-    mxcsr: u32,
-    stored: Vec<Stored>,
-    /// Status flags, as RFLAGS bits, that the SDM leaves undefined here.
-    undefined: u64,
+impl Bounds {
+    /// Whether host code has certainly left: so many instructions have been executed, and it would go backwards once more. `late`
+    /// counts how often it has done so when it should have left, had it looked at the count.
+    pub(super) fn ends(&self, executed: usize, late: &mut u32) -> bool {
+        // What has been executed and not counted are less than a region's.
+        if executed as u64 >= self.count + LONGEST as u64 {
+            *late += 1;
+        }
+        *late > self.laps
+    }
 }
 
-/// What the engines must agree on before an operation.
-pub(super) struct Before {
-    state: Box<CpuState>,
-    mxcsr: u32,
-    counters: Counters,
-    x87_live: bool,
+/// Where host code has left.
+pub(super) struct Outcome {
+    /// After so many operations.
+    pub(super) done: usize,
+    pub(super) rip: u64,
 }
 
 impl Cpu {
@@ -78,277 +124,122 @@ impl Cpu {
     ///
     /// As for [`call`], and `code` is the host code of the run that begins with `first`.
     pub(super) unsafe fn checked_call(&mut self, way_in: u64, code: u64, first: &Op) -> (u64, u64) {
-        let due = self.translator.checks.as_mut().is_some_and(|checks| checks.is_due(code));
-        // Links and the jump cache would lead on to other blocks.
+        // Links and the jump cache would lead on to other regions.
         (self.translator.validity, self.translator.validity_within) = (u64::MAX, u64::MAX);
         // SAFETY: `enter_block` gave the running block's first operation its address.
         let block = self.block_of(unsafe { &*(self.block_start as *const Op) }).map(|(block, _)| block);
-        let (true, Some(block)) = (due && self.replay.done.is_empty(), block) else {
+        let Some(block) = block.filter(|_| self.replay.done.is_empty()) else {
             // SAFETY: the caller's promise.
             return unsafe { call(way_in, code) };
         };
-        let start = (std::ptr::from_ref(first).addr() - self.block_start) / size_of::<Op>();
-        let instructions = self.decode_again(block);
-        let generation = self.code.generation;
-        let before = self.before();
+        let index = (std::ptr::from_ref(first).addr() - self.block_start) / size_of::<Op>();
+        let place = Place { block, index };
+        let mut times = self.translator.checks.as_mut().map_or(0, |checks| checks.enter(code));
+        let mut code = code;
+        if times == Engine::HOT && index == 0 && block.may_join() {
+            (code, times) = self.grow(block, code, times);
+        }
+        let is_due = times <= FIRST || times.is_multiple_of(EVERY);
+        let region = if is_due { self.region_of(block) } else { None };
+        match region {
+            // SAFETY: the caller's promise, and what `grow` says.
+            Some(region) => unsafe { self.compare_engines(way_in, code, &region, place) },
+            // SAFETY: likewise.
+            None => unsafe { call(way_in, code) },
+        }
+    }
+
+    /// A block whose host code has been at `code` has run as often as blocks usually do before they are translated: it is translated
+    /// again, with those that it is known to lead to by now. Where its host code is now, and how often that has been entered.
+    fn grow(&mut self, block: BlockRef, code: u64, times: u32) -> (u64, u32) {
+        let first = block.first();
+        let (generation, members) = (self.code.generation, block.region().len());
+        if self.translate_block(first).is_err() && self.code.generation == generation {
+            // What there is holds.
+            first.handler.set(enter);
+        }
+        let new = first.translation.get();
+        if new == code || self.code.generation != generation {
+            return (code, times);
+        }
+        let more = block.region().len() > members;
+        let seen = self.translator.checks.as_mut().map(|checks| checks.seen.entry(new).or_default());
+        // As good as the same code has been checked already.
+        let times = if more { 1 } else { Engine::HOT + 1 };
+        seen.into_iter().for_each(|seen| *seen = times);
+        (new, times)
+    }
+
+    /// Has the interpreter execute what begins at `start`, then host code at `code`, and compares.
+    ///
+    /// # Safety
+    ///
+    /// As for [`call`], and `code` is the host code of what begins at `start`, in this region.
+    unsafe fn compare_engines(
+        &mut self,
+        way_in: u64,
+        code: u64,
+        region: &[BlockRef],
+        start: Place,
+    ) -> (u64, u64) {
+        let bounds = self.translator.checks.as_ref().map_or(Bounds { count: 0, laps: 0 }, Checks::bounds);
         let (block_start, current) = (self.block_start, self.current_op);
-        let steps = self.interpret_apart(&block.ops()[start..], &instructions[start..]);
+        let mut before = self.snapshot();
+        before.state.rip = self.ip_of(&start.block.ops()[start.index]);
+        let trial = self.attempt(region, start, &before, bounds);
         (self.block_start, self.current_op) = (block_start, current);
-        if self.code.generation != generation && !steps.is_empty() {
-            // It has changed code, perhaps its own. What the interpreter has done stands.
+        if trial.changed_code {
+            // Perhaps its own. What the interpreter has done stands.
             self.counters = before.counters;
-            self.counters.instructions += (start + steps.len()) as u64;
+            self.counters.instructions += (start.index + trial.steps.len()) as u64;
             return (LEAVE_INDIRECT, 0);
         }
-        for stored in steps.iter().rev().flat_map(|step| step.stored.iter().rev()) {
-            self.put_back(stored.lin, &stored.old);
-        }
-        self.go_back(&before);
+        self.take_back_trial(&before, &trial);
         // SAFETY: the caller's promise.
-        let (exit, extra) = unsafe { call(way_in, code) };
-        if self.leaves_for_nowhere(exit) {
-            return (exit, extra);
-        }
-        let done = if exit == LEAVE_INDIRECT || exit & LEAVE_LINK != 0 {
-            instructions.len() - start
-        } else {
-            extra as usize - start
-        };
-        if let Err(difference) = self.compare(&before, &steps, done) {
-            report(&before.state, &instructions[start..], done, &difference);
+        let (exit, extra) = unsafe { self.bounded_call(way_in, code, bounds) };
+        let Some(outcome) = self.outcome(exit, extra, &before, start.index) else { return (exit, extra) };
+        if let Err(difference) = self.compare(&before, &trial, &outcome) {
+            report(&before, &trial, &outcome, &difference);
         }
         if let Some(checks) = &mut self.translator.checks {
-            checks.compared += 1;
+            checks.passed(&trial, outcome.done);
         }
         (exit, extra)
     }
 
-    /// Whether host code has left by a branch to an address that nothing can be at: it is about to be taken back.
-    fn leaves_for_nowhere(&self, exit: u64) -> bool {
-        if exit == LEAVE_INDIRECT {
-            return !self.state.canonical(self.state.rip);
-        }
-        let link = Some(exit & !LEAVE_LINK).filter(|_| exit & LEAVE_LINK != 0);
-        let target =
-            link.zip(self.translator.code.as_ref()).and_then(|(at, code)| Link::target(&code.arena, at));
+    /// As [`call`], but host code is asked to leave.
+    ///
+    /// # Safety
+    ///
+    /// As for [`call`].
+    unsafe fn bounded_call(&mut self, way_in: u64, code: u64, bounds: Bounds) -> (u64, u64) {
+        self.translator.stop = self.counters.instructions.wrapping_add(bounds.count);
+        self.requests.post(Requests::COMPARING);
+        host::allow_laps(bounds.laps);
+        // SAFETY: the caller's promise.
+        let left = unsafe { call(way_in, code) };
+        host::allow_laps(0);
+        self.requests.take(Requests::COMPARING);
+        left
+    }
+
+    /// Where host code has left, which began with operation `index` of its block; `None`: by a branch to an address that nothing can be at,
+    /// which is about to be taken back.
+    fn outcome(&self, exit: u64, extra: u64, before: &Snapshot, index: usize) -> Option<Outcome> {
         let ip_base = self.state.regs[usize::from(reg::IP_BASE)];
-        target.is_some_and(|(target, _)| !self.state.canonical(ip_base.wrapping_add_signed(target)))
-    }
-
-    pub(super) fn before(&mut self) -> Before {
-        let x87_live = self.x87_is_live();
-        self.sync_x87();
-        let (mxcsr, counters) = (self.mxcsr(), self.counters);
-        let before = Before { state: Box::new(self.state.clone()), mxcsr, counters, x87_live };
-        if x87_live {
-            self.load_x87();
-        }
-        before
-    }
-
-    fn go_back(&mut self, before: &Before) {
-        self.sync_x87();
-        self.state = (*before.state).clone();
-        self.counters = before.counters;
-        self.set_mxcsr(before.mxcsr);
-        if before.x87_live {
-            self.load_x87();
-        }
-    }
-
-    /// Has the interpreter execute operations, as long as they can be translated and complete.
-    fn interpret_apart(&mut self, ops: &[Op], instructions: &[Instruction]) -> Vec<Step> {
-        let mut steps = Vec::new();
-        let mut undefined = 0;
-        let mut info = InstructionInfoFactory::new();
-        for (op, ins) in ops.iter().zip(instructions) {
-            if Family::of(ins, &self.features).is_none() {
-                break;
-            }
-            let before = self.before();
-            let Some(mut stored) = self.about_to_be_stored(ins, &mut info) else {
-                self.forget_attempt();
-                self.go_back(&before);
-                break;
-            };
-            if !self.interpret_one(op) {
-                self.forget_attempt();
-                self.go_back(&before);
-                break;
-            }
-            for place in &mut stored {
-                place.new = self.bytes_at(place.lin, place.old.len()).unwrap_or_default();
-            }
-            let written = (ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set()) & STATUS;
-            undefined = (undefined & !rflags(written)) | rflags(ins.rflags_undefined() & STATUS);
-            let Before { state, mxcsr, .. } = self.before();
-            steps.push(Step { after: state, mxcsr, stored, undefined });
-        }
-        steps
-    }
-
-    /// Executes one operation alone; false if it did not complete.
-    fn interpret_one(&mut self, op: &Op) -> bool {
-        let alone = op.clone();
-        alone.handler.set(interpreted(op));
-        let mut end = op.clone();
-        end.handler.set(|cpu, op| {
-            cpu.state.rip = cpu.ip_of(op);
-            Ok(Flow::End)
-        });
-        end.page_offset = op.page_offset + u16::from(op.length);
-        let pair = [alone, end];
-        let chain = std::mem::replace(&mut self.chain, 0);
-        let result = (pair[0].handler.get())(self, &pair[0]);
-        self.chain = chain;
-        result.is_ok()
-    }
-
-    /// An operation did not complete: nothing of it remains.
-    fn forget_attempt(&mut self) {
-        self.pending = Pending::None;
-        self.replay.waiting = None;
-        self.replay.cursor = 0;
-        self.replay.done.clear();
-    }
-
-    /// The memory that the instruction is about to write; `None` if it cannot be read.
-    fn about_to_be_stored(
-        &mut self,
-        ins: &Instruction,
-        info: &mut InstructionInfoFactory,
-    ) -> Option<Vec<Stored>> {
-        let used: Vec<UsedMemory> = info.info(ins).used_memory().to_vec();
-        let mut stored = Vec::new();
-        for memory in used.iter().filter(|memory| writes(memory.access())) {
-            let lin = self.linear_of(ins, memory);
-            let size = memory.memory_size().size();
-            stored.push(Stored { lin, old: self.bytes_at(lin, size)?, new: Vec::new() });
-        }
-        Some(stored)
-    }
-
-    fn linear_of(&self, ins: &Instruction, memory: &UsedMemory) -> u64 {
-        let register = |register: Register| match register {
-            Register::None | Register::RIP => 0,
-            Register::FS => self.state.ea_base[Seg::Fs as usize],
-            Register::GS => self.state.ea_base[Seg::Gs as usize],
-            other if other.is_segment_register() => 0,
-            other => self.state.regs[other.full_register().number() & 15],
-        };
-        let index = register(memory.index()).wrapping_mul(u64::from(memory.scale()));
-        let base = if ins.is_ip_rel_memory_operand() && memory.base() != Register::RSP {
-            self.state.regs[usize::from(reg::IP_BASE)]
+        let mut counted = self.counters.instructions.wrapping_sub(before.counters.instructions);
+        let rip = if exit == LEAVE_INDIRECT {
+            self.state.rip
+        } else if exit & LEAVE_LINK != 0 {
+            let code = self.translator.code.as_ref()?;
+            ip_base.wrapping_add_signed(Link::target(&code.arena, exit & !LEAVE_LINK)?.0)
         } else {
-            register(memory.base())
+            // The interpreter counts what comes before the operation in its block.
+            counted = counted.wrapping_add(extra);
+            // SAFETY: host code names operations of its own blocks, which are not dropped while it runs.
+            self.ip_of(unsafe { &*(exit as *const Op) })
         };
-        register(memory.segment()).wrapping_add(base).wrapping_add(index).wrapping_add(memory.displacement())
+        let done = counted.wrapping_sub(index as u64) as usize;
+        self.state.canonical(rip).then_some(Outcome { done, rip })
     }
-
-    fn bytes_at(&mut self, lin: u64, size: usize) -> Option<Vec<u8>> {
-        let mut bytes = vec![0; size];
-        self.read_bytes(Seg::Ds, lin, &mut bytes).ok().map(|()| bytes)
-    }
-
-    fn put_back(&mut self, lin: u64, bytes: &[u8]) {
-        if self.write_bytes(Seg::Ds, lin, bytes).is_err() {
-            self.forget_attempt();
-        }
-    }
-
-    /// Compares what host code has left after `done` operations.
-    pub(super) fn compare(&mut self, before: &Before, steps: &[Step], done: usize) -> Result<(), String> {
-        if done > steps.len() {
-            let next = steps.len();
-            return Err(format!(
-                "host code did {done} instructions; the interpreter stopped before number {next}"
-            ));
-        }
-        let now = self.before();
-        let last = done.checked_sub(1).map(|at| &steps[at]);
-        let (wanted, mxcsr) = last.map_or((&before.state, before.mxcsr), |step| (&step.after, step.mxcsr));
-        let undefined = last.map_or(0, |step| step.undefined);
-        let mut text = String::new();
-        let mut differ = |what: &str, interpreted: u64, translated: u64| {
-            if interpreted != translated {
-                let _ = writeln!(
-                    text,
-                    "  {what:<8} interpreted {interpreted:#018x}  translated {translated:#018x}"
-                );
-            }
-        };
-        for (number, name) in NAMES.iter().enumerate() {
-            differ(name, wanted.regs[number], now.state.regs[number]);
-        }
-        differ("rflags", wanted.rflags() & !undefined, now.state.rflags() & !undefined);
-        differ("mxcsr", mxcsr.into(), now.mxcsr.into());
-        for number in 0..32 {
-            for part in 0..8 {
-                let word = |state: &CpuState| {
-                    let bytes = &state.zmm[number].0[part * 8..part * 8 + 8];
-                    bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
-                };
-                differ(&format!("zmm{number}.{part}"), word(wanted), word(&now.state));
-            }
-        }
-        for number in 0..8 {
-            differ(&format!("k{number}"), wanted.k[number], now.state.k[number]);
-        }
-        let same_x87 = wanted.x87 == now.state.x87;
-        differ("x87", 0, u64::from(!same_x87));
-        let stored: BTreeMap<u64, u8> = (steps[..done].iter())
-            .flat_map(|step| &step.stored)
-            .flat_map(|place| (place.lin..).zip(place.new.iter().copied()))
-            .collect();
-        for (lin, byte) in stored {
-            let there = self.bytes_at(lin, 1).map_or(0x100, |bytes| bytes[0].into());
-            differ(&format!("[{lin:#x}]"), byte.into(), there);
-        }
-        if text.is_empty() { Ok(()) } else { Err(text) }
-    }
-}
-
-/// The general registers, by number.
-const NAMES: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
-    "r15",
-];
-
-/// iced-x86's flags as RFLAGS bits.
-fn rflags(bits: u32) -> u64 {
-    use crate::flags::Rflags;
-    use iced_x86::RflagsBits as Bits;
-    let pairs = [
-        (Bits::OF, Rflags::OF),
-        (Bits::SF, Rflags::SF),
-        (Bits::ZF, Rflags::ZF),
-        (Bits::AF, Rflags::AF),
-        (Bits::CF, Rflags::CF),
-        (Bits::PF, Rflags::PF),
-    ];
-    pairs.iter().filter(|(bit, _)| bits & bit != 0).fold(0, |all, (_, flag)| all | flag.bits())
-}
-
-/// Says what differs, and ends the process.
-fn report(before: &CpuState, instructions: &[Instruction], done: usize, difference: &str) -> ! {
-    let mut text = String::from("the engines differ. Before:\n");
-    for (number, name) in NAMES.iter().enumerate() {
-        let _ = write!(
-            text,
-            "  {name:<3} {:#018x}{}",
-            before.regs[number],
-            if number % 4 == 3 { "\n" } else { "" }
-        );
-    }
-    let _ = writeln!(text, "  rflags {:#x}", before.rflags());
-    let base = before.regs[usize::from(reg::IP_BASE)];
-    let mut formatter = IntelFormatter::new();
-    for ins in instructions.iter().take(done.max(1)) {
-        let mut line = String::new();
-        formatter.format(ins, &mut line);
-        let _ = writeln!(text, "  {:#x}  {line}", base.wrapping_add(ins.ip()));
-    }
-    let _ = write!(text, "After:\n{difference}");
-    tracing::error!("{text}");
-    std::process::abort()
 }

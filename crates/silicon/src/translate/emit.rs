@@ -186,18 +186,17 @@ pub(super) struct Emitter<'a> {
 }
 
 impl<'a> Emitter<'a> {
-    /// A region of `members` in `arena`, whose code is in the page of this number. `closed`: every branch leaves it.
+    /// A region of `members` in `arena`, whose code is in the page of this number.
     pub(super) fn new(
         arena: &'a mut Arena,
         routines: Routines,
         members: &'a [Member],
-        closed: bool,
         code_page: u64,
         features: &'a Features,
     ) -> Result<Emitter<'a>> {
         let mut a = CodeAssembler::new(64)?;
         let mut targets = HashMap::new();
-        for member in members.iter().filter(|member| !closed && member.begins()) {
+        for member in members.iter().filter(|member| member.begins()) {
             let label = a.create_label();
             let entry = if member.start.is_like_entry() { label } else { a.create_label() };
             let ops = member.block.ops();

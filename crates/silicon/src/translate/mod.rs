@@ -36,7 +36,10 @@
 
 mod branch;
 mod check;
+#[cfg(test)]
+mod check_tests;
 mod choice;
+mod difference;
 mod edges;
 mod emit;
 mod flags;
@@ -56,6 +59,7 @@ mod shared;
 mod shared_tests;
 #[cfg(test)]
 mod tests;
+mod trial;
 mod vector;
 mod watch;
 
@@ -317,13 +321,10 @@ impl Cpu {
 
     /// Translates a region.
     fn translate_region(&mut self, members: &[Member]) -> Result<(), Failure> {
-        // Where engines are compared the interpreter executes blocks one by one.
-        let closed = self.translator.checks.is_some();
         let code_page = self.state.regs[usize::from(reg::IP_BASE)] >> PAGE_SHIFT;
         let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
         self.counters.blocks_translated += members.len() as u64;
-        let mut emitter =
-            Emitter::new(&mut code.arena, code.routines, members, closed, code_page, &self.features)?;
+        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, code_page, &self.features)?;
         for (number, member) in members.iter().enumerate() {
             let follower = members.get(number + 1).map(Member::offset);
             for run in &member.runs {
@@ -334,6 +335,9 @@ impl Cpu {
         }
         let entries = emitter.finish(&mut code.recovery)?;
         CodeCache::join(members.iter().map(|member| member.block));
+        if let ([alone], Some(_)) = (members, &self.translator.checks) {
+            alone.block.has_not_joined();
+        }
         for (number, index, at) in entries {
             let block = members[number].block;
             let op = &block.ops()[index];

@@ -19,7 +19,7 @@ use crate::code::BlockRef;
 use crate::model::Features;
 
 /// Instructions of a region at most; a single block may have more.
-const LONGEST: usize = 256;
+pub(super) const LONGEST: usize = 256;
 /// Bytes in a page.
 const PAGE: i64 = 4096;
 

@@ -8,8 +8,8 @@ use std::ptr::NonNull;
 use super::link::{Jump, Link};
 use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, SLICE, Translator};
 use crate::code::op::{Flow, Op};
-use crate::code::resync;
 use crate::code::thread::interpreted;
+use crate::code::{BLOCK_MAX, resync};
 use crate::cpu::{Cpu, Requests};
 use crate::exception::Abort;
 use crate::mmu::tlb::PAGE_MASK;
@@ -67,8 +67,13 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
         cpu.prepare_host();
     }
     cpu.prepare(cpu.state.regs[usize::from(reg::IP_BASE)]);
-    // Where something is asked for all the time, host code looks at once.
-    let slice = if cpu.requests.any() { 0 } else { u64::from(SLICE) };
+    // Where something is asked for all the time, host code looks at once; but a block that is a loop by itself looks before it begins, and
+    // must get on.
+    let slice = match cpu.requests.get() {
+        0 => u64::from(SLICE),
+        asked if asked & Requests::LIMIT != 0 => BLOCK_MAX as u64 + 1,
+        _ => 0,
+    };
     cpu.translator.stop = cpu.counters.instructions.wrapping_add(slice);
     let mut code = op.translation.get();
     loop {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::exception::{Exception, vector};
 use crate::mmu::ept::Lazy;
+use crate::translate::{Engine, Translator};
 use crate::vmx::Injection;
 
 /// Pages that are elsewhere, and whose entries allow #VE.
@@ -59,6 +60,19 @@ fn ve_v1_the_information_area_says_what_was_accessed() {
 }
 
 /// The page table of the address is what is gone: its translation, not the address itself, is in the area.
+/// What the interpreter attempts beforehand, where engines are compared, does not write the area.
+#[test]
+fn ve_v1_engines_that_are_compared_convert_it_once() {
+    for code in [LOAD, STORE] {
+        let mut machine = machine(Mode::Long);
+        machine.cpu.translator = Translator::new(Engine::Check);
+        machine.set(reg::RBX, GONE + 0x123);
+        assert_eq!(machine.run(code), Exit::Hlt);
+        assert!(handled(&machine));
+        assert_eq!((machine.word(AREA, 4), machine.cpu.counters.exceptions), (48, 1));
+    }
+}
+
 #[test]
 fn ve_v1_page_walks_say_so() {
     let mut machine = machine(Mode::Long);
