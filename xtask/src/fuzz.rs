@@ -23,10 +23,12 @@ pub(crate) struct Options {
 }
 
 /// What the generators make.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     /// Instructions, compared with the host's CPU.
     Instructions,
+    /// Programs of such instructions, in blocks with random branches, compared with the host's CPU and between engines.
+    Blocks,
     /// Whole random guests, which must not harm the host.
     Images,
     /// Random calls of the KVM API.
@@ -39,7 +41,7 @@ impl Kind {
     /// The package and the program of its generator.
     fn program(self) -> (&'static str, &'static str) {
         match self {
-            Kind::Instructions => ("conformance", "conformance"),
+            Kind::Instructions | Kind::Blocks => ("conformance", "conformance"),
             Kind::Images => ("robustness", "robustness"),
             Kind::Ioctls => ("robustness", "ioctls"),
             Kind::Isolation => ("robustness", "isolation"),
@@ -60,7 +62,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
         let mut command = Command::new("cargo");
         command.args(["run", "--release", "--quiet", "--package", package, "--bin", program, "--"]);
         command.args(["--seed", &seed.to_string(), "--minutes", &minutes.to_string()]);
-        if let (Kind::Instructions, Some(filter)) = (kind, &options.filter) {
+        if kind == Kind::Blocks {
+            command.arg("--blocks");
+        }
+        if let (Kind::Instructions | Kind::Blocks, Some(filter)) = (kind, &options.filter) {
             command.args(["--filter", filter]);
         }
         let status = command.current_dir(xtask::root()).status().map_err(|e| Error::Guest(e.to_string()))?;

@@ -28,6 +28,10 @@ const PROCESSOR: &[&str] = &["test", "--quiet", "--release", "--package", "silic
 const IMAGES: [&str; 4] = ["--seed", "1", "--images", "10000"];
 const IMAGES_QUICK: [&str; 4] = ["--seed", "1", "--images", "1000"];
 
+/// Programs for both engines and the host.
+const BLOCKS: [&str; 5] = ["--blocks", "--seed", "1", "--cases", "40000"];
+const BLOCKS_QUICK: [&str; 5] = ["--blocks", "--seed", "1", "--cases", "2000"];
+
 /// Random guests around which all host pages outside the VM are compared, and the number of the first. They choose their engine.
 const ISOLATION: [&str; 11] = isolation("600");
 const ISOLATION_QUICK: [&str; 11] = isolation("200");
@@ -94,6 +98,7 @@ fn steps(quick: bool) -> Vec<Step> {
         step("processor, translated", PROCESSOR, false).on(TRANSLATOR),
         generator("conformance, interpreted", "conformance", cases).on(INTERPRETER),
         generator("conformance, translated", "conformance", cases).on(TRANSLATOR),
+        generator("conformance in blocks", "conformance", if quick { &BLOCKS_QUICK } else { &BLOCKS }),
         generator("robustness, interpreted", "robustness", images).on(INTERPRETER),
         generator("robustness, translated", "robustness", images).on(TRANSLATOR),
         step("host pages outside VMs", if quick { &ISOLATION_QUICK } else { &ISOLATION }, false),

@@ -62,6 +62,9 @@ impl Item {
     }
 }
 
+/// Bytes of an instruction at most.
+const LONGEST: u64 = 15;
+
 /// Sets the address that the instruction leads or refers to.
 fn point(instruction: &mut Instruction, target: u64) {
     if instruction.op0_kind() == OpKind::NearBranch64 {
@@ -132,7 +135,8 @@ impl Program {
             }
             let assembled = Assembled { bytes, addresses };
             let Some(unreached) = unreached else {
-                return (assembled.end() <= CODE + CODE_SIZE).then_some(assembled);
+                // What is behind it is fetched before the program is found to have ended.
+                return (assembled.end() + LONGEST <= CODE + CODE_SIZE).then_some(assembled);
             };
             // A jump or a conditional branch has a longer form; LOOP has none.
             let item = &mut self.items[unreached];

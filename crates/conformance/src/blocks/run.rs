@@ -46,7 +46,7 @@ pub struct Summary {
     pub faults: u64,
     /// Instructions executed in each engine.
     pub instructions: u64,
-    /// Programs that did not end.
+    /// Programs that did not end: they have written to their return addresses. They are not compared.
     pub endless: u64,
     /// Programs with a difference.
     pub different: u64,
@@ -59,7 +59,7 @@ pub struct Summary {
 impl Summary {
     /// Whether nothing was found.
     pub fn is_clean(&self) -> bool {
-        self.different == 0 && self.endless == 0 && self.crashes.is_empty() && self.told.is_empty()
+        self.different == 0 && self.crashes.is_empty() && self.told.is_empty()
     }
 
     fn add(&mut self, program: &Program, outcome: &Outcome) {
@@ -129,9 +129,6 @@ fn work(
         let outcome = bench.run(&mut program);
         progress.done.fetch_add(1, Ordering::Relaxed);
         summary.add(&program, &outcome);
-        if outcome.endless {
-            writeln!(out, "T ENDLESS --blocks --seed {} --case {number}", plan.seed).map_err(failed)?;
-        }
         if let Some(difference) = outcome.difference.filter(|_| summary.different <= plan.told) {
             for line in tell(&mut bench, plan.seed, number, &program, &difference) {
                 writeln!(out, "T {line}").map_err(failed)?;

@@ -1,14 +1,13 @@
-use iced_x86::{Code, Instruction, Register};
+use iced_x86::Code;
 use silicon::model::CpuModel;
 
-use super::bench::Bench;
 use super::forms::Forms;
-use super::program::{Item, Program};
+use super::program::Program;
+use super::run::{Plan, run};
 use super::shrink::shrink;
 use super::writer::Programs;
 use crate::capabilities::Capabilities;
 use crate::forms;
-use crate::layout::DATA;
 
 fn programs() -> Programs {
     let features = CpuModel::parse("max").expect("a model").features();
@@ -38,4 +37,26 @@ fn programs_have_blocks_that_share_base_registers() {
         repeated += usize::from(counts.into_iter().any(|count| count >= 3));
     }
     assert!(length > 200 * 20 && branches > 200 * 3 && repeated > 100, "{length} {branches} {repeated}");
+}
+
+#[test]
+fn programs_end_and_engines_do_the_same() {
+    let features = CpuModel::parse("max").expect("a model").features();
+    let forms = forms::all(&features);
+    let plan = Plan { seed: 3, first: 0, programs: 300, forms, workers: 1, told: 2 };
+    let summary = run(&plan, &features, |_| {}).expect("workers");
+    assert!(summary.is_clean(), "{summary:?}");
+    assert_eq!((summary.programs, summary.endless), (300, 0));
+    assert!(summary.native > 300 && summary.faults > 30 && summary.instructions > 30_000, "{summary:?}");
+}
+
+#[test]
+fn a_difference_is_shrunk_to_what_it_takes() {
+    let mut programs = programs();
+    let calls = |program: &Program| {
+        program.items.iter().filter(|item| item.instruction.code() == Code::Call_rel32_64).count()
+    };
+    let program = (0..).map(|number| programs.program(4, number)).find(|program| calls(program) > 0);
+    let smallest = shrink(&program.expect("one that calls"), |candidate| calls(candidate) > 0);
+    assert_eq!((smallest.items.len(), smallest.machines.len()), (1, 1));
 }
