@@ -27,6 +27,8 @@ pub(crate) struct Options {
 enum Kind {
     /// Instructions, compared with the host's CPU.
     Instructions,
+    /// Programs of such instructions, compared with the host's CPU and between the engines.
+    Blocks,
     /// Whole random guests, which must not harm the host.
     Images,
     /// Random calls of the KVM API.
@@ -37,7 +39,7 @@ impl Kind {
     /// The package and the program of its generator.
     fn program(self) -> (&'static str, &'static str) {
         match self {
-            Kind::Instructions => ("conformance", "conformance"),
+            Kind::Instructions | Kind::Blocks => ("conformance", "conformance"),
             Kind::Images => ("robustness", "robustness"),
             Kind::Ioctls => ("robustness", "ioctls"),
         }
@@ -49,7 +51,8 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
     let seed = options.seed.unwrap_or(clock.as_secs());
     // A filter names instructions.
     let only = options.kind.or(options.filter.as_ref().map(|_| Kind::Instructions));
-    let kinds = only.map_or(vec![Kind::Instructions, Kind::Images, Kind::Ioctls], |kind| vec![kind]);
+    let kinds =
+        only.map_or(vec![Kind::Instructions, Kind::Blocks, Kind::Images, Kind::Ioctls], |kind| vec![kind]);
     let minutes = options.minutes.div_ceil(kinds.len() as u32);
     let mut failed = Vec::new();
     for kind in kinds {
@@ -57,7 +60,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
         let mut command = Command::new("cargo");
         command.args(["run", "--release", "--quiet", "--package", package, "--bin", program, "--"]);
         command.args(["--seed", &seed.to_string(), "--minutes", &minutes.to_string()]);
-        if let (Kind::Instructions, Some(filter)) = (kind, &options.filter) {
+        if let Kind::Blocks = kind {
+            command.arg("--blocks");
+        }
+        if let (Kind::Instructions | Kind::Blocks, Some(filter)) = (kind, &options.filter) {
             command.args(["--filter", filter]);
         }
         let status = command.current_dir(xtask::root()).status().map_err(|e| Error::Guest(e.to_string()))?;

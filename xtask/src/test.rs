@@ -21,6 +21,10 @@ const LTO: (&str, &str) = ("CARGO_PROFILE_RELEASE_LTO", "off");
 const CONFORMANCE: [&str; 4] = ["--seed", "1", "--cases", "1000000"];
 const CONFORMANCE_QUICK: [&str; 4] = ["--seed", "1", "--cases", "50000"];
 
+/// Programs of such instructions, which run on the host's CPU and on both engines.
+const BLOCKS: [&str; 5] = ["--blocks", "--seed", "1", "--cases", "30000"];
+const BLOCKS_QUICK: [&str; 5] = ["--blocks", "--seed", "1", "--cases", "3000"];
+
 /// The unit tests of the processor.
 const PROCESSOR: &[&str] = &["test", "--quiet", "--release", "--package", "silicon", "--lib"];
 
@@ -58,6 +62,7 @@ fn steps(quick: bool) -> Vec<Step> {
     let step =
         |title, cargo: &[&'static str], slow| Step { title, cargo: cargo.to_vec(), slow, engine: None };
     let cases = if quick { &CONFORMANCE_QUICK } else { &CONFORMANCE };
+    let blocks = if quick { &BLOCKS_QUICK } else { &BLOCKS };
     let images = if quick { &IMAGES_QUICK } else { &IMAGES };
     let seconds = if quick { "5" } else { "60" };
     vec![
@@ -73,6 +78,7 @@ fn steps(quick: bool) -> Vec<Step> {
         step("processor, translated", PROCESSOR, false).on(TRANSLATOR),
         generator("conformance, interpreted", "conformance", cases).on(INTERPRETER),
         generator("conformance, translated", "conformance", cases).on(TRANSLATOR),
+        generator("conformance, blocks", "conformance", blocks),
         generator("robustness, interpreted", "robustness", images).on(INTERPRETER),
         generator("robustness, translated", "robustness", images).on(TRANSLATOR),
         step(

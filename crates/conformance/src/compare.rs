@@ -74,7 +74,9 @@ pub fn compare(
     let loose = Loose {
         flags: flags(undefined) | allowed.flags,
         conditions: conditions(undefined),
-        registers: (0..16).filter(|i| tolerated(&allowed, &case.instruction, *i)).fold(0, |all, i| all | 1 << i),
+        registers: (0..16)
+            .filter(|i| tolerated(&allowed, &case.instruction, *i))
+            .fold(0, |all, i| all | 1 << i),
         pointers: !capabilities.knows_pointers(&host.1.vectors),
     };
     let (h, g) = (&host.1, &guest.1);

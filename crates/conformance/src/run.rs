@@ -85,7 +85,8 @@ pub(crate) struct Progress {
 pub fn run(plan: &Plan, features: &Features, tick: impl FnMut(u64)) -> Result<Summary, RunError> {
     let mut summary =
         Summary { forms: plan.forms.iter().map(|f| FormResult::new(f.code)).collect(), ..Summary::default() };
-    let task = |worker: usize, progress: &Progress, out: &mut dyn Write| work(plan, features, worker, progress, out);
+    let task =
+        |worker: usize, progress: &Progress, out: &mut dyn Write| work(plan, features, worker, progress, out);
     for end in in_workers(plan.workers, task, tick)? {
         report::merge(&mut summary, &end.text);
         if end.status != 0 {

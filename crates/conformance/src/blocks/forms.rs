@@ -20,21 +20,48 @@ enum Family {
     Evex,
 }
 
-const FAMILIES: [Family; 7] = [
-    Family::Usual,
-    Family::General,
-    Family::X87,
-    Family::Mmx,
-    Family::Sse,
-    Family::Vex,
-    Family::Evex,
-];
+const FAMILIES: [Family; 7] =
+    [Family::Usual, Family::General, Family::X87, Family::Mmx, Family::Sse, Family::Vex, Family::Evex];
 
 /// Forms that compilers use most.
 const USUAL: &[&str] = &[
-    "Mov_", "Movzx_", "Movsx_", "Movsxd_r64", "Lea_", "Add_", "Sub_", "Cmp_", "Test_", "And_", "Or_", "Xor_", "Adc_",
-    "Sbb_", "Inc_", "Dec_", "Push_r64", "Pop_r64", "Imul_r", "Shl_", "Shr_", "Sar_", "Set", "Cmov", "Movups_",
-    "Movaps_", "Movdqu_", "Movdqa_", "Movq_", "Movsd_xmm", "Xadd_", "Xchg_", "Cmpxchg_", "Bt_", "Bswap_", "Neg_", "Not_",
+    "Mov_",
+    "Movzx_",
+    "Movsx_",
+    "Movsxd_r64",
+    "Lea_",
+    "Add_",
+    "Sub_",
+    "Cmp_",
+    "Test_",
+    "And_",
+    "Or_",
+    "Xor_",
+    "Adc_",
+    "Sbb_",
+    "Inc_",
+    "Dec_",
+    "Push_r64",
+    "Pop_r64",
+    "Imul_r",
+    "Shl_",
+    "Shr_",
+    "Sar_",
+    "Set",
+    "Cmov",
+    "Movups_",
+    "Movaps_",
+    "Movdqu_",
+    "Movdqa_",
+    "Movq_",
+    "Movsd_xmm",
+    "Xadd_",
+    "Xchg_",
+    "Cmpxchg_",
+    "Bt_",
+    "Bswap_",
+    "Neg_",
+    "Not_",
 ];
 
 /// The forms that programs are drawn from, by family.
@@ -49,7 +76,9 @@ impl Forms {
         let suits = |form: &&Form| {
             let mut instruction = iced_x86::Instruction::default();
             instruction.set_code(form.code);
-            form.class == Class::Compared && !unsuited(form.code.mnemonic()) && kind(&instruction) == Kind::Next
+            form.class == Class::Compared
+                && !unsuited(form.code.mnemonic())
+                && kind(&instruction) == Kind::Next
         };
         let codes: Vec<Code> = forms.iter().filter(suits).map(|form| form.code).collect();
         let of = |family: &Family| codes.iter().copied().filter(|code| belongs(*code, *family)).collect();

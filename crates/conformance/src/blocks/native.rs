@@ -47,7 +47,9 @@ fn differs_on_amd(instruction: &Instruction) -> bool {
         || (short && instruction.memory_size().size() != 0)
         || instruction.is_vsib()
         || instruction.is_string_instruction()
-        || ["Sha", "Vreduce", "Vmaskmov", "Vcvtps2ph", "Vcvtph2ps"].iter().any(|start| name.starts_with(start))
+        || ["Sha", "Vreduce", "Vmaskmov", "Vcvtps2ph", "Vcvtph2ps"]
+            .iter()
+            .any(|start| name.starts_with(start))
         || matches!(instruction.mnemonic(), Maskmovdqu | Maskmovq | Movsxd | Bt | Bts | Btr | Btc | Ud0 | Ud1)
         || name.starts_with("Reservednop")
 }
@@ -57,7 +59,21 @@ pub fn unsuited(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         mnemonic,
-        Rdtsc | Rdtscp | Rdpid | Rdrand | Rdseed | Wrpkru | Umonitor | Umwait | Tpause | Popf | Popfd | Popfq | Ud0 | Ud1 | Ud2
+        Rdtsc
+            | Rdtscp
+            | Rdpid
+            | Rdrand
+            | Rdseed
+            | Wrpkru
+            | Umonitor
+            | Umwait
+            | Tpause
+            | Popf
+            | Popfd
+            | Popfq
+            | Ud0
+            | Ud1
+            | Ud2
     )
 }
 

@@ -1,14 +1,14 @@
-use iced_x86::{Code, Instruction, Register};
+//! The generator's programs, without any processor to run them.
+
+use iced_x86::Mnemonic;
 use silicon::model::CpuModel;
 
-use super::bench::Bench;
 use super::forms::Forms;
-use super::program::{Item, Program};
 use super::shrink::shrink;
+use super::undefined::Undefined;
 use super::writer::Programs;
 use crate::capabilities::Capabilities;
 use crate::forms;
-use crate::layout::DATA;
 
 fn programs() -> Programs {
     let features = CpuModel::parse("max").expect("a model").features();
@@ -17,7 +17,8 @@ fn programs() -> Programs {
 
 #[test]
 fn a_program_is_a_function_of_its_numbers() {
-    let [mut first, mut again, mut other] = [(5, 9), (5, 9), (5, 10)].map(|(seed, number)| programs().program(seed, number));
+    let [mut first, mut again, mut other] =
+        [(5, 9), (5, 9), (5, 10)].map(|(seed, number)| programs().program(seed, number));
     assert_eq!(first.disassemble(), again.disassemble());
     assert_eq!(first.machines, again.machines);
     assert_ne!(first.disassemble(), other.disassemble());
@@ -37,4 +38,29 @@ fn programs_have_blocks_that_share_base_registers() {
         repeated += usize::from(counts.into_iter().any(|count| count >= 3));
     }
     assert!(length > 200 * 20 && branches > 200 * 3 && repeated > 100, "{length} {branches} {repeated}");
+}
+
+#[test]
+fn nothing_undefined_is_seen() {
+    let mut programs = programs();
+    for number in 0..300 {
+        assert!(Undefined::of(&programs.program(3, number)).is_some());
+    }
+}
+
+#[test]
+fn the_smallest_program_has_what_makes_it_differ() {
+    let mut programs = programs();
+    let wanted = |mnemonic| move |item: &super::program::Item| item.instruction.mnemonic() == mnemonic;
+    let program = (0..)
+        .map(|number| programs.program(4, number))
+        .find(|program| {
+            program.items.iter().any(wanted(Mnemonic::Cmp)) && program.items.iter().any(wanted(Mnemonic::Jmp))
+        })
+        .expect("one of them");
+    let mut smallest = shrink(&program, |candidate| {
+        [Mnemonic::Cmp, Mnemonic::Jmp].into_iter().all(|name| candidate.items.iter().any(wanted(name)))
+    });
+    assert_eq!((smallest.items.len(), smallest.machines.len()), (2, 1));
+    assert!(smallest.assemble().is_some(), "labels are where they can be");
 }

@@ -85,8 +85,7 @@ pub fn kind(instruction: &Instruction) -> Kind {
 /// Undefined flags after an instruction.
 pub fn after(before: u64, instruction: &Instruction) -> u64 {
     let undefined = compare::flags(instruction.rflags_undefined());
-    let written =
-        instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set();
+    let written = instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set();
     let written = if may_leave_flags(instruction) { 0 } else { compare::flags(written) };
     before & !written | undefined
 }
@@ -111,10 +110,8 @@ pub fn reads_conditions(instruction: &Instruction) -> bool {
 /// Counts of zero change no flags.
 fn may_leave_flags(instruction: &Instruction) -> bool {
     use Mnemonic::*;
-    let shifts = matches!(
-        instruction.mnemonic(),
-        Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar | Shld | Shrd
-    );
+    let shifts =
+        matches!(instruction.mnemonic(), Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar | Shld | Shrd);
     shifts || instruction.has_rep_prefix() || instruction.has_repne_prefix()
 }
 
