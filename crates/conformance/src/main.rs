@@ -11,6 +11,7 @@ use conformance::forms::{self, Form};
 use conformance::generate::Generator;
 use conformance::report;
 use conformance::run::{self, Plan};
+use iced_x86::Code;
 use indicatif::{ProgressBar, ProgressStyle};
 use silicon::model::{CpuModel, Features};
 
@@ -53,6 +54,9 @@ struct Arguments {
     /// Differences told in full in all.
     #[arg(long, default_value_t = 200)]
     tell_all: usize,
+    /// With --blocks: have the translators skip instructions of this form, to see that differences are found.
+    #[arg(long)]
+    plant: Option<String>,
     /// Do not print the coverage table.
     #[arg(long)]
     no_table: bool,
@@ -125,6 +129,7 @@ fn many_programs(arguments: &Arguments, features: &Features, round: u64) -> Resu
         forms: chosen_forms(arguments, features),
         workers: arguments.workers.max(1),
         told: arguments.tell,
+        planted: planted(arguments)?,
     };
     if Forms::new(&plan.forms).count() == 0 {
         return Err("no form that programs have has that name".into());
@@ -155,6 +160,15 @@ fn many_programs(arguments: &Arguments, features: &Features, round: u64) -> Resu
     Ok(summary.is_clean())
 }
 
+fn form_named(name: &str) -> Result<Code, String> {
+    let code = Code::values().find(|code| format!("{code:?}") == name);
+    code.ok_or_else(|| format!("there is no form {name}"))
+}
+
+fn planted(arguments: &Arguments) -> Result<Option<Code>, String> {
+    arguments.plant.as_deref().map(form_named).transpose()
+}
+
 fn one_program(arguments: &Arguments, features: &Features, number: &str) -> Result<ExitCode, String> {
     let number: u64 = number.parse().map_err(|_| format!("{number} is no number of a program"))?;
     let forms = Forms::new(&chosen_forms(arguments, features));
@@ -164,6 +178,7 @@ fn one_program(arguments: &Arguments, features: &Features, number: &str) -> Resu
         println!("{line}");
     }
     let mut bench = blocks::bench::Bench::new(features.clone(), arguments.seed).map_err(|e| e.to_string())?;
+    bench.plant(planted(arguments)?);
     let outcome = bench.run(&mut program);
     println!(
         "{} runs, {} on the host, {} with a fault; {} instructions executed",
@@ -226,9 +241,7 @@ fn many_cases(arguments: &Arguments, features: &Features, round: u64) -> Result<
 fn one_case(arguments: &Arguments, features: &Features, case: &str) -> Result<ExitCode, String> {
     let (name, number) = case.split_once(':').ok_or("--case wants FORM:NUMBER")?;
     let number: u64 = number.parse().map_err(|_| format!("{number} is no case number"))?;
-    let code = iced_x86::Code::values()
-        .find(|code| format!("{code:?}") == name)
-        .ok_or_else(|| format!("there is no form {name}"))?;
+    let code = form_named(name)?;
     let host = Capabilities::of_host().map_err(|e| e.to_string())?;
     let case =
         Generator::new(host).case(code, arguments.seed, number).ok_or("this form cannot be encoded")?;

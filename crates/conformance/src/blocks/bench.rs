@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use iced_x86::Code;
 use silicon::model::Features;
 use silicon::translate::Engine;
 
@@ -12,7 +13,7 @@ use crate::capabilities::Capabilities;
 use crate::compare::{self, Loose};
 use crate::guest::Guest;
 use crate::host::{self, Host, HostError};
-use crate::layout::{self, Access, Contents, PAGE};
+use crate::layout::{self, Access, CODE, CODE_SIZE, Contents, PAGE};
 use crate::machine::{Event, Machine};
 
 /// How often a block runs before it is translated. At once, blocks are translated alone; later, together with those that they lead to.
@@ -77,7 +78,11 @@ pub struct Bench {
     features: Features,
     capabilities: Capabilities,
     programs: u64,
+    planted: Option<Code>,
 }
+
+/// All pages with their addresses.
+type Image = [(u64, Box<[u8]>)];
 
 /// How one of them ended a run.
 type End = (Event, Machine);
@@ -91,7 +96,21 @@ impl Bench {
         host.prepare(&contents)?;
         silicon::mmu::host::announce_recovery();
         let (interpreter, translators) = guests(&features, &capabilities, &contents);
-        Ok(Bench { host, interpreter, translators, contents, features, capabilities, programs: 0 })
+        Ok(Bench {
+            host,
+            interpreter,
+            translators,
+            contents,
+            features,
+            capabilities,
+            programs: 0,
+            planted: None,
+        })
+    }
+
+    /// Has translators do nothing in place of instructions of this form, to see that it is found.
+    pub fn plant(&mut self, form: Option<Code>) {
+        self.planted = form;
     }
 
     /// Makes the guests anew, so that nothing of earlier programs has a part in what follows.
@@ -111,7 +130,9 @@ impl Bench {
             self.renew();
         }
         let image = image(&self.contents, program, &assembled);
-        let run = Run { program, assembled: &assembled, undefined: &undefined, image: &image };
+        let planted = self.planted.map(|form| self::planted(&image, program, &assembled, form));
+        let translated = planted.as_ref().unwrap_or(&image);
+        let run = Run { program, assembled: &assembled, undefined: &undefined, image: &image, translated };
         let native = run.native(&self.capabilities);
         for number in 0..program.machines.len() {
             self.once(&run, number, native, &mut outcome);
@@ -186,7 +207,9 @@ struct Run<'a> {
     program: &'a Program,
     assembled: &'a Assembled,
     undefined: &'a Undefined,
-    image: &'a [(u64, Box<[u8]>)],
+    image: &'a Image,
+    /// What translators get for it.
+    translated: &'a Image,
 }
 
 impl Run<'_> {
@@ -230,7 +253,7 @@ fn translated(
     end: &End,
     count: u64,
 ) -> Vec<String> {
-    install(guest, run.image);
+    install(guest, run.translated);
     let before = guest.instructions();
     let Some(other) = catch(|| guest.run_freely(machine)) else {
         return vec!["the translator panicked".into()];
@@ -239,11 +262,13 @@ fn translated(
     if other.0 != end.0 && items.is_empty() {
         items.push(format!("end {} / {}", other.0, end.0));
     }
+    let planted = !std::ptr::eq(run.image, run.translated);
     let counted = guest.instructions() - before;
     if counted != count {
         items.push(format!("instructions {counted} / {count}"));
     }
-    for (address, _) in run.image {
+    let is_code = |address: u64| (CODE..CODE + CODE_SIZE).contains(&address);
+    for (address, _) in run.image.iter().filter(|page| !(planted && is_code(page.0))) {
         memory(
             &mut items,
             *address,
@@ -288,8 +313,24 @@ fn image(contents: &Contents, program: &Program, assembled: &Assembled) -> Vec<(
     pages
 }
 
+/// The same pages with NOPs of the same length in place of one form.
+fn planted(image: &Image, program: &Program, assembled: &Assembled, form: Code) -> Vec<(u64, Box<[u8]>)> {
+    let mut pages = image.to_vec();
+    let there = |at: &usize| program.items[*at].instruction.code() == form;
+    for at in (0..program.items.len()).filter(there) {
+        let bytes = assembled.addresses[at]..assembled.addresses[at + 1];
+        for address in bytes.clone() {
+            let byte = if address + 1 == bytes.end { 0x90 } else { 0x66 };
+            if let Some((_, page)) = pages.iter_mut().find(|page| page.0 == address & !(PAGE - 1)) {
+                page[(address % PAGE) as usize] = byte;
+            }
+        }
+    }
+    pages
+}
+
 /// Puts the pages into a guest's memory, where they are not what they should be.
-fn install(guest: &mut Guest, image: &[(u64, Box<[u8]>)]) {
+fn install(guest: &mut Guest, image: &Image) {
     for (address, bytes) in image {
         if guest.bytes(*address, PAGE as usize) != &bytes[..] {
             guest.bytes_mut(*address, PAGE as usize).copy_from_slice(bytes);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use super::operands::{OWN, RSP, gpr32, gpr64};
+use super::operands::{CONSTANTS, COUNTERS, RSP, gpr32, gpr64};
 use super::program::{Item, Label};
 use super::writer::{Writer, base_page, branch};
 use crate::address;
@@ -85,7 +85,7 @@ impl Writer<'_> {
 
     /// A loop: its count is in a register that nothing else writes, or in memory of the program's own.
     pub(super) fn repeat(&mut self, count: u64, length: u64, depth: usize) {
-        let slot = OWN + 64 * depth as u64;
+        let slot = COUNTERS + 64 * depth as u64;
         let register = self.counter(depth).filter(|_| self.rng.percent(75));
         match register {
             Some(register) => self.load(register, count),
@@ -299,7 +299,11 @@ impl Writer<'_> {
                 false => base_page(self.rng) + self.low_bits[i],
             };
         }
-        machine.gpr[RSP] = address::stack_pointer(self.rng);
+        machine.gpr[RSP] = match self.calls {
+            // Nothing else writes return addresses; the page below is missing.
+            true => CONSTANTS - 16 - (self.rng.below(8) << self.rng.below(5)),
+            false => address::stack_pointer(self.rng),
+        };
         [machine.fs_base, machine.gs_base] = self.segment_bases;
         if !self.rng.percent(10) {
             machine.rflags &= !AC;

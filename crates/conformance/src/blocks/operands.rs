@@ -13,8 +13,10 @@ use crate::layout::{CODE, CODE_SIZE, DATA, PAGE};
 
 /// A page of the data window that is the program's own: counters, tables, vectors. Generated operands do not go there.
 pub(super) const OWN: u64 = DATA + 7 * PAGE;
-/// Where constants for the program are put in it: everything from here on.
-pub(super) const CONSTANTS: u64 = OWN + 0x400;
+/// Where constants for the program are put in it, up to the counters of loops. The stack of programs with calls is below.
+pub(super) const CONSTANTS: u64 = OWN + 0x200;
+/// Where the counters of loops are.
+pub(super) const COUNTERS: u64 = OWN + 0xf00;
 
 /// RSP's number.
 pub(super) const RSP: usize = 4;
@@ -84,10 +86,13 @@ impl Writer<'_> {
         let addressed = ins.op_kinds().any(|kind| kind == OpKind::Memory);
         let plain = addressed && !ins.is_vsib() && ins.memory_index() != Register::AL;
         let unnamed = ins.memory_base() == Register::None && ins.memory_index() == Register::None;
+        let by_stack =
+            [ins.memory_base(), ins.memory_index()].iter().any(|r| r.full_register() == Register::RSP);
         let fixed = plain && (ins.is_ip_rel_memory_operand() || unnamed);
         if plain && (self.rng.percent(88) || own) && has_base(ins) {
             self.share(&mut item.instruction, case);
-        } else if own || matches!(ins.segment_prefix(), Register::FS | Register::GS) {
+        } else if own || self.calls && by_stack || matches!(ins.segment_prefix(), Register::FS | Register::GS)
+        {
             return None;
         } else {
             let uses = Uses::of(&mut self.info, ins);
@@ -142,7 +147,7 @@ impl Writer<'_> {
         };
         let (number, displacement) = match self.bases.get(base) {
             Some(&number) => (number, self.displacement(base, size)),
-            None if self.rng.percent(40) => (RSP, self.rng.below(64) as i64 * 8),
+            None if !self.calls && self.rng.percent(40) => (RSP, self.rng.below(64) as i64 * 8),
             None => (self.bases[0], self.displacement(0, size)),
         };
         let mut displacement = displacement;
@@ -237,7 +242,7 @@ impl Writer<'_> {
     pub(super) fn constant(&mut self, bytes: &[u8]) -> Option<u64> {
         let at = self.constants;
         self.constants += (bytes.len() as u64).next_multiple_of(8);
-        if self.constants > OWN + PAGE {
+        if self.constants > COUNTERS {
             return None;
         }
         self.program.patches.push((at, bytes.to_vec()));

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::sync::atomic::Ordering;
 
+use iced_x86::Code;
 use silicon::model::Features;
 
 use super::bench::{Bench, Difference, Outcome};
@@ -29,6 +30,8 @@ pub struct Plan {
     pub workers: usize,
     /// Differences that each worker tells; the rest is counted.
     pub told: u64,
+    /// A form that translators are made to do wrong.
+    pub planted: Option<Code>,
 }
 
 /// What came out.
@@ -46,7 +49,7 @@ pub struct Summary {
     pub faults: u64,
     /// Instructions executed in each engine.
     pub instructions: u64,
-    /// Programs that did not end: they have written to their return addresses. They are not compared.
+    /// Programs that did not end: they had changed what their ends depend on.
     pub endless: u64,
     /// Programs with a difference.
     pub different: u64,
@@ -120,6 +123,7 @@ fn work(
     out: &mut dyn Write,
 ) -> Result<(), RunError> {
     let mut bench = Bench::new(features.clone(), plan.seed)?;
+    bench.plant(plan.planted);
     let mut programs = Programs::new(Capabilities::of_host()?, Forms::new(&plan.forms));
     let failed = |e: io::Error| RunError::System("writing results", e);
     let mut summary = Summary::default();

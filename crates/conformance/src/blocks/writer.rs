@@ -11,7 +11,7 @@ use super::program::{Item, Label, Program};
 use super::undefined::{self, Kind};
 use crate::capabilities::Capabilities;
 use crate::generate::{Case, Generator};
-use crate::layout::{CODE, DATA, PAGE, WRITABLE};
+use crate::layout::{CODE, CODE_SIZE, DATA, PAGE, WRITABLE};
 use crate::rng::{Rng, mix};
 
 /// Base registers of a program.
@@ -53,13 +53,14 @@ impl Programs {
         let mut writer = Writer::new(&mut rng, &mut self.generator, &self.forms);
         writer.write();
         let mut program = writer.finish();
-        let room = crate::layout::CODE_SIZE - program.assemble()?.bytes.len().min(0x1fff) as u64;
+        let room = CODE_SIZE - program.assemble()?.bytes.len().min(0x1fff) as u64;
         program.start = match rng.below(4) {
             // On two pages.
             0 => CODE + PAGE - rng.below(200),
             _ => CODE + rng.below(room),
         };
-        program.assemble()?;
+        // A byte of filler at the very end: processors differ in whether they fetch beyond it.
+        (program.assemble()?.end() <= CODE + CODE_SIZE - 8).then_some(())?;
         undefined::Undefined::of(&program)?;
         Some(program)
     }
@@ -83,6 +84,8 @@ pub(super) struct Writer<'a> {
     /// Registers that drawn instructions do not write, as a bit mask: bases and counters of loops.
     pub(super) protected: u16,
     counters: Vec<usize>,
+    /// There are calls: but for pushes, only they and returns write RSP.
+    pub(super) calls: bool,
     /// The stack has to be what it was: no drawn instruction writes RSP.
     pub(super) balanced: bool,
     /// Flags that are undefined here, and x87 condition codes that are anywhere.
@@ -118,6 +121,7 @@ impl<'a> Writer<'a> {
             machines: Vec::new(),
         };
         let left = rng.range(1, LONGEST + 1);
+        let calls = rng.percent(50);
         Writer {
             segment_bases: [rng.below(64) * 8, rng.below(0x1000)],
             rng,
@@ -132,6 +136,7 @@ impl<'a> Writer<'a> {
             clusters,
             protected,
             counters,
+            calls,
             balanced: false,
             flags: 0,
             flags_at: Vec::new(),
@@ -199,12 +204,12 @@ impl<'a> Writer<'a> {
                     self.repeat(count, inner, depth + 1);
                     written += inner;
                 }
-                19..23 if depth < 2 || self.functions.len() < 3 => self.call(),
-                23..26 => self.indirect(&mut ahead),
-                26..31 => self.move_base(),
-                31..34 => self.pointer(),
-                34..36 => self.set_flags(),
-                36..37 => self.set_control(),
+                19..25 if self.calls && (depth < 2 || self.functions.len() < 3) => self.call(),
+                25..28 => self.indirect(&mut ahead),
+                28..33 => self.move_base(),
+                33..36 => self.pointer(),
+                36..38 => self.set_flags(),
+                38..39 => self.set_control(),
                 _ => self.draw(),
             }
             for (label, left) in &mut ahead {
@@ -303,7 +308,8 @@ impl<'a> Writer<'a> {
     /// Whether an instruction may write these registers.
     pub(super) fn may_write(&self, ins: &Instruction, written: u16) -> bool {
         use Mnemonic::*;
-        let stack = matches!(ins.mnemonic(), Push | Pushfq | Pushf | Pop | Enter | Leave);
+        let pushes = matches!(ins.mnemonic(), Push | Pushfq | Pushf);
+        let stack = pushes || !self.calls && matches!(ins.mnemonic(), Pop | Enter | Leave);
         let into_rsp = ins.op0_register().full_register() == Register::RSP && ins.mnemonic() != Push;
         let rsp = written & 1 << RSP == 0 || stack && !self.balanced && !into_rsp;
         rsp && written & !(1 << RSP) & self.protected == 0
