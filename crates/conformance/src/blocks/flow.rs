@@ -6,7 +6,7 @@ use super::operands::{CONSTANTS, COUNTERS, RSP, gpr32, gpr64};
 use super::program::{Item, Label};
 use super::writer::{Writer, base_page, branch};
 use crate::address;
-use crate::layout::PAGE;
+use crate::layout::{PAGE, WRITABLE};
 use crate::machine::Machine;
 
 /// Conditional branches.
@@ -224,20 +224,25 @@ impl Writer<'_> {
                 self.add(Instruction::with2(Code::Lea_r64_m, register, memory));
             }
             6 => {
-                let value = base_page(self.rng) + self.low_bits[base];
+                let value = self.page() + self.low_bits[base];
                 self.load(self.bases[base], value);
             }
             _ => {
-                let value = base_page(self.rng) + self.low_bits[base];
+                let value = self.page() + self.low_bits[base];
                 let Some(at) = self.constant(&value.to_le_bytes()) else { return };
                 self.add(Instruction::with2(Code::Mov_r64_rm64, register, MemoryOperand::with_displ(at, 8)));
             }
         }
     }
 
+    /// A page to point to, whatever the run.
+    fn page(&mut self) -> u64 {
+        if self.rng.percent(8) { base_page(self.rng) } else { WRITABLE.start + PAGE * self.rng.below(3) }
+    }
+
     /// A pointer is loaded from memory, and what it points to is used.
     pub(super) fn pointer(&mut self) {
-        let value = base_page(self.rng) + (self.rng.below(PAGE) & !7);
+        let value = self.page() + (self.rng.below(PAGE) & !7);
         let Some(at) = self.constant(&value.to_le_bytes()) else { return };
         let [pointer, other] = [0, 1].map(|_| self.free());
         let from = MemoryOperand::with_displ(at, 8);
@@ -287,13 +292,13 @@ impl Writer<'_> {
         self.add(instruction);
     }
 
-    /// The state that a run starts from.
-    pub(super) fn machine(&mut self) -> Machine {
+    /// The state that a run starts from. The first runs go well, mostly, so that blocks are translated; the last ones have other
+    /// pages at hand, or none, and exceptions that are not masked.
+    pub(super) fn machine(&mut self, calm: bool) -> Machine {
         let mut machine = self.any_case().machine;
-        let first = self.program.machines.is_empty();
         for (i, base) in self.bases.clone().into_iter().enumerate() {
-            let moved = self.rng.percent(15);
-            machine.gpr[base] = match first {
+            let moved = self.rng.percent(25);
+            machine.gpr[base] = match calm {
                 true => self.first_base(base),
                 false if moved => base_page(self.rng) + self.rng.below(PAGE),
                 false => base_page(self.rng) + self.low_bits[i],
@@ -302,16 +307,17 @@ impl Writer<'_> {
         machine.gpr[RSP] = match self.calls {
             // Nothing else writes return addresses; the page below is missing.
             true => CONSTANTS - 16 - (self.rng.below(8) << self.rng.below(5)),
+            false if calm => WRITABLE.start + 2 * PAGE + self.rng.below(0x200) * 8,
             false => address::stack_pointer(self.rng),
         };
         [machine.fs_base, machine.gs_base] = self.segment_bases;
-        if !self.rng.percent(10) {
+        if calm || !self.rng.percent(10) {
             machine.rflags &= !AC;
         }
-        if self.rng.percent(85) {
+        if calm || self.rng.percent(80) {
             machine.vectors.mxcsr |= 0x1f80;
         }
-        if self.rng.percent(85) {
+        if calm || self.rng.percent(80) {
             machine.vectors.fcw |= 0x3f;
             machine.vectors.fsw &= !0x8080;
         }

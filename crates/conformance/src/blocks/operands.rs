@@ -89,7 +89,7 @@ impl Writer<'_> {
         let by_stack =
             [ins.memory_base(), ins.memory_index()].iter().any(|r| r.full_register() == Register::RSP);
         let fixed = plain && (ins.is_ip_rel_memory_operand() || unnamed);
-        if plain && (self.rng.percent(88) || own) && has_base(ins) {
+        if plain && (self.rng.percent(92) || own) && has_base(ins) {
             self.share(&mut item.instruction, case);
         } else if own || self.calls && by_stack || matches!(ins.segment_prefix(), Register::FS | Register::GS)
         {
@@ -153,6 +153,17 @@ impl Writer<'_> {
         let mut displacement = displacement;
         ins.set_memory_index(Register::None);
         ins.set_memory_index_scale(1);
+        let segment = matches!(ins.segment_prefix(), Register::FS | Register::GS);
+        if !segment && self.rng.percent(8) {
+            // As many constants of one page lie: at the same distance from the code in all runs.
+            let displacement = self.displacement(0, size);
+            let to = self.first_base(self.bases[0]).wrapping_add_signed(displacement);
+            ins.set_memory_base(Register::RIP);
+            ins.set_memory_displacement64(to);
+            ins.set_memory_displ_size(8);
+            let _ = self.patches(case, to.wrapping_sub(case.target.unwrap_or_default()));
+            return;
+        }
         match ins.segment_prefix() {
             Register::FS => displacement -= self.segment_bases[0] as i64,
             Register::GS => displacement -= self.segment_bases[1] as i64,
