@@ -7,23 +7,22 @@
 //!
 //! # How far host code goes
 //!
-//! It is what would run otherwise, with its branches within the region; but most often links and the cache of jumps lead nowhere, so that
-//! it leaves at the end of the region, calls included ([`Bounds::open`]: not this time). And it is asked to leave ([`Requests::COMPARING`]): where it looks at the count of
+//! It is what would run otherwise, with its branches within the region; but links and the cache of jumps lead nowhere, so that
+//! it leaves at the end of the region, calls included. And it is asked to leave ([`Requests::COMPARING`]): where it looks at the count of
 //! instructions it leaves once [`Bounds::count`] are counted; where it goes backwards by a load that faults, the handler has it go on
 //! [`Bounds::laps`] times. So the interpreter knows when to stop: [`Bounds::ends`].
 #![expect(unsafe_code, reason = "reaches the operations of the running block, and calls host code")]
 
 use std::collections::HashMap;
-use std::io::Write as _;
 
 use super::difference::report;
 use super::link::Link;
 use super::region::LONGEST;
 use super::run::{call, enter};
 use super::trial::{Place, Snapshot, Trial};
-use super::{Engine, LEAVE_INDIRECT, LEAVE_LINK, Translator};
+use super::{Engine, LEAVE_INDIRECT, LEAVE_LINK};
+use crate::code::BlockRef;
 use crate::code::op::Op;
-use crate::code::{BLOCK_MAX, BlockRef};
 use crate::cpu::{Cpu, Requests};
 use crate::mmu::host;
 use crate::state::reg;
@@ -36,10 +35,6 @@ const EVERY: u32 = 256;
 /// requests, and a block that is a loop by itself is not executed at all.
 const COUNTS: [u64; 4] = [64, 0, 128, 32];
 const LAPS: [u32; 3] = [1, 0, 3];
-/// Host code may leave its region once in so many times: the interpreter has a long way to go then.
-const OPEN: u64 = 61;
-/// Instructions between two places where host code looks for requests, at most: a loop by itself, and the region behind it.
-const GAP: usize = LONGEST + BLOCK_MAX;
 
 /// How often host code has been entered, by where it is, and what has been compared.
 #[derive(Debug, Default)]
@@ -51,18 +46,14 @@ pub(super) struct Checks {
     pub(super) instructions: u64,
     /// How often they have gone on from one block of a region to the next.
     pub(super) branches: u64,
-    /// And how often from one region to another.
-    pub(super) links: u64,
-    /// What is done at a difference, instead of ending the process.
-    pub(super) stop: Option<fn(&str) -> !>,
 }
 
 impl Drop for Checks {
     fn drop(&mut self) {
-        let Checks { seen, compared, instructions, branches, links, .. } = self;
+        let Checks { seen, compared, instructions, branches } = self;
         tracing::info!(
             "both engines did the same in {compared} executions of {} runs: {instructions} instructions, {branches} branches within \
-             regions, {links} out of them",
+             regions",
             seen.len()
         );
     }
@@ -81,7 +72,7 @@ impl Checks {
         let turn = self.compared as usize;
         // Where nobody recovers from faults, it does not go backwards at all.
         let laps = if host::recovers() { LAPS[turn % LAPS.len()] } else { 0 };
-        Bounds { count: COUNTS[turn % COUNTS.len()], laps, open: self.compared.is_multiple_of(OPEN) }
+        Bounds { count: COUNTS[turn % COUNTS.len()], laps }
     }
 
     /// Everything is checked as if for the first time.
@@ -94,29 +85,20 @@ impl Checks {
     fn passed(&mut self, trial: &Trial, done: usize) {
         self.compared += 1;
         self.instructions += done as u64;
-        let [branches, links] = trial.branches(done);
-        self.branches += branches;
-        self.links += links;
+        self.branches += trial.branches(done) as u64;
     }
 }
 
 /// How far host code goes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
     /// Where it counts instructions, it leaves if there have been so many.
     pub(super) count: u64,
     /// How often it goes backwards where it does not look at the count.
     pub(super) laps: u32,
-    /// It may go on from region to region.
-    pub(super) open: bool,
 }
 
 impl Bounds {
-    /// Whether host code has certainly left, after so many instructions.
-    pub(super) fn are_passed(&self, executed: usize) -> bool {
-        executed >= self.count as usize + LONGEST + (self.laps as usize + 1) * GAP
-    }
-
     /// Whether host code has certainly left: so many instructions have been executed, and it would go backwards once more. `late`
     /// counts how often it has done so when it should have left, had it looked at the count.
     pub(super) fn ends(&self, executed: usize, late: &mut u32) -> bool {
@@ -142,11 +124,13 @@ impl Cpu {
     ///
     /// As for [`call`], and `code` is the host code of the run that begins with `first`.
     pub(super) unsafe fn checked_call(&mut self, way_in: u64, code: u64, first: &Op) -> (u64, u64) {
+        // Links and the jump cache would lead on to other regions.
+        (self.translator.validity, self.translator.validity_within) = (u64::MAX, u64::MAX);
         // SAFETY: `enter_block` gave the running block's first operation its address.
         let block = self.block_of(unsafe { &*(self.block_start as *const Op) }).map(|(block, _)| block);
         let Some(block) = block.filter(|_| self.replay.done.is_empty()) else {
             // SAFETY: the caller's promise.
-            return unsafe { self.closed_call(way_in, code) };
+            return unsafe { call(way_in, code) };
         };
         let index = (std::ptr::from_ref(first).addr() - self.block_start) / size_of::<Op>();
         let place = Place { block, index };
@@ -161,7 +145,7 @@ impl Cpu {
             // SAFETY: the caller's promise, and what `grow` says.
             Some(region) => unsafe { self.compare_engines(way_in, code, &region, place) },
             // SAFETY: likewise.
-            None => unsafe { self.closed_call(way_in, code) },
+            None => unsafe { call(way_in, code) },
         }
     }
 
@@ -198,7 +182,7 @@ impl Cpu {
         region: &[BlockRef],
         start: Place,
     ) -> (u64, u64) {
-        let bounds = self.translator.checks.as_ref().map_or(Bounds::default(), Checks::bounds);
+        let bounds = self.translator.checks.as_ref().map_or(Bounds { count: 0, laps: 0 }, Checks::bounds);
         let (block_start, current) = (self.block_start, self.current_op);
         let mut before = self.snapshot();
         before.state.rip = self.ip_of(&start.block.ops()[start.index]);
@@ -211,22 +195,11 @@ impl Cpu {
             return (LEAVE_INDIRECT, 0);
         }
         self.take_back_trial(&before, &trial);
-        if trial.open {
-            // As of now: taking back may have dropped blocks.
-            self.prepare(before.state.rip);
-        }
         // SAFETY: the caller's promise.
-        let (exit, extra) = unsafe { self.bounded_call(way_in, code, bounds, trial.open) };
+        let (exit, extra) = unsafe { self.bounded_call(way_in, code, bounds) };
         let Some(outcome) = self.outcome(exit, extra, &before, start.index) else { return (exit, extra) };
         if let Err(difference) = self.compare(&before, &trial, &outcome) {
-            let told = report(&before, &trial, &outcome, &difference);
-            tracing::error!("{told}");
-            if cfg!(test) {
-                // Nobody listens to events there.
-                let _ = writeln!(std::io::stderr(), "{told}");
-            }
-            let stop = self.translator.checks.as_ref().and_then(|checks| checks.stop);
-            stop.map_or_else(|| std::process::abort(), |stop| stop(&told));
+            report(&before, &trial, &outcome, &difference);
         }
         if let Some(checks) = &mut self.translator.checks {
             checks.passed(&trial, outcome.done);
@@ -234,31 +207,17 @@ impl Cpu {
         (exit, extra)
     }
 
-    /// As [`call`], but links and the cache of jumps lead nowhere.
+    /// As [`call`], but host code is asked to leave.
     ///
     /// # Safety
     ///
     /// As for [`call`].
-    unsafe fn closed_call(&mut self, way_in: u64, code: u64) -> (u64, u64) {
-        let Translator { validity, validity_within, .. } = self.translator;
-        (self.translator.validity, self.translator.validity_within) = (u64::MAX, u64::MAX);
-        // SAFETY: the caller's promise.
-        let left = unsafe { call(way_in, code) };
-        (self.translator.validity, self.translator.validity_within) = (validity, validity_within);
-        left
-    }
-
-    /// As [`call`], but host code is asked to leave, and may leave its region if that is `open`.
-    ///
-    /// # Safety
-    ///
-    /// As for [`call`].
-    unsafe fn bounded_call(&mut self, way_in: u64, code: u64, bounds: Bounds, open: bool) -> (u64, u64) {
+    unsafe fn bounded_call(&mut self, way_in: u64, code: u64, bounds: Bounds) -> (u64, u64) {
         self.translator.stop = self.counters.instructions.wrapping_add(bounds.count);
         self.requests.post(Requests::COMPARING);
         host::allow_laps(bounds.laps);
         // SAFETY: the caller's promise.
-        let left = unsafe { if open { call(way_in, code) } else { self.closed_call(way_in, code) } };
+        let left = unsafe { call(way_in, code) };
         host::allow_laps(0);
         self.requests.take(Requests::COMPARING);
         left

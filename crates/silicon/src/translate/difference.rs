@@ -120,8 +120,8 @@ pub(super) fn rflags(bits: u32) -> u64 {
     pairs.iter().filter(|(bit, _)| bits & bit != 0).fold(0, |all, (_, flag)| all | flag.bits())
 }
 
-/// What is said of a difference.
-pub(super) fn report(before: &Snapshot, trial: &Trial, outcome: &Outcome, difference: &str) -> String {
+/// Says what differs, and ends the process.
+pub(super) fn report(before: &Snapshot, trial: &Trial, outcome: &Outcome, difference: &str) -> ! {
     let state = &before.state;
     let mut text = String::from("the engines differ. Before:\n");
     for (number, name) in NAMES.iter().enumerate() {
@@ -129,6 +129,7 @@ pub(super) fn report(before: &Snapshot, trial: &Trial, outcome: &Outcome, differ
         let _ = write!(text, "  {name:<3} {:#018x}{end}", state.regs[number]);
     }
     let _ = writeln!(text, "  rip {:#018x}  rflags {:#x}", state.rip, state.rflags());
+    let base = state.regs[usize::from(reg::IP_BASE)];
     let told = outcome.done.clamp(1, trial.steps.len().max(1)).min(trial.steps.len());
     let left_out = told.saturating_sub(TOLD);
     if left_out != 0 {
@@ -138,15 +139,19 @@ pub(super) fn report(before: &Snapshot, trial: &Trial, outcome: &Outcome, differ
     for (number, step) in trial.steps.iter().enumerate().take(told).skip(left_out) {
         let mut line = String::new();
         formatter.format(&step.ins, &mut line);
-        // Where one block of the region goes on to another, or to one of another region.
-        let mark = match (step.begins && number != 0, step.linked) {
-            (false, _) => "  ",
-            (true, false) => "->",
-            (true, true) => "=>",
-        };
-        let base = step.after.state.regs[usize::from(reg::IP_BASE)];
+        // Where one block of the region goes on to another.
+        let mark = if step.begins && number != 0 { "->" } else { "  " };
         let _ = writeln!(text, "{mark}{:#x}  {line}", base.wrapping_add(step.ins.ip()));
     }
     let _ = write!(text, "After {} instructions:\n{difference}", outcome.done as i64);
-    text
+    tracing::error!("{text}");
+    stop(&text)
+}
+
+/// Ends the process; tests see a panic.
+fn stop(text: &str) -> ! {
+    if cfg!(test) {
+        panic!("{text}");
+    }
+    std::process::abort()
 }

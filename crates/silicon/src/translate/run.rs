@@ -106,9 +106,6 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
         };
         let at_hand = go_on(cpu);
         let Some(translation) = at_hand else {
-            if cpu.translator.checks.is_some() {
-                note_for_later(cpu, ip_base, link);
-            }
             cpu.end_at_rip(op);
             return None;
         };
@@ -144,15 +141,6 @@ fn note(cpu: &mut Cpu, from: u64, link: Option<(u64, i64)>, code: u64) {
             Link::set(&translated.arena, link, validity, code);
         }
         None => *Jump::of(&mut translated.jumps, rip) = Jump { lin: rip, validity, code },
-    }
-}
-
-/// Where engines are compared: host code, which does not go on at RIP, may do so when it comes there next.
-fn note_for_later(cpu: &mut Cpu, from: u64, link: Option<(u64, i64)>) {
-    let rip = cpu.state.rip;
-    let canonical = cpu.state.canonical(rip);
-    if let Some(code) = cpu.block_to_go_on(rip).filter(|_| canonical).and_then(|block| block.translation()) {
-        note(cpu, from, link, code.get());
     }
 }
 

@@ -11,7 +11,6 @@ use crate::code::op::{Flow, Op};
 use crate::code::thread::interpreted;
 use crate::cpu::{Counters, Cpu, Pending};
 use crate::hostexec::stub::{STATUS, writes};
-use crate::mmu::tlb::PAGE_MASK;
 use crate::state::{CpuState, Seg, reg};
 
 /// An operation of a block.
@@ -33,8 +32,6 @@ pub(super) struct Step {
     pub(super) ins: Instruction,
     /// It begins a block.
     pub(super) begins: bool,
-    /// Which the block before leads to from another region.
-    pub(super) linked: bool,
     pub(super) after: Snapshot,
     pub(super) stored: Vec<Stored>,
     /// Status flags, as RFLAGS bits, that the SDM leaves undefined here.
@@ -47,20 +44,12 @@ pub(super) struct Trial {
     pub(super) steps: Vec<Step>,
     /// The last one has changed code.
     pub(super) changed_code: bool,
-    /// The interpreter has gone as far as host code can if it leaves its region.
-    pub(super) open: bool,
-    /// The region has been left.
-    has_left: bool,
 }
 
 impl Trial {
-    /// How often the first `done` operations go on from one block of a region to the next, and from one region to another.
-    pub(super) fn branches(&self, done: usize) -> [u64; 2] {
-        let begins = self.steps[..done].iter().skip(1).filter(|step| step.begins);
-        begins.fold([0, 0], |[within, out], step| match step.linked {
-            false => [within + 1, out],
-            true => [within, out + 1],
-        })
+    /// How often the first `done` operations go on from one block to the next.
+    pub(super) fn branches(&self, done: usize) -> usize {
+        self.steps[..done].iter().skip(1).filter(|step| step.begins).count()
     }
 }
 
@@ -121,19 +110,15 @@ impl Cpu {
     ) -> Trial {
         let aside = self.set_aside();
         let generation = self.code.generation;
-        let mut trial = Trial { open: bounds.open, ..Trial::default() };
-        let (mut at, mut late) = (Some(start), 0);
+        let (mut trial, mut late) = (Trial::default(), 0);
+        let mut at = Some(start);
         while let Some(place) = at {
-            let stays = self.attempt_block(place, before, &mut trial, generation);
-            at = stays.and_then(|stays| {
-                let next = self.next_in_region(region, place.block, stays, &mut trial)?;
-                let (from, to) = (place.block.first().page_offset, next.first().page_offset);
-                let ends = match bounds.open {
-                    true => bounds.are_passed(trial.steps.len()),
-                    false => to <= from && bounds.ends(trial.steps.len(), &mut late),
-                };
-                self.state.regs[usize::from(reg::IP_BASE)] = self.state.rip & !PAGE_MASK;
-                (!ends).then_some(Place { block: next, index: 0 })
+            let next = self.attempt_block(place, before, &mut trial, generation);
+            at = next.and_then(|offset| {
+                let block = region.iter().copied().find(|block| block.first().page_offset == offset)?;
+                let backwards = offset <= place.block.first().page_offset;
+                let ends = backwards && bounds.ends(trial.steps.len(), &mut late);
+                (!ends).then_some(Place { block, index: 0 })
             });
         }
         trial.changed_code = self.code.generation != generation && !trial.steps.is_empty();
@@ -156,59 +141,35 @@ impl Cpu {
         }
     }
 
-    /// The block at RIP that host code may go on to after `block`: one of the region, if it `stays` in that, or any other that is at hand, where
-    /// that is allowed.
-    fn next_in_region(
-        &self,
-        region: &[BlockRef],
-        block: BlockRef,
-        stays: bool,
-        trial: &mut Trial,
-    ) -> Option<BlockRef> {
-        let rip = self.state.rip;
-        let offset = rip.wrapping_sub(self.state.regs[usize::from(reg::IP_BASE)]);
-        let starts = |block: &&BlockRef| u64::from(block.first().page_offset) == offset;
-        let next = region.iter().find(starts).filter(|_| stays && !trial.has_left).copied();
-        if next.is_some() || !trial.open {
-            return next;
-        }
-        let within =
-            u16::try_from(offset).ok().and_then(|offset| self.block_in_page_of(block.first(), offset));
-        let next = self.block_at_hand(rip).or(within);
-        // Links may lead there all the same: they must lead nowhere.
-        trial.open = next.is_some();
-        trial.has_left = true;
-        next
-    }
-
-    /// Attempts the operations from `place` to the end of its block; whether host code stays in the region then, if the target is in it.
-    /// `None`: it does not go on.
+    /// Attempts the operations from `place` to the end of its block; where host code may go on in the page after that.
     fn attempt_block(
         &mut self,
         place: Place,
         before: &Snapshot,
         trial: &mut Trial,
         generation: u64,
-    ) -> Option<bool> {
+    ) -> Option<u16> {
         let instructions = self.decode_again(place.block);
         let mut info = InstructionInfoFactory::new();
         for (index, ins) in instructions.iter().enumerate().skip(place.index) {
             let last = trial.steps.last();
             let (from, undefined) = last.map_or((before, 0), |step| (&step.after, step.undefined));
             let mut step = self.attempt_one(&place.block.ops()[index], ins, from, undefined, &mut info)?;
-            (step.begins, step.linked) = (index == 0, index == 0 && trial.has_left);
+            step.begins = index == 0;
             trial.steps.push(step);
             if self.code.generation != generation {
                 return None;
             }
         }
-        Some(matches!(
+        let stays = matches!(
             instructions.last()?.flow_control(),
             FlowControl::Next
                 | FlowControl::UnconditionalBranch
                 | FlowControl::ConditionalBranch
                 | FlowControl::Call
-        ))
+        );
+        let offset = self.state.rip.wrapping_sub(self.state.regs[usize::from(reg::IP_BASE)]);
+        u16::try_from(offset).ok().filter(|_| stays)
     }
 
     /// Attempts one operation; `None` if it is the interpreter's, or does not complete: nothing of it remains.
@@ -232,7 +193,7 @@ impl Cpu {
         }
         let written = (ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set()) & STATUS;
         let undefined = (undefined & !rflags(written)) | rflags(ins.rflags_undefined() & STATUS);
-        Some(Step { ins: *ins, begins: false, linked: false, after: self.snapshot(), stored, undefined })
+        Some(Step { ins: *ins, begins: false, after: self.snapshot(), stored, undefined })
     }
 
     /// Executes one operation alone; false if it did not complete.
