@@ -18,6 +18,8 @@ begin32:
     KERNEL_GATE(0x40, on_irq)
     mov dword ptr [APIC + 0xf0], 0x1ff
     mov dword ptr [APIC + 0x80], 0
+    /* LINT0 masked: firmware may have left the PIT's tick on, which would come in before the loop. */
+    mov dword ptr [APIC + 0x350], 0x10000
     mov eax, cr0
     or eax, CR0_AM
     mov cr0, eax

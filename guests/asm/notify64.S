@@ -6,6 +6,8 @@
 
 main:
     call enable_apic
+    /* LINT0 masked: firmware may have left the PIT's tick on, which would come in before the loop. */
+    mov dword ptr [rcx + APIC_LVT_LINT0], 0x10000
     mov qword ptr [continue_at], offset handler
     mov qword ptr [on_interrupt], offset interrupt
     mov byte ptr [idt + DB * 16 + 4], 1

@@ -13,6 +13,7 @@
 #define APIC_ICR 0x300
 #define APIC_ICR_HIGH 0x310
 #define APIC_LVT_TIMER 0x320
+#define APIC_LVT_LINT0 0x350
 #define APIC_INITIAL 0x380
 #define APIC_CURRENT 0x390
 #define APIC_DIVIDE 0x3e0

@@ -10,7 +10,7 @@ use guests::{NOTIFY_32, NOTIFY_64, NOTIFY_LEGAL, Program};
 use hypervisor::notify::ticks;
 use hypervisor::vcpu::{NotifyExit, VcpuHandle};
 use hypervisor::{HostParams, Vcpu, VcpuExit, Vm};
-use kvm_bindings::kvm_msi;
+use kvm_bindings::{KVM_IRQCHIP_PIC_MASTER, kvm_msi};
 use silicon::model::CpuModel;
 
 const ENABLED: u64 = 1;
@@ -65,7 +65,11 @@ fn send_events(vm: &Vm) {
 /// The loop gives control once in each window, with everything where it was; nothing else gets in; then it is mended and
 /// shows the rest by itself.
 fn loops(program: Program, vectoring: u32, mend: impl Fn(&mut Vcpu)) {
-    let Machine { vcpus, vm, .. } = &mut looping(program);
+    loops_on(looping(program), program, vectoring, mend);
+}
+
+fn loops_on(mut machine: Machine, program: Program, vectoring: u32, mend: impl Fn(&mut Vcpu)) {
+    let Machine { vcpus, vm, .. } = &mut machine;
     let vcpu = &mut vcpus[0];
     let mut report = Report::default();
     let mut first = None;
@@ -91,22 +95,47 @@ fn loops(program: Program, vectoring: u32, mend: impl Fn(&mut Vcpu)) {
     assert_eq!(vcpu.handle().stats.notify_window_exits.load(Ordering::Relaxed), u64::from(ROUNDS));
 }
 
+fn make_the_stack_even(vcpu: &mut Vcpu) {
+    let mut regs = vcpu.regs();
+    regs.rsp &= !3;
+    vcpu.set_regs(&regs);
+}
+
+fn disarm_the_breakpoint(vcpu: &mut Vcpu) {
+    let mut registers = vcpu.debugregs();
+    registers.dr7 = 0x400;
+    vcpu.set_debugregs(&registers).unwrap();
+}
+
+/// #AC (17) while #AC is delivered.
+const ALIGNMENT: u32 = 0x8000_0b11;
+/// #DB (1), a hardware exception.
+const DEBUG: u32 = 0x8000_0301;
+
 #[test]
 fn v3_v5_alignment_faults_for_ever() {
-    loops(NOTIFY_32, 0x8000_0b11, |vcpu| {
-        let mut regs = vcpu.regs();
-        regs.rsp &= !3;
-        vcpu.set_regs(&regs);
-    });
+    loops(NOTIFY_32, ALIGNMENT, make_the_stack_even);
 }
 
 #[test]
 fn v4_v5_debug_traps_for_ever() {
-    loops(NOTIFY_64, 0x8000_0301, |vcpu| {
-        let mut registers = vcpu.debugregs();
-        registers.dr7 = 0x400;
-        vcpu.set_debugregs(&registers).unwrap();
-    });
+    loops(NOTIFY_64, DEBUG, disarm_the_breakpoint);
+}
+
+/// What SeaBIOS leaves behind: the PIT's tick (IRQ 0, at vector 8) waits at the 8259, LINT0 lets it through.
+#[test]
+fn a_tick_that_firmware_left_on_does_not_come_in_before_the_loop() {
+    for (program, vectoring, mend) in [
+        (NOTIFY_32, ALIGNMENT, make_the_stack_even as fn(&mut Vcpu)),
+        (NOTIFY_64, DEBUG, disarm_the_breakpoint),
+    ] {
+        let machine = looping(program);
+        let mut master = machine.vm.irqchip_state(KVM_IRQCHIP_PIC_MASTER).unwrap();
+        master.chip.pic.irq_base = 8;
+        machine.vm.set_irqchip_state(&master).unwrap();
+        machine.vm.irq_line(0, true).unwrap();
+        loops_on(machine, program, vectoring, mend);
+    }
 }
 
 /// A guest in the loop on a thread of its own.
