@@ -243,7 +243,7 @@ impl Code {
             tracing::error!("no executable memory, guest code is interpreted: {error}");
         });
         let mut arena = arena.ok()?;
-        let routines = Routines::new(&mut arena)?;
+        let routines = Code::routines(&mut arena)?;
         Some(Code { arena, routines, recovery: Box::default(), jumps: Jump::cache() })
     }
 
@@ -251,8 +251,16 @@ impl Code {
     fn clear(&mut self) -> Option<()> {
         self.arena.clear();
         self.recovery.clear();
-        self.routines = Routines::new(&mut self.arena)?;
+        self.routines = Code::routines(&mut self.arena)?;
         Some(())
+    }
+
+    fn routines(arena: &mut Arena) -> Option<Routines> {
+        let routines = Routines::new(arena, is_x86_feature_detected!("avx512f"));
+        if routines.is_none() {
+            tracing::error!("no room for what translations share: guest code is interpreted from now on");
+        }
+        routines
     }
 }
 

@@ -51,10 +51,10 @@ pub(super) struct Routines {
 const SIZES: [usize; 10] = [1, 2, 4, 8, 10, 16, 32, 64, 128, 256];
 
 impl Routines {
-    /// Makes them; `None` without room.
-    pub(super) fn new(arena: &mut Arena) -> Option<Routines> {
+    /// Makes them, `wide` for a host that has AVX-512; `None` without room.
+    pub(super) fn new(arena: &mut Arena, wide: bool) -> Option<Routines> {
         let frame = Frame::new(arena)?;
-        let leave = assemble(arena, |a| leave(a, frame))?;
+        let leave = assemble(arena, |a| leave(a, frame, wide))?;
         let renew = |arena: &mut Arena, bits| assemble_near(arena, |a| renew(a, bits), Some(frame));
         let (renew, renew_wholly) = (renew(arena, !Requests::LOCAL)?, renew(arena, !0)?);
         let no_jump = assemble(arena, |a| no_jump(a, leave))?;
@@ -76,7 +76,7 @@ impl Routines {
         }
         let mut raise = [0; Live::SOME.len()];
         for (live, routine) in Live::SOME.into_iter().zip(&mut raise) {
-            *routine = assemble(arena, |a| vector::raise(a, live))?;
+            *routine = assemble(arena, |a| vector::raise(a, live, wide))?;
         }
         Some(Routines {
             enter,
@@ -178,9 +178,9 @@ fn return_missed(a: &mut CodeAssembler, indirect: u64) -> Result<(), IcedError> 
 }
 
 /// Stores the guest's registers and returns [`ADDRESS`] in RAX, [`VALUE`] in RDX.
-fn leave(a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
+fn leave(a: &mut CodeAssembler, frame: Frame, wide: bool) -> Result<(), IcedError> {
     a.mov(field16(offset_of!(Cpu, state.status)), ax)?;
-    vector::store_all(a)?;
+    vector::store_all(a, wide)?;
     for (number, host) in HELD {
         a.mov(slot(number), host)?;
     }
@@ -328,3 +328,17 @@ fn find_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedE
 
 /// Fields are reached by displacements.
 const _: () = assert!(size_of::<Cpu>() < i32::MAX as usize);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On hosts without AVX-512 nothing was translated, and nobody was told.
+    #[test]
+    fn hosts_without_avx512_translate_too() {
+        for wide in [false, true] {
+            let mut arena = Arena::new(1 << 20).unwrap();
+            assert!(Routines::new(&mut arena, wide).is_some(), "{wide}");
+        }
+    }
+}

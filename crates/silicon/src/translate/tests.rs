@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use iced_x86::code_asm::*;
 
-use super::{Engine, Translator};
+use super::{Engine, Translator, has_fsgsbase};
 use crate::cpu::Requests;
 use crate::exception::Exception;
 use crate::exec::testing::{CODE, DATA, Guest, STACK, TABLES, UNMAPPED};
@@ -17,6 +17,7 @@ pub(super) fn guest(engine: Engine) -> Guest {
     host::install();
     let mut guest = Guest::new(CodeSize::Bits64);
     guest.cpu.translator = Translator::new(engine);
+    assert_eq!(guest.cpu.translator.code.is_some(), engine != Engine::Interpret && has_fsgsbase());
     let state = &mut guest.cpu.state;
     state.cr4 |= cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
     state.kernel_gs_base = 0x1234_5678_0000;
@@ -569,6 +570,36 @@ fn second_bytes_of_registers() {
         a.not(bh)?;
         a.inc(ah)
     });
+}
+
+#[test]
+fn mmx_registers_are_the_x87s() {
+    check(|a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 40)?;
+        a.set_label(&mut again)?;
+        a.movq(mm0, qword_ptr(rsi))?;
+        a.movd(mm1, r13d)?;
+        a.paddb(mm0, mm1)?;
+        a.pxor(mm1, qword_ptr(rsi + 8))?;
+        a.movq2dq(xmm0, mm1)?;
+        a.cvtpi2ps(xmm1, mm0)?;
+        a.pmovmskb(r14d, mm0)?;
+        a.movntq(qword_ptr(rsi + 16), mm0)?;
+        a.movq(qword_ptr(rsi + 24), mm1)?;
+        // As tags and TOP are now, and after EMMS.
+        a.fnstenv(ptr(rsi + 64))?;
+        a.emms()?;
+        a.fld1()?;
+        a.fadd(qword_ptr(rsi))?;
+        a.fstp(tbyte_ptr(rsi + 128))?;
+        a.fnstenv(ptr(rsi + 96))?;
+        a.add(r13, qword_ptr(rsi + 128))?;
+        a.sub(ecx, 1)?;
+        a.jne(again)
+    });
+    let mmx = iced_x86::Instruction::with(iced_x86::Code::Emms);
+    assert!(super::Family::of(&mmx, &guest(Engine::Interpret).cpu.features).is_some());
 }
 
 #[test]

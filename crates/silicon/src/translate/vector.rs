@@ -80,8 +80,7 @@ pub(super) fn needs(ins: &Instruction) -> Option<Known> {
     }
     let classes = vector::classify(ins)?;
     let live = match () {
-        () if is_mxcsr(ins) => Live::Nothing,
-        () if classes & class::MMX != 0 => return None,
+        () if is_mxcsr(ins) || classes == class::MMX => Live::Nothing,
         () if classes & class::AVX512 != 0 => Live::All,
         () if classes & class::AVX != 0 => Live::Full,
         () => Live::Xmm,
@@ -273,10 +272,9 @@ fn zmm_offset(number: usize) -> usize {
     offset_of!(Cpu, state.zmm) + 64 * number
 }
 
-/// Registers as `live` has them, from the state or to it.
-fn move_all(a: &mut CodeAssembler, live: Live, store: bool) -> Emitted {
-    let wide = is_x86_feature_detected!("avx512f");
-    let count = if live == Live::All { 32 } else { 16 };
+/// Registers as `live` has them, from the state or to it. `wide`: the host has AVX-512; without it nothing needs what that adds.
+fn move_all(a: &mut CodeAssembler, live: Live, wide: bool, store: bool) -> Emitted {
+    let count = if live == Live::All && wide { 32 } else { 16 };
     for number in 0..count {
         let at = zmm_offset(number) as u64;
         match (live, wide) {
@@ -307,7 +305,7 @@ fn move_all(a: &mut CodeAssembler, live: Live, store: bool) -> Emitted {
             }
         }
     }
-    if live == Live::All {
+    if live == Live::All && wide {
         for (number, register) in [k0, k1, k2, k3, k4, k5, k6, k7].into_iter().enumerate() {
             let at = field(offset_of!(Cpu, state.k) + 8 * number);
             if store { a.kmovq(at, register)? } else { a.kmovq(register, at)? }
@@ -333,20 +331,20 @@ fn zmm(number: usize) -> std::result::Result<AsmRegisterZmm, IcedError> {
 }
 
 /// To be called to have `live` be live; changes flags alone.
-pub(super) fn raise(a: &mut CodeAssembler, live: Live) -> Emitted {
-    store(a, Live::SOME.into_iter().filter(|&less| less < live))?;
-    move_all(a, live, false)?;
+pub(super) fn raise(a: &mut CodeAssembler, live: Live, wide: bool) -> Emitted {
+    store(a, Live::SOME.into_iter().filter(|&less| less < live), wide)?;
+    move_all(a, live, wide, false)?;
     a.mov(live_now(), live as u32)?;
     a.ret()
 }
 
 /// Stores all that is live: nothing is afterwards.
-pub(super) fn store_all(a: &mut CodeAssembler) -> Emitted {
+pub(super) fn store_all(a: &mut CodeAssembler, wide: bool) -> Emitted {
     let mut end = a.create_label();
     let mut clean = a.create_label();
     a.cmp(live_now(), Live::Nothing as i32)?;
     a.je(end)?;
-    store(a, Live::SOME)?;
+    store(a, Live::SOME, wide)?;
     a.cmp(live_now(), Live::Full as i32)?;
     a.jb(clean)?;
     a.vzeroupper()?;
@@ -357,13 +355,13 @@ pub(super) fn store_all(a: &mut CodeAssembler) -> Emitted {
 }
 
 /// Stores what is live, if that is one of `lives`.
-fn store(a: &mut CodeAssembler, lives: impl IntoIterator<Item = Live>) -> Emitted {
+fn store(a: &mut CodeAssembler, lives: impl IntoIterator<Item = Live>, wide: bool) -> Emitted {
     let mut end = a.create_label();
     for live in lives {
         let mut other = a.create_label();
         a.cmp(live_now(), live as i32)?;
         a.jne(other)?;
-        move_all(a, live, true)?;
+        move_all(a, live, wide, true)?;
         a.jmp(end)?;
         a.set_label(&mut other)?;
         a.zero_bytes()?;
