@@ -225,16 +225,14 @@ pub(crate) struct Tlb {
     pub(crate) table: NonNull<Entry>,
     /// Number of the current address space.
     pub(crate) space: u64,
-    /// Pages that were loaded from last, stored to, and accessed with a lock, with the current rights.
-    pub(crate) recent: Recents,
-    /// The same with user rights if the current ones are a supervisor's, and the other way round.
-    other_recent: Recents,
+    /// Pages that were loaded from last, stored to, and accessed with a lock: with a supervisor's rights, and with a user's.
+    pub(crate) recent: [Recents; 2],
     /// What stands there for no page.
     no_recent: Recent,
     /// The pages found with the current rights: one of `founds`.
     pub(crate) found: NonNull<Founds>,
-    /// Whether pages are noted there: with SMAP overridden they are not, for a supervisor may not always access them.
-    pub(crate) notes_found: bool,
+    /// Whether pages accessed are noted: with SMAP overridden they are not, for a supervisor may not always access them.
+    pub(crate) notes: bool,
     /// Pages found with a supervisor's rights, and with a user's.
     founds: Box<[Founds; 2]>,
     /// What [`Tlb::code_space`] returns for the lower and the upper half of the address space.
@@ -276,11 +274,10 @@ impl Default for Tlb {
         let mut tlb = Tlb {
             table,
             space: 1,
-            recent: [no_recent; Recent::ALL],
-            other_recent: [no_recent; Recent::ALL],
+            recent: [[no_recent; Recent::ALL]; 2],
             no_recent,
             found: NonNull::from(&mut founds[0]),
-            notes_found: true,
+            notes: true,
             founds,
             code_spaces: [0; 2],
             upper_is_private: false,
@@ -360,19 +357,13 @@ impl Tlb {
         if class == self.class {
             return;
         }
-        let before = std::mem::replace(&mut self.class, class);
+        self.class = class;
         self.table = NonNull::from(&mut self.l1[class as usize * L1_SLOTS]);
-        // What a supervisor may access it may access with SMAP overridden, but not the other way round.
-        if before == Class::Override {
-            self.recent = [self.no_recent; Recent::ALL];
-        }
         self.found = NonNull::from(&mut self.founds[usize::from(class.user())]);
-        self.notes_found = matches!(class, Class::User | Class::Supervisor);
-        if before.user() != class.user() {
-            std::mem::swap(&mut self.recent, &mut self.other_recent);
-        }
+        // What a supervisor may access it may access with SMAP overridden, but not the other way round.
+        self.notes = matches!(class, Class::User | Class::Supervisor);
         if class == Class::Checked {
-            self.recent = [self.no_recent; Recent::ALL];
+            self.recent[1] = [self.no_recent; Recent::ALL];
             self.founds[1] = [[Found::none(self.no_recent); Found::SLOTS]; 2];
         }
     }
@@ -387,8 +378,7 @@ impl Tlb {
     /// Forgets which pages were accessed last.
     #[inline]
     fn forget_recent(&mut self) {
-        self.recent = [self.no_recent; Recent::ALL];
-        self.other_recent = self.recent;
+        self.recent = [[self.no_recent; Recent::ALL]; 2];
     }
 
     /// Forgets which pages were stored to.

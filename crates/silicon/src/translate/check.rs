@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use super::difference::report;
 use super::link::Link;
 use super::region::LONGEST;
-use super::run::{call, enter};
+use super::run::call;
 use super::trial::{Place, Snapshot, Trial};
 use super::{Engine, LEAVE_INDIRECT, LEAVE_LINK};
 use crate::code::BlockRef;
@@ -156,7 +156,7 @@ impl Cpu {
         let (generation, members) = (self.code.generation, block.region().len());
         if self.translate_block(first).is_err() && self.code.generation == generation {
             // What there is holds.
-            first.handler.set(enter);
+            first.handler.set(self.enter());
         }
         let new = first.translation.get();
         if new == code || self.code.generation != generation {

@@ -17,7 +17,7 @@ use super::link::Jump;
 use super::memory::{Constants, Rules};
 use super::region::{Member, Start};
 use super::registers::{ADDRESS, At, VALUE, field, field16};
-use super::routines::Routines;
+use super::routines::{Routines, notes};
 use super::shared::{Apart, Shared};
 use super::vector::{Known, Live};
 use super::{Failure, Family};
@@ -160,6 +160,8 @@ pub(super) struct Emitter<'a> {
     pub(super) shared: Shared,
     /// Number of the page that the code is in.
     pub(super) code_page: u64,
+    /// It is for privilege level 3; else for the others.
+    pub(super) user: bool,
     features: &'a Features,
     pub(super) arena: &'a mut Arena,
     pub(super) routines: Routines,
@@ -186,12 +188,12 @@ pub(super) struct Emitter<'a> {
 }
 
 impl<'a> Emitter<'a> {
-    /// A region of `members` in `arena`, whose code is in the page of this number.
+    /// A region of `members` in `arena`, whose code is in the page of this number, and for user mode or not.
     pub(super) fn new(
         arena: &'a mut Arena,
         routines: Routines,
         members: &'a [Member],
-        code_page: u64,
+        (code_page, user): (u64, bool),
         features: &'a Features,
     ) -> Result<Emitter<'a>> {
         let mut a = CodeAssembler::new(64)?;
@@ -212,6 +214,7 @@ impl<'a> Emitter<'a> {
             constants: Constants::new(),
             shared: Shared::default(),
             code_page,
+            user,
             features,
             arena,
             routines,
@@ -528,6 +531,11 @@ impl<'a> Emitter<'a> {
             Cold::LookUp { back, linear, recent, routine, rules, interpreter, .. } => {
                 self.linear(&linear)?;
                 self.leave_split(&rules)?;
+                if let Back::Check(_) = back {
+                    // The check would find the same again.
+                    self.a.cmp(notes(), 0)?;
+                    self.a.je(interpreter)?;
+                }
                 self.a.mov(r14d, recent as u32)?;
                 self.a.call(routine)?;
                 match back {

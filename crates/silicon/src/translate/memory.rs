@@ -43,12 +43,6 @@ fn way(ins: &Instruction, kind: Kind, code: u64) -> usize {
 /// Ways of stores, and of loads but for those of constants: a way for each base register, and as many for everything else.
 const FEW: usize = Recent::WAYS[1];
 
-/// Where the page accessed last in this way is, in the [`Cpu`].
-pub(super) fn recent(kind: Kind, way: usize) -> usize {
-    let before: usize = Recent::WAYS[..kind as usize].iter().sum();
-    offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (before + way)
-}
-
 /// What is known of ways in a run: to which page of those around the code the last access of constants by them went.
 pub(super) type Constants = HashMap<usize, i64>;
 
@@ -73,6 +67,13 @@ fn reads_memory(ins: &Instruction) -> bool {
 }
 
 impl Emitter<'_> {
+    /// Where the page accessed last in this way is, in the [`Cpu`].
+    pub(super) fn recent(&self, kind: Kind, way: usize) -> usize {
+        let before =
+            usize::from(self.user) * Recent::ALL + Recent::WAYS[..kind as usize].iter().sum::<usize>();
+        offset_of!(Cpu, mmu.tlb.recent) + size_of::<Recent>() * (before + way)
+    }
+
     /// Loads [`ADDRESS`] with the offset part of the memory operand. Changes [`VALUE`], and no flags.
     pub(super) fn offset(&mut self, ins: &Instruction) -> Result<()> {
         let mut lea =
@@ -150,7 +151,7 @@ impl Emitter<'_> {
         if kind != Kind::Lock && self.is_scattered(ins) {
             return self.find(linear, kind, rules, index);
         }
-        let recent = recent(kind, way);
+        let recent = self.recent(kind, way);
         let constant = kind != Kind::Lock
             && !(kind == Kind::Store && self.shared.in_cluster())
             && ins.memory_base() == Register::RIP
@@ -204,13 +205,15 @@ impl Emitter<'_> {
         if let Some(at) = self.access_shared(None, linear, usize::from(reg::RSP), index)? {
             return Ok(at);
         }
-        self.check(linear, recent(kind, usize::from(reg::RSP)), kind, Rules::size(8), 1, index)
+        let recent = self.recent(kind, usize::from(reg::RSP));
+        self.check(linear, recent, kind, Rules::size(8), 1, index)
     }
 
     /// Where the word at RBP is, likewise.
     pub(super) fn saved_rbp(&mut self, index: usize) -> Result<At> {
         let linear = Linear::Register(rbp, 0);
-        self.check(linear, recent(Kind::Load, usize::from(reg::RBP)), Kind::Load, Rules::size(8), 1, index)
+        let recent = self.recent(Kind::Load, usize::from(reg::RBP));
+        self.check(linear, recent, Kind::Load, Rules::size(8), 1, index)
     }
 }
 

@@ -79,7 +79,7 @@ pub(crate) use self::run::count;
 use self::run::enter;
 pub use self::watch::{Stay, Watcher, Written};
 use crate::code::lower::LowerCtx;
-use crate::code::op::Op;
+use crate::code::op::{Handler, Op};
 use crate::code::thread::interpreted;
 use crate::code::{BlockRef, CodeCache};
 use crate::cpu::{Cpu, Requests};
@@ -329,10 +329,10 @@ impl Cpu {
 
     /// Translates a region.
     fn translate_region(&mut self, members: &[Member]) -> Result<(), Failure> {
-        let code_page = self.state.regs[usize::from(reg::IP_BASE)] >> PAGE_SHIFT;
+        let place = (self.state.regs[usize::from(reg::IP_BASE)] >> PAGE_SHIFT, self.is_user());
         let code = self.translator.code.as_mut().ok_or(Failure::Unsuited)?;
         self.counters.blocks_translated += members.len() as u64;
-        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, code_page, &self.features)?;
+        let mut emitter = Emitter::new(&mut code.arena, code.routines, members, place, &self.features)?;
         for (number, member) in members.iter().enumerate() {
             let follower = members.get(number + 1).map(Member::offset);
             for run in &member.runs {
@@ -350,12 +350,29 @@ impl Cpu {
             let block = members[number].block;
             let op = &block.ops()[index];
             op.translation.set(at);
-            op.handler.set(enter);
+            op.handler.set(self.enter());
             if index == 0 {
-                block.set_translation(at);
+                block.set_translation(at | self.mark());
             }
         }
         Ok(())
+    }
+
+    /// Whether the guest is at privilege level 3: host code is for that or for the others.
+    #[inline(always)]
+    fn is_user(&self) -> bool {
+        self.state.cpl == 3
+    }
+
+    /// The handler of translated operations.
+    fn enter(&self) -> Handler {
+        if self.is_user() { enter::<true> } else { enter::<false> }
+    }
+
+    /// What there is above the pointer in translations of blocks for the current privilege level.
+    #[inline(always)]
+    fn mark(&self) -> u64 {
+        u64::from(self.is_user()) << 63
     }
 
     /// Whether translating one more block leaves most of the time to the guest, however its code changes.

@@ -4,8 +4,8 @@ use std::mem::offset_of;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, ax, byte_ptr, dword_ptr, eax, ecx, edx,
-    qword_ptr, r12, r13, r14, r14d, r15, rax, rcx, rdi, rdx, rsp,
+    AsmMemoryOperand, AsmRegister32, AsmRegister64, CodeAssembler, CodeLabel, ax, byte_ptr, dword_ptr, eax,
+    ecx, edx, qword_ptr, r12, r13, r14, r14d, r15, rax, rcx, rdi, rdx, rsp,
 };
 
 use super::emit::{Kind, instructions};
@@ -93,8 +93,8 @@ impl Routines {
     }
 
     /// To be called where an access is not to the page accessed last: [`ADDRESS`] holds the linear address,
-    /// [`VALUE`] the offset of its [`Recent`] in the [`Cpu`]. Returns ZF set if that is of its page now, with the page's
-    /// addend in [`VALUE`], or ZF clear. Changes nothing else but flags and [`VALUE`].
+    /// [`VALUE`] the offset of its [`Recent`] in the [`Cpu`], which is of its page afterwards if pages are noted. Returns ZF set with the
+    /// page's addend in [`VALUE`], or ZF clear. Changes nothing else but flags and [`VALUE`].
     pub(super) fn look_up(&self, kind: Kind, size: usize) -> Option<u64> {
         let at = SIZES.iter().position(|&known| known == size)?;
         Some(self.pages[kind as usize][at])
@@ -272,10 +272,10 @@ fn first_level(a: &mut CodeAssembler, kind: Kind, size: usize, out: CodeLabel) -
     a.jne(out)
 }
 
-/// Looks for a page in the first level of the TLB, and keeps it as the one accessed last.
+/// Looks for a page in the first level of the TLB, and notes it as the one accessed last.
 fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedError> {
     let recent = |offset: usize| qword_ptr(VALUE + offset).gs();
-    let mut out: CodeLabel = a.create_label();
+    let (mut out, mut unnoted) = (a.create_label(), a.create_label());
     a.push(rcx)?;
     a.push(rdx)?;
     first_level(a, kind, size, out)?;
@@ -284,17 +284,25 @@ fn look_up_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), Ic
         a.cmp(qword_ptr(rdx + offset_of!(Entry, frame)), 0)?;
         a.js(out)?;
     }
+    a.mov(rdx, qword_ptr(rdx + offset_of!(Entry, addend)))?;
+    a.cmp(notes(), 0)?;
+    a.je(unnoted)?;
     a.mov(rcx, ADDRESS)?;
     a.and(rcx, !(PAGE_MASK as i32))?;
     a.mov(recent(offset_of!(Recent, page)), rcx)?;
-    a.mov(rcx, qword_ptr(rdx + offset_of!(Entry, addend)))?;
-    a.mov(recent(offset_of!(Recent, addend)), rcx)?;
-    a.mov(VALUE, rcx)?;
+    a.mov(recent(offset_of!(Recent, addend)), rdx)?;
+    a.set_label(&mut unnoted)?;
+    a.mov(VALUE, rdx)?;
     a.cmp(ecx, ecx)?;
     a.set_label(&mut out)?;
     a.pop(rdx)?;
     a.pop(rcx)?;
     a.ret()
+}
+
+/// Whether pages accessed are noted.
+pub(super) fn notes() -> AsmMemoryOperand {
+    byte_ptr(offset_of!(Cpu, mmu.tlb.notes) as u64).gs()
 }
 
 /// Looks for a page in the first level of the TLB, and notes it among those found.
@@ -306,7 +314,7 @@ fn find_page(a: &mut CodeAssembler, kind: Kind, size: usize) -> Result<(), IcedE
     a.push(rdx)?;
     first_level(a, kind, size, out)?;
     a.mov(rdx, qword_ptr(rdx + offset_of!(Entry, addend)))?;
-    a.cmp(byte_ptr(offset_of!(Cpu, mmu.tlb.notes_found) as u64).gs(), 0)?;
+    a.cmp(notes(), 0)?;
     a.je(unnoted)?;
     a.mov(VALUE, ADDRESS)?;
     a.shr(VALUE, PAGE_SHIFT - slot)?;

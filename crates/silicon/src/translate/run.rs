@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "calls host code, and reaches operations by what it returns")]
 
 use std::arch::asm;
-use std::num::NonZeroU64;
 use std::ptr::NonNull;
 
 use super::link::{Jump, Link};
@@ -44,9 +43,12 @@ pub(crate) fn count(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
     (op.handler.get())(cpu, op)
 }
 
-/// Handler of the first operation of a translated run: goes on in host code, and then with what is the interpreter's. (That call must be
-/// in tail position: nothing else is done here.)
-pub(super) fn enter(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+/// Handler of the first operation of a run that has been translated for user mode or not: goes on in host code, and then with what is
+/// the interpreter's. (That call must be in tail position: nothing else is done here.)
+pub(super) fn enter<const USER: bool>(cpu: &mut Cpu, op: &Op) -> Result<Flow, Abort> {
+    if cpu.is_user() != USER {
+        return (interpreted(op))(cpu, op);
+    }
     match run(cpu, op) {
         // SAFETY: host code names operations of blocks that are not dropped while they run.
         Some(next) => unsafe { (interpreted(next.as_ref()))(cpu, next.as_ref()) },
@@ -109,20 +111,22 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
             cpu.end_at_rip(op);
             return None;
         };
-        code = translation.get();
+        code = translation;
         note(cpu, ip_base, link, code);
     }
 }
 
 /// Host code has left for RIP: what it can go on with there.
-fn go_on(cpu: &mut Cpu) -> Option<NonZeroU64> {
+fn go_on(cpu: &mut Cpu) -> Option<u64> {
     cpu.requests.settle();
     let rip = cpu.state.rip;
     let one_block = cfg!(debug_assertions) || cpu.translator.checks.is_some();
     if !cpu.state.canonical(rip) || cpu.requests.any() || one_block {
         return None;
     }
-    cpu.block_to_go_on(rip)?.translation()
+    let translation = cpu.block_to_go_on(rip)?.translation()?.get();
+    // What is for other privilege levels is not for this one.
+    (translation >> 63 << 63 == cpu.mark()).then_some(translation & POINTER)
 }
 
 /// Host code goes on at RIP, in `code`: next time it finds that by itself, by the link and its target or by the address. It came from a

@@ -13,7 +13,7 @@ use super::Failure;
 use super::emit::{Emitter, Kind, Linear, Result};
 use super::flags::Flags;
 use super::groups::Groups;
-use super::memory::{Constants, Rules, recent};
+use super::memory::{Constants, Rules};
 use super::registers::{ADDRESS, At, VALUE};
 use super::routines::Routines;
 use super::vector::Known;
@@ -100,7 +100,8 @@ impl<'a> Emitter<'a> {
             return;
         }
         // Its accesses change what is known of pages of constants in ways that they may share with others.
-        self.constants.retain(|&way, _| way < recent(Kind::Store, 0));
+        let stores = self.recent(Kind::Store, 0);
+        self.constants.retain(|&way, _| way < stores);
         let constants = self.constants.clone();
         let (flags, known, pointers) = (self.flags, self.known, self.pointers);
         self.shared.began = Some(Began { flags, known, pointers, constants });
@@ -165,7 +166,8 @@ impl<'a> Emitter<'a> {
             self.find(linear, group.kind, rules, index)?;
             Found::Lowest
         } else {
-            match self.check(linear, recent(group.kind, way), group.kind, rules, 1, index)? {
+            let recent = self.recent(group.kind, way);
+            match self.check(linear, recent, group.kind, rules, 1, index)? {
                 At::Sum(..) => Found::Addend,
                 _ => Found::Lowest,
             }

@@ -88,7 +88,7 @@ const FIELDS: [(&str, usize, usize); 19] = [
     ("vector registers", offset_of!(Cpu, state.zmm), 64 * 32),
     ("mask registers", offset_of!(Cpu, state.k), 8 * 8),
     ("FIP", offset_of!(Cpu, state.x87.fip), 8),
-    ("pages accessed last", offset_of!(Cpu, mmu.tlb.recent), size_of::<Recent>() * Recent::ALL),
+    ("pages accessed last", offset_of!(Cpu, mmu.tlb.recent), 2 * size_of::<Recent>() * Recent::ALL),
     ("count of instructions", COUNT, 8),
     ("a loaded value", offset_of!(Cpu, translator.kept), 8),
     ("count to look for requests at", STOP, 8),
