@@ -2,6 +2,7 @@
 //! release build of the command (`cargo build --release --workspace`), which `cargo xtask test` makes first.
 
 pub mod gdb;
+pub mod kick;
 pub mod qemu;
 
 use std::path::{Path, PathBuf};

@@ -56,6 +56,8 @@ enum Subject {
     Guests,
     /// The way from KVM_RUN to an exit and back, by a client through the KVM API.
     Exits,
+    /// From a signal to KVM_RUN's return, for guests in loops of several kinds.
+    Notice,
     /// What a guest that makes split locks all the time does to its neighbour, by mode of the host.
     SplitLocks,
     /// What a guest whose event window never opens takes from another one on the same processor.
@@ -80,6 +82,29 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
             };
             client(options, "exits", 0, title)
         }
+        Subject::Notice => client(options, "notice", 1, |loops| match loops {
+            "a-host" => "no guest: to the signal's handler, us, median",
+            "a-host-99" => "the same, 99 of 100",
+            "jump" => "a jump to itself, us, median",
+            "jump-99" => "the same, 99 of 100",
+            "count" => "a loop of one instruction, us, median",
+            "count-99" => "the same, 99 of 100",
+            "calls" => "calls and returns, us, median",
+            "calls-99" => "the same, 99 of 100",
+            "stores" => "stores to ever other pages, us, median",
+            "stores-99" => "the same, 99 of 100",
+            "copies" => "REP MOVSB of 256 KiB, us, median",
+            "copies-99" => "the same, 99 of 100",
+            "divisions" => "divisions, us, median",
+            "divisions-99" => "the same, 99 of 100",
+            "sines" => "FSIN, us, median",
+            "sines-99" => "the same, 99 of 100",
+            "fences" => "MFENCE, us, median",
+            "fences-99" => "the same, 99 of 100",
+            "locked" => "locked additions, us, median",
+            "locked-99" => "the same, 99 of 100",
+            _ => "?",
+        }),
         Subject::Notify => {
             let title = |name: &str| match name {
                 "kept" => "what another guest on the same processor keeps of its speed, %",

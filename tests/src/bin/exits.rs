@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::register_signal_handler;
 
 const MEMORY: usize = 0x1_0000;
 /// Where guest code begins.
@@ -173,49 +172,8 @@ fn time_wake(kvm: &Kvm) -> Outcome<f64> {
 
 /// From a signal to the thread that runs a guest which never leaves by itself, to KVM_RUN's return.
 fn time_kick(kvm: &Kvm) -> Outcome<f64> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(libc::SIGUSR1, nothing)?;
     let (_vm, mut vcpu) = machine(kvm, ENDLESS, false)?;
-    // SAFETY: no preconditions.
-    let runner = unsafe { libc::pthread_self() };
-    let ((ask, asked), (tell, told)) = (mpsc::channel::<()>(), mpsc::channel());
-    let (tell_left, has_left) = mpsc::channel::<()>();
-    let kicker = std::thread::spawn(move || {
-        while asked.recv().is_ok() {
-            loop {
-                // Long enough for the guest to run; how long does not enter the measurement.
-                std::thread::sleep(Duration::from_micros(200));
-                let now = Instant::now();
-                // SAFETY: the thread that asks lives until this one has ended.
-                let sent = unsafe { libc::pthread_kill(runner, libc::SIGUSR1) } == 0;
-                if !sent || tell.send(now).is_err() {
-                    return;
-                }
-                // On a busy machine a signal may come before KVM_RUN has begun, and then it ends nothing.
-                match has_left.recv_timeout(Duration::from_millis(100)) {
-                    Ok(()) => break,
-                    Err(mpsc::RecvTimeoutError::Timeout) => {}
-                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                }
-            }
-        }
-    });
-    let mut times = Vec::new();
-    for _ in 0..500 {
-        ask.send(())?;
-        match vcpu.run() {
-            Err(error) if error.errno() == libc::EINTR => {}
-            other => return Err(format!("unexpected exit: {other:?}").into()),
-        }
-        let left = Instant::now();
-        tell_left.send(())?;
-        let first = told.recv()?;
-        let sent = told.try_iter().last().unwrap_or(first);
-        times.push(left.saturating_duration_since(sent).as_nanos() as f64);
-    }
-    drop((ask, tell_left));
-    let _ = kicker.join();
-    Ok(median(times))
+    Ok(median(e2e::kick::latencies(&mut vcpu, 500)?))
 }
 
 fn main() -> Outcome<()> {

@@ -1,7 +1,7 @@
 //! A KVM client that measures how soon a guest that computes can be had back. Run by `cargo xtask bench notice` under
 //! `ring3 run`; on a machine with hardware virtualization it runs on its own, too.
 //!
-//! Prints for each loop its name with the median time from a signal to KVM_RUN's return, and with what 99 of a hundred are
+//! Prints for each loop, and for the host without a guest, its name with the median time from a signal to KVM_RUN's return, and with what 99 of a hundred are
 //! below, in microseconds.
 #![expect(
     unsafe_code,
@@ -64,6 +64,7 @@ loops! {
     "copies": "2: lea rsi, [rbx]", "lea rdi, [rbx + 0x40000]", "mov ecx, 0x40000", "rep movsb", "jmp 2b";
     "divisions": "2: .rept 64", "mov rax, -1", "xor edx, edx", "mov ecx, 3", "div rcx", ".endr", "jmp 2b";
     "sines": "fldpi", "2: .rept 64", "fsin", ".endr", "jmp 2b";
+    "fences": "2: mfence", "jmp 2b";
     "locked": "2: lock inc qword ptr [rbx]", "jmp 2b";
 }
 
@@ -114,12 +115,16 @@ fn vmm_memory() -> Outcome<&'static mut [u8]> {
 
 fn main() -> Outcome<()> {
     let kvm = Kvm::new()?;
+    show("a-host", e2e::kick::host_latencies(SIGNALS)?);
     for (name, code) in loops() {
         let (_vm, mut vcpu) = machine(&kvm, code)?;
-        let mut times = e2e::kick::latencies(&mut vcpu, SIGNALS)?;
-        times.sort_by(f64::total_cmp);
-        println!("{name} {:.1}", times[SIGNALS / 2] / 1e3);
-        println!("{name}-99 {:.1}", times[SIGNALS * 99 / 100] / 1e3);
+        show(name, e2e::kick::latencies(&mut vcpu, SIGNALS)?);
     }
     Ok(())
+}
+
+fn show(name: &str, mut times: Vec<f64>) {
+    times.sort_by(f64::total_cmp);
+    println!("{name} {:.1}", times[SIGNALS / 2] / 1e3);
+    println!("{name}-99 {:.1}", times[SIGNALS * 99 / 100] / 1e3);
 }

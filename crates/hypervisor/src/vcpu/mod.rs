@@ -37,7 +37,7 @@ use kvm_bindings::{
 };
 use silicon::Cpu;
 use silicon::model::xstate::size_standard;
-use silicon::state::CpuState;
+use silicon::state::{CpuState, X87};
 
 use crate::cpuid::Cpuid;
 use crate::dirty_ring::DirtyRing;
@@ -198,6 +198,8 @@ impl Vcpu {
         let cpuid = Cpuid::default();
         let mut cpu = Cpu::new(model.features(), vm.memory().ept().clone());
         cpu.event_window.threshold = model.notify_threshold();
+        // KVM begins with what FNINIT leaves (fpu_alloc_guest_fpstate in arch/x86/kernel/fpu/core.c), not with the SDM's reset state.
+        cpu.state.x87 = X87::INIT;
         // Until the guest has a use for tiles.
         cpu.controls.xfd_exiting = true;
         vm.system().permissions().freeze();

@@ -346,6 +346,13 @@ mod tests {
         result.is_err_and(|error| error.errno() == libc::EINVAL)
     }
 
+    /// A guest that computes without FNINIT got exceptions, which it does not with KVM.
+    #[test]
+    fn x87_exceptions_are_masked_in_the_beginning() {
+        let fpu = vcpu().fpu();
+        assert_eq!((fpu.fcw, fpu.fsw, fpu.ftwx, fpu.mxcsr), (0x37f, 0, 0, 0x1f80));
+    }
+
     #[test]
     fn sregs_are_checked_against_the_guests_cpuid() {
         let mut vcpu = vcpu();

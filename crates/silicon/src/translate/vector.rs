@@ -139,6 +139,15 @@ fn is_special(ins: &Instruction) -> bool {
         )
 }
 
+/// x87 instructions that take 20 ns and more: as many of them as are executed until the count says so would have requests wait.
+fn is_slow(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        ins.mnemonic(),
+        Fsin | Fcos | Fsincos | Fptan | Fpatan | F2xm1 | Fyl2x | Fyl2xp1 | Fprem | Fprem1 | Fbld | Fbstp
+    )
+}
+
 /// x87 instructions that change neither the control word nor whether exceptions are pending without computing, of
 /// processors that note no data pointers and selectors.
 fn suits_x87(ins: &Instruction, features: &Features) -> bool {
@@ -156,6 +165,9 @@ impl Emitter<'_> {
     pub(super) fn vector(&mut self, ins: &Instruction, index: usize) -> Result<()> {
         let needs = needs(ins).ok_or(Failure::Unsuited)?;
         self.admit(&needs, index)?;
+        if is_slow(ins) {
+            self.look_for_requests(index)?;
+        }
         if is_mxcsr(ins) {
             let stores = matches!(ins.mnemonic(), Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr);
             return if stores { self.store_mxcsr(ins, index) } else { self.load_mxcsr(ins, index) };
@@ -192,6 +204,15 @@ impl Emitter<'_> {
             self.note_pointer(index)?;
         }
         Ok(())
+    }
+
+    /// Gives operation `index` to the interpreter, which looks at requests soon, if there are any.
+    fn look_for_requests(&mut self, index: usize) -> Result<()> {
+        self.free_host_flags()?;
+        self.a.mov(ADDRESS, field(offset_of!(Cpu, translator.requests)))?;
+        self.a.cmp(dword_ptr(ADDRESS), 0)?;
+        let asked = self.interpreter_label(index);
+        Ok(self.a.jne(asked)?)
     }
 
     /// Sees that instructions of these classes may run, and that their registers are live, unless that is known; else operation
