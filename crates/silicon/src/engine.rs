@@ -220,7 +220,7 @@ impl Cpu {
             self.code.new_epoch();
         }
         let event = match injection {
-            Injection::Interrupt(vector) | Injection::Timer(vector) => Event::Interrupt(vector),
+            Injection::Interrupt(vector) | Injection::Local(vector) => Event::Interrupt(vector),
             Injection::Nmi => Event::Nmi,
             Injection::Exception(exception) => Event::Injected(exception),
             Injection::Software { vector, length } => {

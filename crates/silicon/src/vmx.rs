@@ -146,8 +146,9 @@ impl Notify {
 pub enum Injection {
     /// External interrupt with this vector. The hypervisor has checked that the guest can take it.
     Interrupt(u8),
-    /// The same, from the processor's own timer: it does not tell of anything that a device has written.
-    Timer(u8),
+    /// The same, from the local APIC's timer or another processor's APIC: it does not tell of anything that a device has written since the
+    /// last one that did.
+    Local(u8),
     /// Non-maskable interrupt; blocks NMIs until IRET.
     Nmi,
     /// Hardware exception. As on VMX, CR2, DR6, DR7.GD and RFLAGS.RF are the hypervisor's to set before the

@@ -363,16 +363,28 @@ pub struct ApicBus {
     lapics: RwLock<Vec<Arc<Lapic>>>,
     settings: Arc<ApicSettings>,
     eoi_sink: OnceLock<Weak<dyn EoiSink>>,
+    outside: AtomicU64,
 }
 
 impl ApicBus {
     pub(crate) fn new(settings: Arc<ApicSettings>) -> Self {
-        Self { lapics: RwLock::default(), settings, eoi_sink: OnceLock::new() }
+        Self { lapics: RwLock::default(), settings, eoi_sink: OnceLock::new(), outside: AtomicU64::new(0) }
     }
 
     /// The settings, which can be changed at any time.
     pub fn settings(&self) -> &Arc<ApicSettings> {
         &self.settings
+    }
+
+    /// Counts what may tell a processor of memory that devices or the client have written. Interrupts that processors send each other
+    /// tell of no more than what the sender has been told of.
+    pub(crate) fn outside(&self) -> u64 {
+        self.outside.load(Ordering::SeqCst)
+    }
+
+    /// An interrupt comes from outside, or the client has had its turn.
+    pub(crate) fn note_outside(&self) {
+        self.outside.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Connects the receiver of EOIs, once.
@@ -406,6 +418,9 @@ impl ApicBus {
         message: &Message,
         mut accepted: impl FnMut(&Lapic),
     ) -> Delivery {
+        if source.is_none() {
+            self.note_outside();
+        }
         let mut count = 0;
         let mut offer = |lapic: &Lapic, message: &Message| {
             if lapic.accept(message) {

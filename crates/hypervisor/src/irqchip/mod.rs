@@ -252,6 +252,7 @@ impl IrqChip {
     }
 
     fn drive(&self, source: IrqSource, gsi: u32, level: bool, line_status: bool) -> Delivery {
+        self.bus.note_outside();
         let table = self.routing.table();
         let deliver = |target: &Target| match (*target, &self.chips) {
             (Target::Pin(Chip::IoApic, pin), Some((ioapic, _))) => {

@@ -160,6 +160,8 @@ pub struct Vcpu {
     ioapic_eoi: Option<u8>,
     /// The client wants to know when it can inject an interrupt.
     window_requested: bool,
+    /// What had come from outside ([`ApicBus::outside`](crate::irqchip::bus::ApicBus::outside)) when code was last to be compared.
+    outside: Option<u64>,
     /// An access to user space was reported and awaits its result.
     user_access: bool,
     /// Likewise for an access to an MSR, and for a hypercall.
@@ -248,6 +250,7 @@ impl Vcpu {
             software_length: 1,
             ioapic_eoi: None,
             window_requested: false,
+            outside: None,
             user_access: false,
             msr_pending: None,
             hypercall_pending: false,

@@ -134,6 +134,10 @@ impl Vcpu {
     fn run_guest(&mut self) -> Result<VcpuExit, Error> {
         // The VMM may have written memory since the last call; between exits that stay here it has no turn.
         let mut enter: fn(&mut Cpu) -> Exit = Cpu::run;
+        if let Some(chip) = self.vm.irqchip() {
+            chip.bus().note_outside();
+            self.outside = Some(chip.bus().outside());
+        }
         loop {
             if let Some(step) = self.locks.take_step() {
                 // Nothing comes between a split lock that may be executed and its execution.

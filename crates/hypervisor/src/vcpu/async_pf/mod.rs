@@ -211,6 +211,9 @@ impl Vcpu {
     /// Pages have come: the guest hears of them, and goes on.
     pub(super) fn take_pages(&mut self) {
         if self.handle.has_pages() {
+            if let Some(chip) = self.vm.irqchip() {
+                chip.bus().note_outside();
+            }
             for (page, outcome) in self.handle.take_pages() {
                 let found = self.async_pf.wanted.iter().position(|wanted| wanted.page == page);
                 if let Some(index) = found {

@@ -300,7 +300,7 @@ fn v11_a_delivery_that_stalls_is_done_once() {
         let number = match injection {
             Injection::Interrupt(number) | Injection::Software { vector: number, .. } => number,
             Injection::Nmi => vector::NMI,
-            Injection::Timer(vector) => vector,
+            Injection::Local(vector) => vector,
             Injection::Exception(e) => e.vector,
         };
         machine.put(CODE0, &[0xcd, 0x41, 0xf4]);
