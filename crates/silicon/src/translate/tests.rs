@@ -572,6 +572,27 @@ fn second_bytes_of_registers() {
     });
 }
 
+/// Some of AMD's processors take SHA operands of any alignment; guests have a processor that does not.
+#[test]
+fn sha_operands_are_aligned() {
+    if !is_x86_feature_detected!("sha") {
+        return;
+    }
+    for after in [0, 2] {
+        let mut guests = pair(after);
+        for displacement in [0, 8] {
+            let mut a = CodeAssembler::new(64).unwrap();
+            a.mov(eax, 1).unwrap();
+            a.sha256msg1(xmm1, xmmword_ptr(rsi + displacement)).unwrap();
+            let code = a.assemble(CODE).unwrap();
+            for seed in 1..8 {
+                let exception = if displacement == 0 { Exception::UD } else { Exception::gp(0) };
+                assert_eq!(compare(&mut guests, &code, seed), Exit::Exception(exception));
+            }
+        }
+    }
+}
+
 #[test]
 fn mmx_registers_are_the_x87s() {
     check(|a| {

@@ -12,7 +12,7 @@ use iced_x86::code_asm::{
     CodeAssembler, dword_ptr, get_xmm, get_ymm, get_zmm, k0, k1, k2, k3, k4, k5, k6, k7, qword_ptr, r14d,
     r15d, xmmword_ptr, ymmword_ptr, zmmword_ptr,
 };
-use iced_x86::{IcedError, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{CpuidFeature, IcedError, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 use super::Failure;
 use super::emit::{Emitter, Kind, Result};
@@ -110,10 +110,15 @@ pub(super) fn access(ins: &Instruction, info: &mut InstructionInfoFactory) -> Op
     Access::operand(ins, if writes { Kind::Store } else { Kind::Load })
 }
 
-/// Bits of the address to be checked before the access. Where faults are recovered from the host's own check is enough.
+/// Bits of the address to be checked before the access. Where faults are recovered from the host's own check is enough, if it has one.
 fn alignment_checked(ins: &Instruction, needs: &Known) -> u8 {
-    let checks = needs.classes & class::X87 == 0 && !host::recovers();
+    let checks = needs.classes & class::X87 == 0 && (!host::recovers() || is_sha(ins));
     if checks { vector::alignment(ins) } else { 0 }
+}
+
+/// Instructions that take operands of any alignment on some of AMD's processors.
+fn is_sha(ins: &Instruction) -> bool {
+    ins.cpuid_features().contains(&CpuidFeature::SHA)
 }
 
 /// Loads and stores of MXCSR, which use no vector registers.
