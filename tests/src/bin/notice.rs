@@ -1,8 +1,8 @@
 //! A KVM client that measures how soon a guest that computes can be had back. Run by `cargo xtask bench notice` under
 //! `ring3 run`; on a machine with hardware virtualization it runs on its own, too.
 //!
-//! Prints for each loop, and for the host without a guest, its name with the median time from a signal to KVM_RUN's return, and with what 99 of a hundred are
-//! below, in microseconds.
+//! Prints for each loop, and for the host without a guest, its name with the median time from a signal to KVM_RUN's return,
+//! and with what 99 of a hundred are below, in microseconds.
 #![expect(
     unsafe_code,
     reason = "guest memory is given to KVM by address; guest code lies between two symbols"
@@ -16,7 +16,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 /// Bytes of guest memory.
 const MEMORY: usize = 0x20_0000;
-/// Where guest code begins, and its stack ends.
+/// Where guest code begins. The stack is above the page tables.
 const CODE: u64 = 0x1000;
 /// Page tables of each level; the last maps the first 2 MiB by one page.
 const TABLES: [u64; 3] = [0x2000, 0x3000, 0x4000];

@@ -29,7 +29,8 @@
 //! last place in the page where the access fits, checked right before it ([`memory`]); or it is one of a group, the first of which was checked
 //! for the bytes of all ([`groups`]); or to a constant beside the code, at a displacement within the page that one of the same run was
 //! checked for. Pages get there from the TLB alone, and leave when
-//! anything about them changes ([`crate::mmu::tlb`]). Besides that, code writes only its own [`Cpu`] and [`frame`], at offsets that are
+//! anything about them changes ([`crate::mmu::tlb`]); user mode and the others have pages of their own, and code that is entered in
+//! one of them alone. Besides that, code writes only its own [`Cpu`] and [`frame`], at offsets that are
 //! constants, and the host's stack, within bounds that calls check. It jumps only to what the translator has emitted: links and
 //! jumps are written by it alone, and a return goes where a call of the same stay came from.
 #![expect(unsafe_code, reason = "sets the GS base")]
