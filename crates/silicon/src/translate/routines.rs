@@ -18,7 +18,7 @@ use super::{LEAVE_INDIRECT, SLICE};
 use crate::cpu::{Cpu, Requests};
 use crate::flags::Status;
 use crate::hostexec::arena::Arena;
-use crate::mmu::tlb::{Entry, Found, L1_SLOTS, PAGE_MASK, PAGE_SHIFT, Recent};
+use crate::mmu::tlb::{Entry, Found, L1_DISPLACED, L1_SLOTS, PAGE_MASK, PAGE_SHIFT, Recent};
 use crate::state::reg;
 
 /// Addresses of the shared code.
@@ -258,18 +258,29 @@ fn indirect(a: &mut CodeAssembler, no_jump: u64) -> Result<(), IcedError> {
 }
 
 /// Loads RDX with the entry of the first level of the TLB for the access at [`ADDRESS`], or goes to `out` with ZF clear. Changes RCX.
+///
+/// The entry of a page that another one has displaced is behind all slots.
 fn first_level(a: &mut CodeAssembler, kind: Kind, size: usize, out: CodeLabel) -> Result<(), IcedError> {
     let tag = if kind == Kind::Load { offset_of!(Entry, read) } else { offset_of!(Entry, write) };
     a.lea(rcx, qword_ptr(ADDRESS + (size - 1)))?;
     a.and(rcx, !(PAGE_MASK as i32))?;
     a.or(rcx, field(offset_of!(Cpu, mmu.tlb.space)))?;
     let entry = size_of::<Entry>().trailing_zeros();
+    let mut found = a.create_label();
     a.mov(rdx, ADDRESS)?;
     a.shr(rdx, PAGE_SHIFT - entry)?;
     a.and(edx, ((L1_SLOTS - 1) << entry) as u32)?;
     a.add(rdx, field(offset_of!(Cpu, mmu.tlb.table)))?;
     a.cmp(rcx, qword_ptr(rdx + tag))?;
-    a.jne(out)
+    a.je(found)?;
+    a.mov(rdx, ADDRESS)?;
+    a.shr(rdx, PAGE_SHIFT - entry)?;
+    a.and(edx, ((L1_DISPLACED - 1) << entry) as u32)?;
+    a.add(rdx, field(offset_of!(Cpu, mmu.tlb.table)))?;
+    a.add(rdx, (L1_SLOTS << entry) as i32)?;
+    a.cmp(rcx, qword_ptr(rdx + tag))?;
+    a.jne(out)?;
+    a.set_label(&mut found)
 }
 
 /// Looks for a page in the first level of the TLB, and notes it as the one accessed last.
