@@ -156,7 +156,7 @@ impl Emitter<'_> {
             return Ok(self.a.jne(at)?);
         }
         self.a.mov(ADDRESS, qword_ptr(ADDRESS + offset_of!(Requests, poll)))?;
-        self.polls(at);
+        self.may_fault_to(at);
         Ok(self.a.mov(r15d, dword_ptr(ADDRESS))?)
     }
 

@@ -19,6 +19,7 @@ use super::region::{Member, Start};
 use super::registers::{ADDRESS, At, VALUE, field, field16};
 use super::routines::{Routines, notes};
 use super::shared::{Apart, Shared};
+use super::string::Shape;
 use super::vector::{Known, Live};
 use super::{Failure, Family};
 use crate::code::op::Op;
@@ -80,6 +81,8 @@ pub(super) enum Cold<'a> {
     SaveFlags { at: CodeLabel, flags: Flags, interpreter: CodeLabel },
     /// An access has faulted whose flags are in the state.
     GetFlagsBack { at: CodeLabel, interpreter: CodeLabel },
+    /// A string instruction has faulted on its way.
+    StringFaulted { at: CodeLabel, shape: Shape, interpreter: CodeLabel },
     /// An instruction is the interpreter's.
     Interpret { at: CodeLabel, op: u64, index: usize, owed: i32 },
     /// A link is not valid.
@@ -285,6 +288,7 @@ impl<'a> Emitter<'a> {
             Family::Integer => self.instruction(ins, index)?,
             Family::Vector => self.vector(ins, index)?,
             Family::Branch => self.branch(ins, index)?,
+            Family::String => self.string(ins, index)?,
         }
         if loses_flags {
             self.flags = Flags::HOST;
@@ -335,11 +339,11 @@ impl<'a> Emitter<'a> {
     /// Notes that the next instruction emitted is the access of operation `index`: if it faults, nothing has happened.
     pub(super) fn may_fault(&mut self, index: usize) {
         let interpreter = self.interpreter_label(index);
-        self.faulting.push((self.a.instructions().len(), interpreter));
+        self.may_fault_to(interpreter);
     }
 
-    /// Notes that the next instruction emitted faults while somebody wants something: it goes on at `to` then.
-    pub(super) fn polls(&mut self, to: CodeLabel) {
+    /// Notes that the next instruction emitted may fault, and goes on at `to` then.
+    pub(super) fn may_fault_to(&mut self, to: CodeLabel) {
         self.faulting.push((self.a.instructions().len(), to));
     }
 
@@ -347,7 +351,7 @@ impl<'a> Emitter<'a> {
     pub(super) fn may_fault_without_rax(&mut self, index: usize) {
         let interpreter = self.saved_interpreter_label(index);
         let at = self.a.create_label();
-        self.faulting.push((self.a.instructions().len(), at));
+        self.may_fault_to(at);
         self.cold.push(Cold::GetFlagsBack { at, interpreter });
     }
 
@@ -515,6 +519,7 @@ impl<'a> Emitter<'a> {
         | Cold::Find { at, .. }
         | Cold::SaveFlags { at, .. }
         | Cold::GetFlagsBack { at, .. }
+        | Cold::StringFaulted { at, .. }
         | Cold::Interpret { at, .. }
         | Cold::Unlinked { at, .. }
         | Cold::Polled { at, .. }
@@ -566,6 +571,10 @@ impl<'a> Emitter<'a> {
             }
             Cold::GetFlagsBack { interpreter, .. } => {
                 self.a.movzx(eax, field16(offset_of!(Cpu, state.status)))?;
+                self.a.jmp(interpreter)?;
+            }
+            Cold::StringFaulted { shape, interpreter, .. } => {
+                self.end_string(shape)?;
                 self.a.jmp(interpreter)?;
             }
             Cold::Interpret { op, index, owed, .. } => {

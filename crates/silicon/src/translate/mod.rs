@@ -58,6 +58,9 @@ mod run;
 mod shared;
 #[cfg(test)]
 mod shared_tests;
+mod string;
+#[cfg(test)]
+mod string_tests;
 #[cfg(test)]
 mod tests;
 mod trial;
@@ -427,6 +430,7 @@ enum Family {
     Integer,
     Vector,
     Branch,
+    String,
 }
 
 impl Family {
@@ -435,6 +439,7 @@ impl Family {
         match () {
             () if instruction::suits(ins) => Some(Family::Integer),
             () if branch::suits(ins) => Some(Family::Branch),
+            () if string::suits(ins) => Some(Family::String),
             () if vector::suits(ins, features) => Some(Family::Vector),
             () => None,
         }

@@ -5,6 +5,7 @@ use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Register, UsedM
 use super::Family;
 use super::check::Bounds;
 use super::difference::rflags;
+use super::string;
 use crate::bus_lock::LockedAccess;
 use crate::code::BlockRef;
 use crate::code::op::{Flow, Op};
@@ -237,6 +238,11 @@ impl Cpu {
         ins: &Instruction,
         info: &mut InstructionInfoFactory,
     ) -> Option<Vec<Stored>> {
+        if string::suits(ins) {
+            let [count, lin] = [reg::RCX, reg::RDI].map(|register| self.state.regs[usize::from(register)]);
+            let size = string::stores(ins, count, lin)?;
+            return Some(vec![Stored { lin, old: self.bytes_at(lin, size)?, new: Vec::new() }]);
+        }
         let used: Vec<UsedMemory> = info.info(ins).used_memory().to_vec();
         let mut stored = Vec::new();
         for memory in used.iter().filter(|memory| writes(memory.access())) {
