@@ -377,18 +377,30 @@ impl Cpu {
         self.entered(entry, lin).filter(|block| block.checked() == self.code.epoch)
     }
 
-    /// The block at `lin` if the jump cache has it, after comparing its bytes anew if that has not been done in this epoch.
+    /// The block at `lin` in 64-bit code, if it has been decoded, after comparing its bytes anew if that has not been done in this epoch.
+    /// Whoever asks may be running a block, even one that has been dropped.
     #[inline(always)]
     pub(crate) fn block_to_go_on(&mut self, lin: u64) -> Option<BlockRef> {
-        if let Some(block) = self.block_at_hand(lin) {
-            return Some(block);
-        }
-        let compared = self.compared_block(lin);
-        if compared.is_err() {
+        self.block_at_hand(lin).or_else(|| self.decoded_block(lin))
+    }
+
+    #[inline(never)]
+    fn decoded_block(&mut self, lin: u64) -> Option<BlockRef> {
+        let key = (lin & (PAGE - 1)) as u16 | (CodeSize::Bits64 as u16) << 12;
+        let found = match self.compared_block(lin) {
+            // In this address space nobody has been there yet. (A page that is not at hand is the engine's: to look for it may have
+            // effects that are not to be forgotten.)
+            Ok(None) => match self.mmu.tlb.exec_hit(self.state.cpl == 3, lin) {
+                Some((gfn, host)) => self.cached_block(ExecPage { gfn, host }, key, lin),
+                None => Ok(None),
+            },
+            found => found,
+        };
+        if found.is_err() {
             // The engine will find out again, where it matters.
             self.pending = Pending::None;
         }
-        compared.ok().flatten()
+        found.ok().flatten()
     }
 
     /// The block of an entry of the jump cache, if it is for `lin` and not void; its bytes may have changed.
@@ -564,7 +576,7 @@ impl Cpu {
     /// The cached block for `key`, if its bytes are what they were; enters it into the jump cache.
     fn cached_block(&mut self, page: ExecPage, key: u16, lin: u64) -> Result<Option<BlockRef>, Abort> {
         let context = self.fetch_context(lin);
-        let Some((found, unstable)) = self.code.find(page.gfn, key) else { return Ok(None) };
+        let Some((mut found, mut unstable)) = self.code.find(page.gfn, key) else { return Ok(None) };
         if found.checked() != self.code.epoch || unstable {
             let (page, next) = self.fetch_pages(lin, found.block().next.is_some())?;
             if !unstable {
@@ -572,7 +584,8 @@ impl Cpu {
                 next.map_or(Ok(()), |next| self.compare_page(next))?;
             }
             // What that has done may have dropped it.
-            let Some((found, _)) = self.code.find(page.gfn, key) else { return Ok(None) };
+            let Some(again) = self.code.find(page.gfn, key) else { return Ok(None) };
+            (found, unstable) = (again.0, unstable || again.1);
             let block = found.block();
             // SAFETY: the pages are there, just now.
             let same = if unstable { unsafe { block.is_unchanged() } } else { Ok(true) };
@@ -584,7 +597,6 @@ impl Cpu {
             }
             block.checked.set(self.code.epoch);
         }
-        let Some((found, unstable)) = self.code.find(page.gfn, key) else { return Ok(None) };
         if !unstable && key & (1 << 14) == 0 {
             let generation = self.code.generation;
             self.code.jump[jump_index(lin)] = JumpEntry { lin, context, generation, block: Some(found) };
