@@ -173,16 +173,17 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// The block at hand is a loop by itself: counts its instructions beforehand.
-    pub(super) fn begin_loop(&mut self) -> Result<()> {
+    /// The block at hand is a loop by itself: counts its instructions before its `body`. If nobody wants anything where it looks for
+    /// requests, it goes on at `rested`.
+    pub(super) fn begin_loop(&mut self, body: CodeLabel, rested: CodeLabel) -> Result<()> {
         let target = i64::from(self.ops[0].page_offset);
         let link = Link::make(self.arena, target, 0).ok_or(Failure::Full)?;
-        let (at, back) = (self.a.create_label(), self.a.create_label());
+        let at = self.a.create_label();
         self.a.add(instructions(), self.due())?;
         self.a.jns(at)?;
-        self.place(back)?;
+        self.place(body)?;
         self.owed = -self.length();
-        self.cold.push(Cold::Rest { at, back, flags: self.flags, counted: self.length(), link });
+        self.cold.push(Cold::Rest { at, back: rested, flags: self.flags, counted: self.length(), link });
         Ok(())
     }
 

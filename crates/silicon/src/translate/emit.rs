@@ -19,6 +19,7 @@ use super::region::{Member, Start};
 use super::registers::{ADDRESS, At, VALUE, field, field16};
 use super::routines::{Routines, notes};
 use super::shared::{Apart, Shared};
+use super::steady::{Steady, Windows};
 use super::string::Shape;
 use super::vector::{Known, Live};
 use super::{Failure, Family};
@@ -138,6 +139,13 @@ pub(super) struct Target<'a> {
     pub(super) start: Start,
 }
 
+impl Target<'_> {
+    /// It goes on at `label` instead.
+    pub(super) fn at(self, label: CodeLabel) -> Self {
+        Target { label, ..self }
+    }
+}
+
 /// Where host code comes in from elsewhere.
 struct Entry {
     /// The block, and the first operation of the run.
@@ -179,6 +187,12 @@ pub(super) struct Emitter<'a> {
     pub(super) cold: Vec<Cold<'a>>,
     /// Second translations that lie behind that of the region.
     pub(super) apart: Vec<Apart<'a>>,
+    /// Loops that have a second translation there.
+    steady: Vec<Steady<'a>>,
+    /// While one is made: its windows.
+    pub(super) windows: Windows,
+    /// What holds where the block at hand begins.
+    start: Start,
     entries: Vec<Entry>,
     /// Which of the assembler's instructions labels are at.
     placed: HashMap<CodeLabel, usize>,
@@ -227,6 +241,9 @@ impl<'a> Emitter<'a> {
             follower: None,
             cold: Vec::new(),
             apart: Vec::new(),
+            steady: Vec::new(),
+            windows: Windows::default(),
+            start: Start::ENTRY,
             entries: Vec::new(),
             placed: HashMap::new(),
             faulting: Vec::new(),
@@ -258,13 +275,27 @@ impl<'a> Emitter<'a> {
         }
         self.entries.push(Entry { member: number, index, at: target.entry });
         self.place(target.label)?;
-        let Start { flags, owed, known, is_loop } = target.start;
-        (self.flags, self.owed, self.known) = (Flags::at(flags), owed, known);
-        if is_loop { self.begin_loop() } else { Ok(()) }
+        let Start { flags, owed, known, .. } = target.start;
+        (self.flags, self.owed, self.known, self.start) = (Flags::at(flags), owed, known, target.start);
+        Ok(())
+    }
+
+    /// The block at hand is a loop by itself.
+    fn begin_first(&mut self, instructions: &'a [Instruction], run: &Range<usize>) -> Result<()> {
+        let body = self.a.create_label();
+        let windows = if *run == (0..instructions.len()) { Windows::of(instructions) } else { None };
+        let Some(windows) = windows else { return self.begin_loop(body, body) };
+        let at = self.a.create_label();
+        let (run, ops, start) = (run.clone(), self.ops, self.start);
+        self.steady.push(Steady { instructions, run, ops, start, windows, at, back: body });
+        self.begin_loop(body, at)
     }
 
     /// Emits a run of the block, and how it goes on.
     pub(super) fn run(&mut self, instructions: &'a [Instruction], run: Range<usize>) -> Result<()> {
+        if self.start.is_loop {
+            self.begin_first(instructions, &run)?;
+        }
         self.shared = Shared::new(Groups::of(instructions, run.clone()));
         for index in run.clone() {
             self.begin_cluster(index);
@@ -466,7 +497,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Goes where what lies in two pages goes, if there is such a place and the bytes at [`ADDRESS`] do.
-    fn leave_split(&mut self, rules: &Rules) -> Result<()> {
+    pub(super) fn leave_split(&mut self, rules: &Rules) -> Result<()> {
         let Some(split) = rules.split else { return Ok(()) };
         self.a.mov(r14d, r15d)?;
         self.a.and(r14d, PAGE_MASK as i32)?;
@@ -503,6 +534,9 @@ impl<'a> Emitter<'a> {
     fn put_cold(&mut self) -> Result<()> {
         for apart in std::mem::take(&mut self.apart) {
             self.put_apart(apart)?;
+        }
+        for steady in std::mem::take(&mut self.steady) {
+            self.put_steady(steady)?;
         }
         while !self.cold.is_empty() {
             // Ends of blocks ask for more.

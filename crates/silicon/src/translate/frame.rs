@@ -40,9 +40,11 @@ const FIELDS: [usize; 6] = [
 impl Frame {
     /// Places behind the fields for what checks have found that several accesses share, eight bytes each.
     pub(super) const SHARED: usize = 6;
+    /// Places for what the windows of a loop have found.
+    pub(super) const WINDOWS: usize = 6;
 
-    /// Bytes.
-    const SIZE: usize = 8 * (FIELDS.len() + Frame::SHARED);
+    /// Bytes. The last place is that of [`Frame::iterations`].
+    const SIZE: usize = 8 * (FIELDS.len() + Frame::SHARED + Frame::WINDOWS + 1);
 
     /// A frame in the arena.
     pub(super) fn new(arena: &mut Arena) -> Option<Frame> {
@@ -98,6 +100,16 @@ impl Frame {
     /// Place `slot` of [`Frame::SHARED`].
     pub(super) fn shared(self, slot: usize) -> MemoryOperand {
         self.field(FIELDS.len() + slot)
+    }
+
+    /// Place `window` of [`Frame::WINDOWS`].
+    pub(super) fn window(self, window: usize) -> MemoryOperand {
+        self.field(FIELDS.len() + Frame::SHARED + window)
+    }
+
+    /// How many iterations of a loop may follow, while that is found out.
+    pub(super) fn iterations(self) -> MemoryOperand {
+        self.field(FIELDS.len() + Frame::SHARED + Frame::WINDOWS)
     }
 
     fn field(self, at: usize) -> MemoryOperand {

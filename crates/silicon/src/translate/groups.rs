@@ -37,6 +37,19 @@ pub(super) struct Registers {
     scale: u32,
 }
 
+impl Registers {
+    /// Which they are: bit per number.
+    pub(super) fn bits(&self) -> u16 {
+        bit(self.base) | bit(self.index)
+    }
+
+    /// What numbers for general registers, by number, come to in an address.
+    pub(super) fn sum(&self, numbers: &[i64; 16]) -> Option<i64> {
+        let of = |register: Register| if register.is_gpr() { numbers[register.number() & 15] } else { 0 };
+        of(self.index).checked_mul(i64::from(self.scale))?.checked_add(of(self.base))
+    }
+}
+
 impl Access {
     /// The word at RSP plus `displacement`.
     pub(super) fn stack(displacement: i64, kind: Kind) -> Access {
@@ -56,13 +69,14 @@ impl Access {
         Some(Access { registers, displacement: ins.memory_displacement64() as i64, size, kind })
     }
 
-    fn of(ins: &Instruction, info: &mut InstructionInfoFactory) -> Option<Access> {
+    /// The access of an instruction that can be translated, if it may be of a group.
+    pub(super) fn of(ins: &Instruction, info: &mut InstructionInfoFactory) -> Option<Access> {
         instruction::access(ins, info).or_else(|| vector::access(ins, info))
     }
 }
 
 /// By how much the instruction moves a register, if it does nothing else with it.
-fn moves(ins: &Instruction) -> Option<(Register, i64)> {
+pub(super) fn moves(ins: &Instruction) -> Option<(Register, i64)> {
     use Mnemonic::*;
     let register = ins.op0_register();
     let to_register = ins.op0_kind() == OpKind::Register && register.is_gpr64();

@@ -16,7 +16,7 @@ use crate::state::{Seg, reg};
 
 /// Which way ([`Recent::WAYS`]) an access by this operand goes: operands with the same registers whose displacements are in the same
 /// page are likely to lie in one page. Code in the page of number `code` has its constants in pages of their own.
-fn way(ins: &Instruction, kind: Kind, code: u64) -> usize {
+pub(super) fn way(ins: &Instruction, kind: Kind, code: u64) -> usize {
     let base = match (ins.memory_segment(), ins.memory_base()) {
         (Register::FS, _) => 17,
         (Register::GS, _) => 18,
@@ -144,6 +144,9 @@ impl Emitter<'_> {
             Place::Host(base) if plain => Linear::Register(base, displacement),
             _ => Linear::Operand(*ins),
         };
+        if let Some(at) = self.access_steady(&linear, free, index)? {
+            return Ok(at);
+        }
         let way = way(ins, kind, self.code_page);
         if let Some(at) = self.access_shared(Some(ins), linear, way, index)? {
             return Ok(at);
@@ -202,6 +205,9 @@ impl Emitter<'_> {
     /// Where the word at RSP plus `offset` is; [`ADDRESS`] is free. The flags are in RAX.
     pub(super) fn stack(&mut self, offset: i32, kind: Kind, index: usize) -> Result<At> {
         let linear = Linear::Register(GUEST_RSP, offset);
+        if let Some(at) = self.access_steady(&linear, 1, index)? {
+            return Ok(at);
+        }
         if let Some(at) = self.access_shared(None, linear, usize::from(reg::RSP), index)? {
             return Ok(at);
         }

@@ -58,6 +58,9 @@ mod run;
 mod shared;
 #[cfg(test)]
 mod shared_tests;
+mod steady;
+#[cfg(test)]
+mod steady_tests;
 mod string;
 #[cfg(test)]
 mod string_tests;
@@ -145,6 +148,8 @@ pub(crate) struct Translator {
     stack_limit: u64,
     /// How often a block runs before it is translated.
     after: u32,
+    /// After how many instructions host code that has been entered looks for requests first: [`SLICE`], but for tests.
+    slice: u32,
     /// Blocks that could not be translated although their instructions can: none, but for mistakes here.
     unsuited: u64,
     /// What of the guest's vector registers is in the host's: a [`vector::Live`]. Nothing, when host code does not run.
@@ -202,6 +207,7 @@ impl Translator {
             stack: 0,
             stack_limit: 0,
             after,
+            slice: SLICE,
             unsuited: 0,
             vectors: 0,
             code,

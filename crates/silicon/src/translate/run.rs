@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::ptr::NonNull;
 
 use super::link::{Jump, Link};
-use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, SLICE, Translator};
+use super::{Code, Failure, LEAVE_INDIRECT, LEAVE_LINK, POINTER, Translator};
 use crate::code::op::{Flow, Op};
 use crate::code::thread::interpreted;
 use crate::code::{BLOCK_MAX, resync};
@@ -72,7 +72,7 @@ fn run(cpu: &mut Cpu, op: &Op) -> Option<NonNull<Op>> {
     // Where something is asked for all the time, host code looks at once; but a block that is a loop by itself looks before it begins, and
     // must get on.
     let slice = match cpu.requests.get() {
-        0 => u64::from(SLICE),
+        0 => u64::from(cpu.translator.slice),
         asked if asked & Requests::LIMIT != 0 => BLOCK_MAX as u64 + 1,
         _ => 0,
     };
