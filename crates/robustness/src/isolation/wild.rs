@@ -192,7 +192,7 @@ fn assembled(at: u64, make: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Vec
 
 /// A few instructions that belong together.
 fn piece(rng: &mut Rng, at: u64) -> Vec<u8> {
-    let make: fn(&mut CodeAssembler, &mut Rng) -> Assembled = match rng.below(40) {
+    let make: fn(&mut CodeAssembler, &mut Rng) -> Assembled = match rng.below(44) {
         0..=16 => accesses,
         17..=20 => stride,
         21..=23 => arithmetic,
@@ -203,6 +203,8 @@ fn piece(rng: &mut Rng, at: u64) -> Vec<u8> {
         33..=34 => privileges,
         35 => segments,
         36..=37 => over_itself,
+        38..=39 => windows,
+        40..=41 => strings,
         _ => stack,
     };
     assembled(at, |a| make(a, rng))
@@ -343,6 +345,64 @@ fn stride(a: &mut CodeAssembler, rng: &mut Rng) -> Assembled {
     a.add(base, by)?;
     a.dec(esi)?;
     a.jne(again)
+}
+
+/// A loop through the pages of data and on by small steps, for longer than until requests are looked for.
+fn windows(a: &mut CodeAssembler, rng: &mut Rng) -> Assembled {
+    let bases = [rng.pick(&[rbx, rdi, r8]), rng.pick(&[rbp, r9, r12])];
+    let mut again = a.create_label();
+    for base in bases {
+        // Upwards from the first of them, or downwards from the last.
+        a.mov(base, DATA + PAGE * rng.below(4) + rng.below(PAGE))?;
+    }
+    a.mov(ecx, rng.below(64) as u32)?;
+    a.mov(rsi, 300 + rng.below(4000))?;
+    a.set_label(&mut again)?;
+    for _ in 0..1 + rng.below(4) {
+        let (base, by) = (rng.pick(&bases), rng.below(160) as i32 - 80);
+        match rng.below(8) {
+            0 => a.mov(rax, qword_ptr(base + by))?,
+            1 => a.mov(qword_ptr(base + by), rsi)?,
+            2 => a.movups(xmm0, xmmword_ptr(base + by))?,
+            3 => a.movups(xmmword_ptr(base + by), xmm1)?,
+            4 => a.add(qword_ptr(base + rcx * 2 + by), rdx)?,
+            5 => a.mov(byte_ptr(base + by), dl)?,
+            6 => a.vmovdqu(ymmword_ptr(base + by), ymm2)?,
+            _ => a.add(rdx, qword_ptr(base + rcx * 8 + by))?,
+        }
+    }
+    for base in bases {
+        let steps: [i32; 8] = [1, 2, 8, 16, 24, 64, -8, -1];
+        a.add(base, rng.pick(&steps))?;
+    }
+    if rng.percent(50) {
+        a.inc(rcx)?;
+    }
+    a.sub(rsi, 1)?;
+    a.jne(again)
+}
+
+/// Repeated copies and fills, from and to anywhere, of any length.
+fn strings(a: &mut CodeAssembler, rng: &mut Rng) -> Assembled {
+    a.mov(rdi, any_pointer(rng))?;
+    a.mov(rsi, any_pointer(rng))?;
+    for _ in 0..1 + rng.below(3) {
+        let most = rng.pick(&[0, 3, 64, 600, 5000]);
+        a.mov(ecx, rng.below(most + 1) as u32)?;
+        if rng.percent(5) {
+            a.not(rcx)?;
+        }
+        let rep = a.rep();
+        match rng.below(6) {
+            0 => rep.movsb()?,
+            1 => rep.movsd()?,
+            2 => rep.movsq()?,
+            3 => rep.stosb()?,
+            4 => rep.stosw()?,
+            _ => rep.stosq()?,
+        }
+    }
+    Ok(())
 }
 
 /// Makes something else of a pointer.

@@ -570,8 +570,8 @@ impl<'a> Emitter<'a> {
             Cold::LookUp { back, linear, recent, routine, rules, interpreter, .. } => {
                 self.linear(&linear)?;
                 self.leave_split(&rules)?;
-                if let Back::Check(_) = back {
-                    // The check would find the same again.
+                // The check would find the same again.
+                if matches!(back, Back::Check(_)) || rules.is_noted {
                     self.a.cmp(notes(), 0)?;
                     self.a.je(interpreter)?;
                 }

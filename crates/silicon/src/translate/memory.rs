@@ -165,6 +165,7 @@ impl Emitter<'_> {
         if constant && lies_well && self.constants.get(&recent) == Some(&page) {
             return self.in_known_page(displacement, recent, free);
         }
+        let rules = Rules { is_noted: constant && lies_well, ..rules };
         let at = self.check(linear, recent, kind, rules, free, index)?;
         if constant && lies_well {
             self.constants.insert(recent, page);
@@ -234,11 +235,13 @@ pub(super) struct Rules {
     pub(super) within_line: bool,
     /// Where to go if it lies in two pages; else the interpreter has to see to it.
     pub(super) split: Option<CodeLabel>,
+    /// Accesses behind it go to the page noted as the one accessed last: where pages are not noted it is the interpreter's.
+    pub(super) is_noted: bool,
 }
 
 impl Rules {
     /// No more than that it has this size.
     pub(super) fn size(size: usize) -> Rules {
-        Rules { size, alignment: 0, within_line: false, split: None }
+        Rules { size, alignment: 0, within_line: false, split: None, is_noted: false }
     }
 }
