@@ -135,14 +135,6 @@ impl Arena {
         self.data_at(self.executable.as_ptr() as u64 + (self.size - data) as u64)
     }
 
-    /// Where code finds a number of eight bytes that it may change; zero to begin with.
-    pub(crate) fn number(&mut self) -> Option<u64> {
-        let data = self.data(size_of::<u64>())?;
-        // SAFETY: just made, writable, of this size, and aligned: `size` is.
-        unsafe { data.writable.cast::<u64>().write(0) };
-        Some(data.writable.as_ptr() as u64)
-    }
-
     /// The data that code reads at `address`.
     pub(crate) fn data_at(&self, address: u64) -> Option<Data> {
         let offset = address.wrapping_sub(self.executable.as_ptr() as u64) as usize;

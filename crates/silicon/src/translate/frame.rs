@@ -43,8 +43,11 @@ impl Frame {
     /// Places for what the windows of a loop have found.
     pub(super) const WINDOWS: usize = 6;
 
-    /// Bytes. The last place is that of [`Frame::iterations`].
-    const SIZE: usize = 8 * (FIELDS.len() + Frame::SHARED + Frame::WINDOWS + 1);
+    /// Numbers for loops, each for several.
+    const PATIENCE: usize = 16;
+
+    /// Bytes. The last place but those is that of [`Frame::iterations`].
+    const SIZE: usize = 8 * (FIELDS.len() + Frame::SHARED + Frame::WINDOWS + 1 + Frame::PATIENCE);
 
     /// A frame in the arena.
     pub(super) fn new(arena: &mut Arena) -> Option<Frame> {
@@ -110,6 +113,12 @@ impl Frame {
     /// How many iterations of a loop may follow, while that is found out.
     pub(super) fn iterations(self) -> MemoryOperand {
         self.field(FIELDS.len() + Frame::SHARED + Frame::WINDOWS)
+    }
+
+    /// How often the loop at this address is not looked at.
+    pub(super) fn patience(self, loop_: u64) -> MemoryOperand {
+        let number = (loop_.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as usize % Frame::PATIENCE;
+        self.field(FIELDS.len() + Frame::SHARED + Frame::WINDOWS + 1 + number)
     }
 
     fn field(self, at: usize) -> MemoryOperand {

@@ -14,7 +14,6 @@ use std::ops::Range;
 use iced_x86::code_asm::{CodeLabel, qword_ptr, r14, r14d, r15, r15d};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, OpKind, Register};
 
-use super::edges::rip_relative;
 use super::emit::{Emitter, Kind, Linear, Result, instructions};
 use super::flags::{Flags, bit, written};
 use super::frame::{Frame, STOP};
@@ -26,7 +25,7 @@ use super::routines::Routines;
 use super::shared::Shared;
 use super::{Failure, SLICE};
 use crate::code::op::Op;
-use crate::mmu::tlb::{PAGE_MASK, PAGE_SIZE};
+use crate::mmu::tlb::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 use crate::state::reg;
 
 /// Bytes from the lowest to the highest of a window, at most.
@@ -175,7 +174,8 @@ impl<'a> Emitter<'a> {
         self.constants.clear();
         (self.flags, self.known) = (Flags::at(start.flags), start.known);
         let (body, rested, look) = (self.a.create_label(), self.a.create_label(), self.a.create_label());
-        let patience = rip_relative(self.arena.number().ok_or(Failure::Full)?);
+        let patience =
+            self.routines.frame.patience(self.code_page << PAGE_SHIFT | u64::from(ops[0].page_offset));
         self.place(at)?;
         self.put(Instruction::with2(Code::Sub_rm64_imm8, patience, 1)?)?;
         self.a.jns(back)?;
