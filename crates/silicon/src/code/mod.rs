@@ -388,10 +388,10 @@ impl Cpu {
     fn decoded_block(&mut self, lin: u64) -> Option<BlockRef> {
         let key = (lin & (PAGE - 1)) as u16 | (CodeSize::Bits64 as u16) << 12;
         let found = match self.compared_block(lin) {
-            // In this address space nobody has been there yet. (A page that is not at hand is the engine's: to look for it may have
-            // effects that are not to be forgotten.)
-            Ok(None) => match self.mmu.tlb.exec_hit(self.state.cpl == 3, lin) {
-                Some((gfn, host)) => self.cached_block(ExecPage { gfn, host }, key, lin),
+            // In this address space nobody has been there yet. (A page that is not at hand is the engine's, as is one that an instruction
+            // may reach into: to look for it may have effects that are not to be forgotten.)
+            Ok(None) if lin & (PAGE - 1) <= PAGE - INSTRUCTION_LONGEST as u64 => match self.exec_page(lin) {
+                Some(page) => self.cached_block(page, key, lin),
                 None => Ok(None),
             },
             found => found,
@@ -461,13 +461,12 @@ impl Cpu {
     /// The block at `offset` of the page that `first`, an operation at RIP, lies in, likewise; its bytes are what they were.
     pub(crate) fn block_in_page_of(&self, first: &Op, offset: u16) -> Option<BlockRef> {
         let lin = self.ip_of(first);
-        let user = self.state.cpl == 3;
-        let at_hand = |lin| self.mmu.tlb.exec_hit(user, lin).map(|(gfn, host)| ExecPage { gfn, host });
-        let page = at_hand(lin)?;
+        let page = self.exec_page(lin)?;
         let key = offset | ((self.state.code_size as u16) << 12);
         let (found, _) = self.code.find(page.gfn, key).filter(|(_, unstable)| !unstable)?;
         let block = found.block();
-        let next = if block.next.is_some() { at_hand((lin & !(PAGE - 1)).wrapping_add(PAGE)) } else { None };
+        let next =
+            if block.next.is_some() { self.exec_page((lin & !(PAGE - 1)).wrapping_add(PAGE)) } else { None };
         if !block.lies_in(page, next) {
             return None;
         }
@@ -577,8 +576,10 @@ impl Cpu {
     fn cached_block(&mut self, page: ExecPage, key: u16, lin: u64) -> Result<Option<BlockRef>, Abort> {
         let context = self.fetch_context(lin);
         let Some((mut found, mut unstable)) = self.code.find(page.gfn, key) else { return Ok(None) };
-        if found.checked() != self.code.epoch || unstable {
-            let (page, next) = self.fetch_pages(lin, found.block().next.is_some())?;
+        // Behind the page there may be another one at each address that it has.
+        let crosses = found.block().next.is_some();
+        if found.checked() != self.code.epoch || unstable || crosses {
+            let (page, next) = self.fetch_pages(lin, crosses)?;
             if !unstable {
                 self.compare_page(page)?;
                 next.map_or(Ok(()), |next| self.compare_page(next))?;

@@ -106,10 +106,14 @@ impl Cpu {
     /// Translates `lin` for an instruction fetch at the current privilege.
     #[inline]
     pub fn fetch_page(&mut self, lin: u64) -> Result<ExecPage, Abort> {
-        match self.mmu.tlb.exec_hit(self.state.cpl == 3, lin) {
-            Some((gfn, host)) => Ok(ExecPage { gfn, host }),
-            None => self.fetch_miss(lin),
-        }
+        self.exec_page(lin).map_or_else(|| self.fetch_miss(lin), Ok)
+    }
+
+    /// The page at `lin` for fetches, if it is at hand.
+    #[inline]
+    pub(crate) fn exec_page(&self, lin: u64) -> Option<ExecPage> {
+        let hit = self.mmu.tlb.exec_hit(self.state.cpl == 3, lin);
+        hit.map(|(gfn, host)| ExecPage { gfn, host })
     }
 
     /// Reads with supervisor rights whatever the CPL: descriptor tables, TSS, page-fault stacks.

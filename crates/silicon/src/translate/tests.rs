@@ -77,6 +77,23 @@ pub(super) fn compare(guests: &mut [Guest; 2], code: &[u8], seed: u64) -> Exit {
     exits[0]
 }
 
+/// Compares so many programs on the guests; how many of them ended before their end.
+pub(super) fn compare_programs(
+    guests: &mut [Guest; 2],
+    random: &mut Random,
+    count: u32,
+    program: fn(&mut Random) -> Vec<u8>,
+) -> u32 {
+    let ends_early = (0..count).filter(|_| {
+        let seed = random.next();
+        let code = program(random);
+        compare(guests, &code, seed) != Exit::Exception(Exception::UD)
+    });
+    let early = ends_early.count() as u32;
+    assert_eq!(guests[1].cpu.translator.unsuited, 0);
+    early
+}
+
 pub(super) struct Random(pub(super) u64);
 
 impl Random {
@@ -377,6 +394,34 @@ fn calls_and_returns() {
         a.set_label(&mut over)?;
         a.nop()
     });
+}
+
+/// A page at two addresses, with another one behind it at each: the instruction that reaches into that was the one last decoded.
+#[test]
+fn an_instruction_across_pages_is_what_the_next_page_makes_it() {
+    let [page, behind, alias] = [0x3_0000u64, 0x3_3000, 0x3_2000];
+    for engine in [Engine::Interpret, Engine::Translate(0), Engine::Translate(3)] {
+        let mut guest = guest(engine);
+        guest.put(TABLES + 0x3000 + alias / 4096 * 8, &(page | 3).to_le_bytes());
+        // MOV EAX, with the upper half of the number in the next page; RET.
+        guest.put(page + 0xffd, &[0xb8, 1, 0]);
+        guest.put(page + 0x1000, &[2, 0, 0xc3]).put(behind, &[3, 0, 0xc3]);
+        let mut a = CodeAssembler::new(64).unwrap();
+        let mut again = a.create_label();
+        a.mov(ecx, 40).unwrap();
+        a.set_label(&mut again).unwrap();
+        for (at, sum) in [(page, rbx), (alias, rdx)] {
+            a.mov(rsi, at + 0xffd).unwrap();
+            a.call(rsi).unwrap();
+            a.add(sum, rax).unwrap();
+        }
+        a.dec(ecx).unwrap();
+        a.jne(again).unwrap();
+        guest.set(reg::RBX, 0).set(reg::RDX, 0);
+        assert_eq!(guest.run(&a.assemble(CODE).unwrap()), Exit::Exception(Exception::UD));
+        let sums = [reg::RBX, reg::RDX].map(|register| guest.cpu.state.regs[usize::from(register)]);
+        assert_eq!(sums, [40 * 0x2_0001, 40 * 0x3_0001], "{engine:?}");
+    }
 }
 
 #[test]
