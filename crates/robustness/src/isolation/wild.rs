@@ -352,7 +352,6 @@ fn windows(a: &mut CodeAssembler, rng: &mut Rng) -> Assembled {
     let bases = [rng.pick(&[rbx, rdi, r8]), rng.pick(&[rbp, r9, r12])];
     let mut again = a.create_label();
     for base in bases {
-        // Upwards from the first of them, or downwards from the last.
         a.mov(base, DATA + PAGE * rng.below(4) + rng.below(PAGE))?;
     }
     a.mov(ecx, rng.below(64) as u32)?;

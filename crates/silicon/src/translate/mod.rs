@@ -28,7 +28,8 @@
 //! Every access is to a page of a [`Recent`](crate::mmu::tlb::Recent) or a [`Found`](crate::mmu::tlb::Found), with `lin ^ page` not above the
 //! last place in the page where the access fits, checked right before it ([`memory`]); or it is one of a group, the first of which was checked
 //! for the bytes of all ([`groups`]); or to a constant beside the code, at a displacement within the page that one of the same run was
-//! checked for. Pages get there from the TLB alone, and leave when
+//! checked for; or of a repeated instruction whose elements lie in the page of the first ([`string`]); or of a loop that moves by constants,
+//! for as many iterations as stay in the pages found before ([`steady`]). Pages get there from the TLB alone, and leave when
 //! anything about them changes ([`crate::mmu::tlb`]); user mode and the others have pages of their own, and code that is entered in
 //! one of them alone. Besides that, code writes only its own [`Cpu`] and [`frame`], at offsets that are
 //! constants, and the host's stack, within bounds that calls check. It jumps only to what the translator has emitted: links and

@@ -5,10 +5,8 @@ use iced_x86::code_asm::*;
 
 use super::emit::Kind;
 use super::groups::Groups;
-use super::tests::{Random, compare, pair};
-use crate::exception::Exception;
+use super::tests::{Random, compare_programs, pair};
 use crate::exec::testing::{CODE, DATA, UNMAPPED};
-use crate::vmx::Exit;
 
 type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
@@ -185,13 +183,7 @@ fn accesses_that_are_checked_together_do_what_they_did_alone() {
     let mut random = Random(0x2545_f491_4f6c_dd1d);
     for after in [0, 1, 2] {
         let mut guests = pair(after);
-        let mut faults = 0;
-        for _ in 0..2000 {
-            let seed = random.next();
-            let code = program(&mut random);
-            faults += u32::from(compare(&mut guests, &code, seed) != Exit::Exception(Exception::UD));
-        }
-        assert_eq!(guests[1].cpu.translator.unsuited, 0);
+        let faults = compare_programs(&mut guests, &mut random, 2000, program);
         assert!((100..1900).contains(&faults), "{faults} programs ended early");
     }
 }

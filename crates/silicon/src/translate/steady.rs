@@ -203,11 +203,14 @@ impl<'a> Emitter<'a> {
     }
 
     /// Looks up the pages of the windows and goes on at `body`, with a count that ends where the first of them leaves its page; or at
-    /// `back`, if one is not at hand or lies in two.
+    /// `back`, if one is not at hand or lies in two, or if there is something to look for.
     fn look_windows_up(&mut self, windows: &Windows, body: CodeLabel, back: CodeLabel) -> Result<()> {
         let frame = self.routines.frame;
         let length = self.length();
         let split = self.a.create_label();
+        // What this CPU wants itself does not end a loop, but is looked for as soon as it has ended: the count stays.
+        self.a.cmp(instructions(), 0)?;
+        self.a.jns(back)?;
         self.a.mov(r14d, SLICE / length.max(1) as u32)?;
         self.put(Instruction::with2(Code::Mov_rm64_r64, frame.iterations(), Register::R14)?)?;
         for (number, window) in windows.windows.iter().enumerate() {

@@ -4,10 +4,8 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::steady::Windows;
-use super::tests::{Random, compare, pair};
-use crate::exception::Exception;
+use super::tests::{Random, compare_programs, pair};
 use crate::exec::testing::{CODE, DATA, UNMAPPED};
-use crate::vmx::Exit;
 
 type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
@@ -156,13 +154,7 @@ fn loops_with_windows_do_what_they_did_without() {
     for (after, slice) in [(0, 16), (1, 50), (2, 4096)] {
         let mut guests = pair(after);
         guests[1].cpu.translator.slice = slice;
-        let mut faults = 0;
-        for _ in 0..1500 {
-            let seed = random.next();
-            let code = program(&mut random);
-            faults += u32::from(compare(&mut guests, &code, seed) != Exit::Exception(Exception::UD));
-        }
-        assert_eq!(guests[1].cpu.translator.unsuited, 0);
+        let faults = compare_programs(&mut guests, &mut random, 1500, program);
         assert!((50..1400).contains(&faults), "{faults} programs ended early");
     }
 }

@@ -3,7 +3,7 @@
 use iced_x86::code_asm::*;
 
 use super::string::stores;
-use super::tests::{Random, compare, pair};
+use super::tests::{Random, compare, compare_programs, pair};
 use crate::exception::Exception;
 use crate::exec::testing::{CODE, DATA, UNMAPPED};
 use crate::vmx::Exit;
@@ -84,13 +84,7 @@ fn strings_do_what_the_interpreter_does() {
     let mut random = Random(0x0dd0_5eed_1234_5678);
     for after in [0, 1] {
         let mut guests = pair(after);
-        let mut faults = 0;
-        for _ in 0..2000 {
-            let seed = random.next();
-            let code = program(&mut random);
-            faults += u32::from(compare(&mut guests, &code, seed) != Exit::Exception(Exception::UD));
-        }
-        assert_eq!(guests[1].cpu.translator.unsuited, 0);
+        let faults = compare_programs(&mut guests, &mut random, 2000, program);
         assert!((300..1700).contains(&faults), "{faults} programs ended early");
     }
 }
